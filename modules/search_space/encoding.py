@@ -1,0 +1,298 @@
+"""Supernet, block, sub-stage and subnet strings, both ways, validated.
+
+    supernet      onnxw-151122-023231      block type and width window of stages 1..6
+    block id      stage3_1                 stage 3 with block type 1 (block KD)
+    LUT id        stage3_1_2               the same with width window 2
+    sub-stage     5#32#8_3#40#3            kernel # width # expand ratio, one per block; e is None without one
+    subnet        d…_k…_w…_e…_r…           depths of the 8 stages; k, w, e of every block; input resolution
+
+Every parser raises EncodingError with one line that names the text, the stage, the value and what is allowed.
+"""
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from .macro_arch import DEPTH_STAGES, HEAD_STAGES, IMAGE_CHANNELS, SEARCHABLE_STAGES
+from .superspace import SUPERSPACES, SearchSpaceError, Superspace, get_superspace
+
+
+class EncodingError(SearchSpaceError):
+    """An encoding is malformed or not a member of its space."""
+
+
+def _allowed(values):
+    return ' '.join(str(value) for value in values)
+
+
+def _check(condition, text, message):
+    if not condition:
+        raise EncodingError(f'{text}: {message}')
+
+
+@dataclass(frozen=True)
+class Supernet:
+    """A member of a hyperspace: one block type and one width window for each of stages 1..6."""
+    superspace: Superspace
+    block_types: tuple
+    windows: tuple
+
+    def __post_init__(self):
+        for kind, values in (('block types', self.block_types), ('width windows', self.windows)):
+            _check(len(values) == len(SEARCHABLE_STAGES), self,
+                   f'{len(values)} {kind}, expected {len(SEARCHABLE_STAGES)}, one each for stage1..stage6')
+        for name, block_type, window in zip(SEARCHABLE_STAGES, self.block_types, self.windows):
+            count = len(self.superspace.block_types)
+            _check(block_type in range(count), self,
+                   f'{name}: block type {block_type} is not one of {_allowed(range(count))}')
+            count = self.superspace.stage(name).num_windows
+            _check(window in range(count), self,
+                   f'{name}: width window {window} is not one of {_allowed(range(count))}')
+
+    def __str__(self):
+        return f'{self.superspace.name}-{self.choice.replace("_", "-")}'
+
+    @property
+    def choice(self):
+        """The choice part, `151122_023231`."""
+        return ''.join(map(str, self.block_types)) + '_' + ''.join(map(str, self.windows))
+
+    def block_type(self, stage):
+        """BlockType of a stage by name."""
+        if stage in SEARCHABLE_STAGES:
+            return self.superspace.block_types[self.block_types[SEARCHABLE_STAGES.index(stage)]]
+        return self.superspace.block_type(stage)
+
+    def widths(self, stage):
+        """Widths (channels) the stage may use: its width window, or all of an unsearched stage's."""
+        spec = self.superspace.stage(stage)
+        if stage in SEARCHABLE_STAGES:
+            return spec.window_widths(self.windows[SEARCHABLE_STAGES.index(stage)])
+        return spec.widths
+
+
+def parse_supernet(text, superspace=None):
+    """Supernet from `onnxw-151122-023231`, or from its choice part alone when `superspace` is given.
+
+    The choice may be joined by - or _; without a width part every window is 0.
+    """
+    if isinstance(text, Supernet):
+        return text
+    if superspace is None or text.partition('-')[0] in SUPERSPACES:
+        name, _, choice = text.partition('-')
+        try:
+            space = get_superspace(name)
+        except SearchSpaceError as error:
+            raise EncodingError(f'{text}: {error}') from None
+        _check(superspace is None or space is get_superspace(superspace), text,
+               f'a supernet of {space.name}, not of {get_superspace(superspace).name}')
+    else:
+        space, choice = get_superspace(superspace), text
+    match = re.fullmatch(r'([0-9]+)(?:[-_]([0-9]+))?', choice)
+    _check(match, text, f'{choice!r} is not 6 block types and 6 width windows, such as 111111-000000')
+    types, windows = match.groups()
+    try:
+        return Supernet(space, tuple(map(int, types)), tuple(map(int, windows or '0' * len(types))))
+    except EncodingError as error:
+        raise EncodingError(f'{text}: {str(error).partition(": ")[2]}') from None
+
+
+class BlockId(NamedTuple):
+    """Stage name, block type digit and, for a block LUT, the width window (None: the whole width list)."""
+    stage: str
+    block_type: int
+    window: int | None = None
+
+    def __str__(self):
+        return '_'.join(str(part) for part in self if part is not None)
+
+
+def parse_block_id(superspace, text):
+    """BlockId from `stage3_1` or `stage3_1_2`, checked against the hyperspace."""
+    return _parse_block_id(get_superspace(superspace).name, str(text))
+
+
+@lru_cache(maxsize=None)
+def _parse_block_id(superspace, text):
+    space = get_superspace(superspace)
+    match = re.fullmatch(r'(stage[0-9]+)_([0-9]+)(?:_([0-9]+))?', text)
+    _check(match and match[1] in SEARCHABLE_STAGES, text,
+           'not a block id: expected stage1_0 .. stage6_0 (stage_type) or stage1_0_0 (stage_type_window)')
+    digit, window = int(match[2]), None if match[3] is None else int(match[3])
+    _check(digit < len(space.block_types), text,
+           f'{space.name} {match[1]}: block type {digit} is not one of {_allowed(range(len(space.block_types)))}')
+    count = space.stage(match[1]).num_windows
+    _check(window is None or window < count, text,
+           f'{space.name} {match[1]}: width window {window} is not one of {_allowed(range(count))}')
+    return BlockId(match[1], digit, window)
+
+
+def format_sub_stage(blocks):
+    """`5#32#8_3#40#3` from [(k, w, e), …]."""
+    return '_'.join(f'{k}#{w}#{e}' for k, w, e in blocks)
+
+
+@lru_cache(maxsize=None)
+def _sub_stage_choices(superspace, block_id):
+    """(kernels, widths, {printed expand: expand}, depths) of a block id."""
+    space = get_superspace(superspace)
+    stage, block_type = space.stage(block_id.stage), space.block_type(*block_id[:2])
+    widths = stage.widths if block_id.window is None else stage.window_widths(block_id.window)
+    return block_type.kernels, widths, {str(e): e for e in block_type.expands}, stage.depths
+
+
+@lru_cache(maxsize=1 << 16)
+def _parse_block(superspace, block_id, part):
+    kernels, widths, expands, _ = _sub_stage_choices(superspace, block_id)
+    match = re.fullmatch(r'([0-9]+)#([0-9]+)#(None|[0-9.]+)', part)
+    _check(match, part, 'not kernel#width#expand')
+    k, w, e = int(match[1]), int(match[2]), match[3]
+    for key, value, allowed in (('kernel', k, kernels), ('width', w, widths), ('expand ratio', e, expands)):
+        _check(value in allowed, part, f'{key} {value} is not one of {_allowed(allowed)}')
+    return k, w, expands[e]
+
+
+def parse_sub_stage(superspace, block_id, text):
+    """[(k, w, e), …] from `5#32#8_3#40#3`, checked against the block id's kernels, widths, expands and depths.
+
+    The expand ratio comes back as it is declared (3, 0.5, None).
+    """
+    space = get_superspace(superspace)
+    block_id = block_id if isinstance(block_id, BlockId) else parse_block_id(space, block_id)
+    blocks = []
+    for i, part in enumerate(text.split('_')):
+        try:
+            blocks.append(_parse_block(space.name, block_id, part))
+        except EncodingError as error:
+            raise EncodingError(f'{text}: {space.name} {block_id} block {i}: {error}') from None
+    depths = _sub_stage_choices(space.name, block_id)[-1]
+    _check(len(blocks) in depths, text, f'{space.name} {block_id}: depth {len(blocks)} is not one of {_allowed(depths)}')
+    return blocks
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """A subnet: depths of first_conv, stage0, stage1..6; k, w, e of their blocks in order; resolution in pixels.
+
+    expands holds None for blocks without an expand ratio.
+    """
+    depths: tuple
+    kernels: tuple
+    widths: tuple
+    expands: tuple
+    resolution: int
+
+    def __str__(self):
+        expands = ['0' if e is None else str(float(e)) for e in self.expands]
+        parts = [('d', self.depths), ('k', self.kernels), ('w', self.widths), ('e', expands)]
+        return '_'.join(key + '#'.join(map(str, values)) for key, values in parts) + f'_r{self.resolution}'
+
+    @classmethod
+    def from_stages(cls, stages, resolution):
+        """Subnet from [[(k, w, e), …] per stage of DEPTH_STAGES]."""
+        blocks = [block for stage in stages for block in stage]
+        kernels, widths, expands = zip(*blocks)
+        return cls(tuple(map(len, stages)), kernels, widths, expands, resolution)
+
+    def stages(self):
+        """{stage name: [(k, w, e), …]} of the 8 stages of the encoding, in order."""
+        blocks = iter(zip(self.kernels, self.widths, self.expands))
+        return {name: [next(blocks) for _ in range(depth)] for name, depth in zip(DEPTH_STAGES, self.depths)}
+
+
+_SUBNET = re.compile(r'd([0-9#]+)_k([0-9#]+)_w([0-9#]+)_e([0-9.#]+)_r([0-9]+)')
+
+
+def parse_subnet(text, supernet=None):
+    """Subnet from its string; with `supernet` (Supernet or string) it must be a member of it."""
+    if isinstance(text, Subnet):
+        subnet = text
+    else:
+        match = _SUBNET.fullmatch(text)
+        _check(match, text, 'not a subnet encoding d…_k…_w…_e…_r… with values joined by #')
+        try:
+            depths, kernels, widths = (tuple(int(v) for v in part.split('#')) for part in match.groups()[:3])
+            expands = tuple(float(v) or None for v in match[4].split('#'))
+        except ValueError:
+            raise EncodingError(f'{text}: empty or malformed number between #') from None
+        subnet = Subnet(depths, kernels, widths, expands, int(match[5]))
+    _check(len(subnet.depths) == len(DEPTH_STAGES), text,
+           f'd: {len(subnet.depths)} depths, expected {len(DEPTH_STAGES)}: {_allowed(DEPTH_STAGES)}')
+    for key, values in (('k', subnet.kernels), ('w', subnet.widths), ('e', subnet.expands)):
+        _check(len(values) == sum(subnet.depths), text,
+               f'{key}: {len(values)} values, expected one per block: {sum(subnet.depths)}')
+    return subnet if supernet is None else check_subnet(subnet, supernet)
+
+
+def check_subnet(subnet, supernet):
+    """The subnet, its expand ratios as they are declared; EncodingError where it is not in the supernet."""
+    supernet = parse_supernet(supernet)
+    space, expands = supernet.superspace, []
+
+    def check(where, key, value, allowed):
+        if value not in allowed:
+            shown = _allowed(0 if v is None else v for v in allowed)
+            raise EncodingError(f'{supernet} {where}: {key} {value or 0} is not one of {shown} (subnet {subnet})')
+
+    for name, blocks in subnet.stages().items():
+        block_type = supernet.block_type(name)
+        check(name, 'depth', len(blocks), space.stage(name).depths)
+        for i, (k, w, e) in enumerate(blocks):
+            check(f'{name} block {i}', 'kernel', k, block_type.kernels)
+            check(f'{name} block {i}', 'width', w, supernet.widths(name))
+            check(f'{name} block {i}', 'expand ratio', e, block_type.expands)
+            expands.append(block_type.expands[block_type.expands.index(e)])
+    check('input', 'resolution', subnet.resolution, space.resolutions)
+    return Subnet(subnet.depths, subnet.kernels, subnet.widths, tuple(expands), subnet.resolution)
+
+
+class BlockConfig(NamedTuple):
+    """One block of a concrete network: what a latency predictor and a static network are built from.
+
+    hw is the height and width of the block's input (pixels); cin, cout channels.
+    """
+    stage: str
+    name: str
+    hw: int
+    cin: int
+    cout: int
+    kernel_size: int
+    expand_ratio: float | None
+    stride: int
+    activation: str
+
+
+class SubnetConfig(NamedTuple):
+    """A concrete network: input resolution (pixels) and its BlockConfigs from first_conv to logits."""
+    resolution: int
+    blocks: tuple
+
+
+def stage_config(stage, block_type, blocks, cin, hw):
+    """BlockConfigs of one stage whose input has `cin` channels and `hw` pixels; blocks [(k, w, e), …]."""
+    configs = []
+    for i, (k, w, e) in enumerate(blocks):
+        stride = stage.stride if i == 0 else 1
+        configs.append(BlockConfig(stage.name, block_type.name, hw, cin, w, k, e, stride, block_type.activation))
+        cin, hw = w, -(-hw // stride)
+    return configs
+
+
+def subnet_config(supernet, subnet):
+    """SubnetConfig of a subnet (Subnet or string) of a supernet (Supernet or string), stem and head included."""
+    supernet = parse_supernet(supernet)
+    subnet = parse_subnet(subnet, supernet)
+    stages = subnet.stages()
+    configs, cin, hw = [], IMAGE_CHANNELS, subnet.resolution
+    for stage in supernet.superspace.stages:
+        block_type = supernet.block_type(stage.name)
+        blocks = stages.get(stage.name) or [(block_type.kernels[0], stage.widths[0], block_type.expands[0])]
+        configs += stage_config(stage, block_type, blocks, cin, hw)
+        cin, hw = configs[-1].cout, -(-hw // stage.stride)
+    configs[-1] = configs[-1]._replace(hw=1, stride=0)      # the linear layer, as block tables write it
+    return SubnetConfig(subnet.resolution, tuple(configs))
+
+
+__all__ = ['BlockConfig', 'BlockId', 'DEPTH_STAGES', 'EncodingError', 'HEAD_STAGES', 'Subnet', 'SubnetConfig',
+           'Supernet', 'check_subnet', 'format_sub_stage', 'parse_block_id', 'parse_sub_stage', 'parse_subnet',
+           'parse_supernet', 'stage_config', 'subnet_config']

@@ -1,0 +1,143 @@
+"""Hyperspaces (superspaces) as data: a stage table, the block types of the searchable stages, stem and head.
+
+A new hyperspace is one more row of `SUPERSPACES`; a new block type is one more layout function
+(modules/modeling/layout.py) and its name in a row here. Nothing else has to know.
+"""
+from dataclasses import dataclass
+
+from . import macro_arch
+from .macro_arch import SEARCHABLE_STAGES, span
+
+
+class SearchSpaceError(ValueError):
+    """Something is not a member of a search space; the message is one line that names it."""
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """What a stage's blocks may be: `name` is a layout's name, kernels k (pixels), expands e as declared.
+
+    Blocks without an expand ratio have expands (None,).
+    """
+    name: str
+    kernels: tuple = (3,)
+    expands: tuple = (None,)
+    activation: str = 'relu'
+
+
+@dataclass(frozen=True)
+class Superspace:
+    """A hyperspace: `block_types[digit]` may be used in any of stages 1..6; `fixed` are stem and head."""
+    name: str
+    stages: tuple
+    block_types: tuple
+    fixed: dict
+    platform: str                                   # default latency platform
+    resolutions: tuple = span(160, 224, 16)         # input resolutions of supernets, pixels
+    kd_resolutions: tuple = (160, 192, 224)         # of block KD and block LUTs
+
+    def stage(self, name):
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise SearchSpaceError(f'{self.name}: no stage {name!r}; stages: {" ".join(s.name for s in self.stages)}')
+
+    def previous_stage(self, name):
+        """The stage before `name`, None for the first."""
+        index = self.stages.index(self.stage(name))
+        return self.stages[index - 1] if index else None
+
+    def input_widths(self, name):
+        """Every width the input of stage `name` can have: the previous stage's whole list."""
+        previous = self.previous_stage(name)
+        return previous.widths if previous else (macro_arch.IMAGE_CHANNELS,)
+
+    def input_stride(self, name):
+        """Down-sampling between the image and the input of stage `name`."""
+        stride = 1
+        for stage in self.stages:
+            if stage.name == name:
+                return stride
+            stride *= stage.stride
+        raise SearchSpaceError(f'{self.name}: no stage {name!r}')
+
+    def block_type(self, stage, digit=None):
+        """BlockType of a stem or head stage, or of a searchable stage with block type `digit`."""
+        if stage in self.fixed:
+            return self.fixed[stage]
+        if digit is None or not 0 <= digit < len(self.block_types):
+            raise SearchSpaceError(
+                f'{self.name}: {stage}: block type {digit} is not one of 0..{len(self.block_types) - 1}')
+        return self.block_types[digit]
+
+    def block_ids(self):
+        """All block-KD stages, `stage1_0` … in order."""
+        return [f'{stage}_{digit}' for stage in SEARCHABLE_STAGES for digit in range(len(self.block_types))]
+
+    def lut_ids(self):
+        """All block-LUT names, `stage1_0_0` … in order."""
+        return [f'{block}_{window}' for block in self.block_ids()
+                for window in range(self.stage(block.split('_')[0]).num_windows)]
+
+
+K3, K35, K357 = (3,), (3, 5), (3, 5, 7)
+RESNET_E = (0.5, 1.0, 1.5)
+MBCONV_MOBILE = (3, 6, 8)
+MBCONV_ONNX = (4, 6, 8)
+FUSED_E = (1, 2, 3, 4)
+
+
+def _fixed(stage0, head_activation):
+    return {'first_conv': BlockType('FirstConvBlock', K3, (None,), 'relu'),
+            'stage0': stage0,
+            'final_expand': BlockType('FinalExpandBlock', (1,), (None,), head_activation),
+            'feature_mix': BlockType('FeatureMixBlock', (1,), (None,), head_activation),
+            'logits': BlockType('LogitsBlock', (0,), (None,), 'relu')}
+
+
+_MOBILE_STAGE0 = BlockType('MobileNetV2Block', K3, (1,), 'relu')
+_ONNX_STAGE0 = BlockType('ResNetBlock', K3, (0.5,), 'relu')
+
+
+def _onnx_blocks(resnet_kernels):
+    return (BlockType('MobileNetV1DualBlock', K35),
+            BlockType('MobileNetV2ResBlock', K35, MBCONV_ONNX, 'relu6'),
+            BlockType('MobileNetV3ResBlock', K35, MBCONV_ONNX, 'hswish'),
+            BlockType('ResNetBlock', resnet_kernels, RESNET_E),
+            BlockType('ResNetSEBlock', resnet_kernels, RESNET_E))
+
+
+_MOBILEW_BLOCKS = (BlockType('MobileNetV1DualBlock', K357),
+                   BlockType('MobileNetV2ResBlock', K357, MBCONV_MOBILE, 'relu6'),
+                   BlockType('MobileNetV3ResBlock', K357, MBCONV_MOBILE, 'swish'),
+                   BlockType('ResNetBlock', K35, RESNET_E),
+                   BlockType('FusedMBConvSEResBlock', K357, FUSED_E, 'swish'),
+                   BlockType('MobileNetV3K3ResBlock', K357, MBCONV_MOBILE, 'swish'),
+                   BlockType('MobileNetV2K3ResBlock', K357, MBCONV_MOBILE, 'relu6'))
+_MOBILE_BLOCKS = (BlockType('MobileNetV1Block', K357),
+                  BlockType('MobileNetV2Block', K357, MBCONV_MOBILE, 'relu6'),
+                  BlockType('MobileNetV3Block', K357, MBCONV_MOBILE, 'hswish'),
+                  BlockType('ResNetBlock', K35, RESNET_E),
+                  BlockType('ResNetSEBlock', K35, RESNET_E))
+_ONNXW_BLOCKS = _onnx_blocks(K357) + (BlockType('FusedMBConvResBlock', K357, FUSED_E, 'swish'),)
+
+PIXEL4, VNNI = 'tflite27_cpu_int8', 'onnx_lut'
+
+SUPERSPACES = {space.name: space for space in (
+    Superspace('mobilew', macro_arch.MOBILE_W, _MOBILEW_BLOCKS, _fixed(_MOBILE_STAGE0, 'swish'), PIXEL4),
+    Superspace('onnxw', macro_arch.ONNX_W, _ONNXW_BLOCKS, _fixed(_ONNX_STAGE0, 'hswish'), VNNI),
+    Superspace('mobile_original', macro_arch.MOBILE_ORIGINAL, _MOBILE_BLOCKS,
+               _fixed(_MOBILE_STAGE0, 'hswish'), PIXEL4),
+    Superspace('mobile_v1', macro_arch.MOBILE_V1, _MOBILE_BLOCKS, _fixed(_MOBILE_STAGE0, 'hswish'), PIXEL4),
+    Superspace('onnx', macro_arch.ONNX, _onnx_blocks(K357), _fixed(_ONNX_STAGE0, 'hswish'), VNNI),
+    Superspace('onnx_v1', macro_arch.ONNX, _onnx_blocks(K35), _fixed(_ONNX_STAGE0, 'hswish'), VNNI),
+)}
+
+
+def get_superspace(superspace):
+    """Superspace by name; a Superspace is returned as it is. Raises SearchSpaceError for an unknown name."""
+    if isinstance(superspace, Superspace):
+        return superspace
+    if superspace not in SUPERSPACES:
+        raise SearchSpaceError(f'no superspace {superspace!r}; known: {" ".join(SUPERSPACES)}')
+    return SUPERSPACES[superspace]
