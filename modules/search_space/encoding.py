@@ -85,7 +85,7 @@ def parse_supernet(text, superspace=None):
         except SearchSpaceError as error:
             raise EncodingError(f'{text}: {error}') from None
         _check(superspace is None or space is get_superspace(superspace), text,
-               f'a supernet of {space.name}, not of {get_superspace(superspace).name}')
+               f'a supernet of {space.name}, not of {getattr(superspace, "name", superspace)}')
     else:
         space, choice = get_superspace(superspace), text
     match = re.fullmatch(r'([0-9]+)(?:[-_]([0-9]+))?', choice)
@@ -278,8 +278,11 @@ def stage_config(stage, block_type, blocks, cin, hw):
     return configs
 
 
-def subnet_config(supernet, subnet):
-    """SubnetConfig of a subnet (Subnet or string) of a supernet (Supernet or string), stem and head included."""
+def subnet_config(supernet, subnet, num_classes=None):
+    """SubnetConfig of a subnet (Subnet or string) of a supernet (Supernet or string), stem and head included.
+
+    num_classes: outputs of the last layer where they differ from the stage table's.
+    """
     supernet = parse_supernet(supernet)
     subnet = parse_subnet(subnet, supernet)
     stages = subnet.stages()
@@ -288,8 +291,9 @@ def subnet_config(supernet, subnet):
         block_type = supernet.block_type(stage.name)
         blocks = stages.get(stage.name) or [(block_type.kernels[0], stage.widths[0], block_type.expands[0])]
         configs += stage_config(stage, block_type, blocks, cin, hw)
-        cin, hw = configs[-1].cout, -(-hw // stage.stride)
-    configs[-1] = configs[-1]._replace(hw=1, stride=0)      # the linear layer, as block tables write it
+        cin = cout = configs[-1].cout
+        hw = -(-hw // stage.stride)
+    configs[-1] = configs[-1]._replace(hw=1, stride=0, cout=num_classes or cout)      # the linear layer, as block tables write it
     return SubnetConfig(subnet.resolution, tuple(configs))
 
 

@@ -89,16 +89,16 @@ def crossover_subnets(first, second, rng, align=False):
     return Subnet.from_stages(stages, rng.choice((first.resolution, second.resolution)))
 
 
-def sample_sub_stage(superspace, block_id, rng, hw_list=None):
+def sample_sub_stage(superspace, block_id, rng, hw_list=None, width_list=None):
     """A random row of a block LUT: ([(k, w, e), …], cin, resolution).
 
-    Depth, then k, w (in the block id's width window, or the whole list) and e per block; the input width from
-    the previous stage's whole list; the image resolution (pixels) from `hw_list`, default the space's.
+    Depth, then k, w (from `width_list`, the block id's width window, or the whole list) and e per block; the
+    input width from the previous stage's whole list; the image resolution (pixels) from `hw_list`, default the space's.
     """
     space = get_superspace(superspace)
     block_id = parse_block_id(space, str(block_id))
     stage, block_type = space.stage(block_id.stage), space.block_type(*block_id[:2])
-    widths = stage.widths if block_id.window is None else stage.window_widths(block_id.window)
+    widths = width_list or (stage.widths if block_id.window is None else stage.window_widths(block_id.window))
     blocks = _sample_blocks(block_type, widths, rng.choice(stage.depths), rng)
     return blocks, rng.choice(space.input_widths(block_id.stage)), rng.choice(hw_list or space.kd_resolutions)
 

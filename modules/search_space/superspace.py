@@ -5,11 +5,12 @@ A new hyperspace is one more row of `SUPERSPACES`; a new block type is one more 
 """
 from dataclasses import dataclass
 
+from ..errors import UserError
 from . import macro_arch
 from .macro_arch import SEARCHABLE_STAGES, span
 
 
-class SearchSpaceError(ValueError):
+class SearchSpaceError(UserError):
     """Something is not a member of a search space; the message is one line that names it."""
 
 

@@ -1,0 +1,40 @@
+"""What all scripts share: `run(main, get_args)` ends user errors with one line and exit code 2."""
+import argparse
+import sys
+
+from .errors import UserError
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it is written, and every default."""
+
+
+def parser(docstring):
+    """ArgumentParser whose description is the script's docstring."""
+    return argparse.ArgumentParser(description=docstring, formatter_class=_HelpFormatter)
+
+
+def positive(kind):
+    """argparse type: a positive int or float."""
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < float('inf'):
+            raise argparse.ArgumentTypeError(f'{text} is not a positive number')
+        return value
+    parse.__name__ = f'positive {kind.__name__}'
+    return parse
+
+
+def run(main, get_args):
+    """main(get_args()); a UserError or a missing file or folder is one line on stderr and exit code 2."""
+    try:
+        main(get_args())
+    except (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        sys.exit(_fail(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(error):
+    print('error: ' + ' '.join(str(error).split('\n')), file=sys.stderr)
+    return 2

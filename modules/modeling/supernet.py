@@ -1,0 +1,81 @@
+"""The supernet: one weight-sharing network that holds every subnet of a space."""
+import random
+
+from torch import nn
+
+from ..search_space import sampling
+from ..search_space.encoding import parse_subnet, parse_supernet, subnet_config
+from ..search_space.macro_arch import IMAGE_CHANNELS
+from .dynamic_blocks import DynamicStage
+from .network import Network
+from .ops.op import resize
+
+
+class Supernet(nn.Module):
+    """Weight-sharing network of a space (encoding.Supernet); (N, 3, H, W) to (N, classes).
+
+    A stage's weights are sized by its width window's largest width on the output side and by the previous
+    stage's whole width list on the input side, so that weights fit between windows.
+    """
+
+    def __init__(self, encoding, num_classes=1000):
+        super().__init__()
+        self.encoding, self.num_classes = encoding, num_classes
+        stages = {}
+        for stage in encoding.superspace.stages:
+            cout = num_classes if stage.name == 'logits' else max(encoding.widths(stage.name))
+            cin = max(encoding.superspace.input_widths(stage.name))
+            stages[stage.name] = DynamicStage(stage, encoding.block_type(stage.name), cin, cout)
+        self.stages = nn.ModuleDict(stages)
+        self.set_max_subnet()
+
+    @classmethod
+    def build_from_str(cls, encoding, num_classes=1000):
+        """Supernet of `onnxw-151122-023231`."""
+        return cls(parse_supernet(encoding), num_classes)
+
+    @property
+    def active_resolution(self):
+        """Input resolution of the active subnet, pixels."""
+        return self.active_subnet.resolution
+
+    def set_active_subnet(self, subnet):
+        """Make `subnet` (string or encoding.Subnet) the one that runs; EncodingError where it is no member."""
+        self.active_subnet = parse_subnet(subnet, self.encoding)
+        cin, blocks = IMAGE_CHANNELS, iter(self.get_active_subnet_config().blocks)
+        stages = self.active_subnet.stages()
+        for name, stage in self.stages.items():
+            configs = [next(blocks) for _ in range(len(stages[name]) if name in stages else 1)]
+            stage.set_active(cin, [(b.kernel_size, b.cout, b.expand_ratio) for b in configs])
+            cin = configs[-1].cout
+        return str(self.active_subnet)
+
+    def set_max_subnet(self):
+        """Activate the largest subnet; returns its encoding."""
+        return self.set_active_subnet(sampling.max_subnet(self.encoding))
+
+    def set_min_subnet(self):
+        """Activate the smallest subnet; returns its encoding."""
+        return self.set_active_subnet(sampling.min_subnet(self.encoding))
+
+    def sample_active_subnet(self, rng=random, align_sample=False):
+        """Activate a random subnet drawn with `rng` (random.Random); returns its encoding."""
+        return self.set_active_subnet(sampling.sample_subnet(self.encoding, rng, align_sample))
+
+    def get_active_subnet_config(self):
+        """SubnetConfig of the active subnet: what a latency predictor takes."""
+        return subnet_config(self.encoding, self.active_subnet, self.num_classes)
+
+    def get_active_subnet(self):
+        """A static Network with copies of the active slices, which computes the same numbers."""
+        network = Network(self.get_active_subnet_config())
+        for name, stage in self.stages.items():
+            for i, block in enumerate(stage.active_blocks):
+                network.stages[name][i] = block.get_active_block()
+        return network.train(self.training)
+
+    def forward(self, x):
+        x = resize(x, self.active_resolution)
+        for stage in self.stages.values():
+            x = stage(x)
+        return x

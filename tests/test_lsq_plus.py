@@ -1,0 +1,211 @@
+"""LSQ+ ops: the published figures, the definition, initialisation and its state."""
+import copy
+import math
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from modules.modeling.ops import lsq_plus
+from modules.modeling.ops.lsq_plus import (QBase, quantize_activation, quantize_weight, set_fp32_mode,
+                                           set_quant_mode)
+from modules.modeling.ops.op import QConv, QConv2d, QLinear
+from modules.modeling.supernet import Supernet
+
+from .conftest import GOLDEN
+
+OPS = {'conv': lambda: QConv(8, 12, 3, 2, 1), 'dwconv': lambda: QConv(8, 8, 5, padding=2, groups=8, bias=False),
+       'linear': lambda: QLinear(16, 10)}
+
+
+@pytest.mark.parametrize('name', sorted(OPS))
+def test_output_and_gradients_are_the_published_ones(name):
+    golden = np.load(f'{GOLDEN}/lsq_ops.npz')
+
+    def figure(key):
+        return torch.as_tensor(golden[f'{name}.loaded.{key}'])
+
+    op = OPS[name]()
+    op.load_state_dict({key: figure(key) for key in op.state_dict()})
+    set_quant_mode(op).train()
+    x = figure('x').requires_grad_()
+    y = op(x)
+    (y * figure('gout')).sum().backward()
+    torch.testing.assert_close(y, figure('y'), rtol=1e-5, atol=1e-6)
+    for grad, key in ((x.grad, 'x'), (op.weight.grad, 'w'), (op.sw.grad, 'sw'), (op.sa.grad, 'sa'),
+                      (op.beta.grad, 'beta')):
+        want = figure(f'grad_{key}')
+        assert (grad - want).norm() <= 1e-4 * want.norm() + 1e-7, key
+
+
+def _composed(x, scale, beta, low, high, g):
+    """LSQ+ from its definition, straight-through by detach, in float64."""
+    def scale_grad(p):
+        return (p - p * g).detach() + p * g
+    s, b = scale_grad(scale), scale_grad(beta)
+    v = ((x - b) / s).clamp(low, high)
+    return (v + (v.round() - v).detach()) * s + b
+
+
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_activation_gradients_follow_the_definition(bits):
+    torch.manual_seed(bits)
+    x = torch.randn(3, 5, 7, 7, dtype=torch.float64) * 2
+    grad = torch.randn_like(x)
+    results = []
+    for function in (lambda x, s, b: quantize_activation(x, s, bits, b, True),
+                     lambda x, s, b: _composed(x, s, b, 0, 2 ** bits - 1,
+                                               1 / math.sqrt(x[0].numel() * (2 ** bits - 1)))):
+        leaves = [x.clone().requires_grad_(), torch.tensor([0.011], dtype=torch.float64, requires_grad=True),
+                  torch.tensor([-0.7], dtype=torch.float64, requires_grad=True)]
+        y = function(*leaves)
+        y.backward(grad)
+        results.append([y.detach()] + [leaf.grad for leaf in leaves])
+    for ours, definition in zip(*results):
+        torch.testing.assert_close(ours, definition, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_weight_gradients_follow_the_definition(bits):
+    torch.manual_seed(bits)
+    w = torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    grad, low, high = torch.randn_like(w), -2 ** (bits - 1), 2 ** (bits - 1) - 1
+    zero = torch.zeros(1, dtype=torch.float64)
+    results = []
+    for function in (lambda w, s: quantize_weight(w, s, bits, True),
+                     lambda w, s: _composed(w, s, zero, low, high, 1 / math.sqrt(w.numel() * high))):
+        leaves = [w.clone().requires_grad_(), torch.tensor([0.013], dtype=torch.float64, requires_grad=True)]
+        y = function(*leaves)
+        y.backward(grad)
+        results.append([y.detach()] + [leaf.grad for leaf in leaves])
+    for ours, definition in zip(*results):
+        torch.testing.assert_close(ours, definition, rtol=1e-9, atol=1e-12)
+
+
+def test_a_negative_scale_acts_by_its_size_and_a_zero_scale_is_finite():
+    x = torch.linspace(-1, 1, 64).reshape(1, 64)
+    beta = torch.zeros(1)
+    assert torch.equal(quantize_activation(x, torch.tensor([-0.01]), 8, beta, True),
+                       quantize_activation(x, torch.tensor([0.01]), 8, beta, True))
+    assert torch.isfinite(quantize_activation(x, torch.zeros(1), 8, beta, True)).all()
+    assert torch.isfinite(quantize_weight(x, torch.zeros(1), 8, True)).all()
+
+
+@pytest.mark.parametrize('name', sorted(OPS))
+def test_fp32_mode_is_the_plain_op(name):
+    op = OPS[name]()
+    x = torch.randn(2, 16) if name == 'linear' else torch.randn(2, 8, 9, 9)
+    plain = nn.functional.linear(x, op.weight, op.bias) if name == 'linear' else nn.functional.conv2d(
+        x, op.weight, op.bias, op.stride, op.padding, 1, op.groups)
+    assert torch.equal(op(x), plain)
+    set_quant_mode(op)
+    assert not torch.equal(op(x), plain)
+    set_fp32_mode(op)
+    assert torch.equal(op(x), plain)
+    assert quantize_weight(x, op.sw, 32, True) is x and quantize_activation(x, op.sa, 32, op.beta, True) is x
+
+
+def test_first_int8_forward_initialises_the_scales_by_min_and_max():
+    op = set_quant_mode(QConv(3, 4, 3))
+    x = torch.rand(2, 3, 8, 8) * 5 - 1
+    op(x)
+    assert op.sa.item() == pytest.approx((x.max() - x.min()).item() / 255)
+    assert op.beta.item() == pytest.approx(x.min().item())
+    assert op.sw.item() == pytest.approx(2 * op.weight.abs().max().item() / 255)
+    before = copy.deepcopy(op.state_dict())
+    op(x * 3)
+    assert all(torch.equal(before[key], op.state_dict()[key]) for key in ('sw', 'sa', 'beta'))
+
+
+def test_constant_inputs_give_finite_scales():
+    op = set_quant_mode(QConv(3, 4, 1))
+    nn.init.zeros_(op.weight)
+    assert torch.isfinite(op(torch.zeros(1, 3, 4, 4))).all()
+    assert op.sa.item() == pytest.approx(1e-7 / 255) and op.sw.item() == pytest.approx(1e-7 / 255)
+
+
+def _state(**values):
+    return OrderedDict({'weight': torch.randn(4, 3, 1, 1), 'bias': torch.zeros(4)},
+                       **{key: torch.tensor([float(values.get(key, default))])
+                          for key, default in (('sw', 1), ('sa', 1), ('beta', 0))})
+
+
+@pytest.mark.parametrize('values, initialised', [
+    ({}, False),                                                 # published fp32 training: 1, 1, 0
+    ({'sw': 0.01, 'sa': 0.02, 'beta': -1}, True),
+    ({'sw': 1, 'sa': 0.02}, True),                               # a scale that happens to be exactly 1
+    ({'sw': 0.3, 'sa': 1}, True),
+    ({'beta': -0.5}, True),
+])
+def test_loading_tells_initialised_scales_from_untouched_ones(values, initialised):
+    op = set_quant_mode(QConv(3, 4, 1))
+    op.load_state_dict(_state(**values))
+    assert op.scales_initialized is initialised
+    op(torch.rand(2, 3, 4, 4))
+    kept = [op.sw.item(), op.sa.item(), op.beta.item()]
+    assert (kept == pytest.approx([values.get('sw', 1), values.get('sa', 1), values.get('beta', 0)])) is initialised
+
+
+def test_our_own_state_dict_remembers_scales_that_are_exactly_the_defaults(tmp_path):
+    op = QConv(3, 4, 1)
+    op.scales_initialized = True
+    torch.save(op.state_dict(), tmp_path / 'op.pth')
+    loaded = QConv(3, 4, 1)
+    loaded.load_state_dict(torch.load(tmp_path / 'op.pth', weights_only=True))
+    assert loaded.scales_initialized
+    fresh = QConv(3, 4, 1)
+    fresh.load_state_dict(QConv(3, 4, 1).state_dict())
+    assert not fresh.scales_initialized
+
+
+def test_set_quant_mode_reaches_the_op_itself_and_every_depth():
+    op = QConv2d(3, 4, 1)
+    assert set_quant_mode(op).nbits_w == 8
+    nested = nn.Sequential(nn.ModuleList([nn.ModuleDict({'a': QLinear(2, 2)})]))
+    set_quant_mode(nested, 4)
+    assert [m.nbits_a for m in nested.modules() if isinstance(m, QBase)] == [4]
+    supernet = set_quant_mode(Supernet.build_from_str('mobilew-601234-100000'))
+    ops = lsq_plus.quantised_ops(supernet)
+    assert len(ops) == sum(key.endswith('.sw') for key in supernet.state_dict())
+    assert all(o.nbits_w == o.nbits_a == 8 for o in ops)
+    assert not any(o.is_quantised for o in lsq_plus.quantised_ops(set_fp32_mode(supernet)))
+
+
+def test_lsq_initial_is_finite_and_used_where_asked():
+    op = set_quant_mode(QConv(3, 4, 3))
+    op.initial = lsq_plus.lsq_initial
+    x = torch.randn(2, 3, 8, 8)
+    op(x)
+    assert op.sw.item() == pytest.approx(2 * op.weight.abs().mean().item() / math.sqrt(127))
+    assert op.beta.item() == pytest.approx(x.min().item())
+
+
+def test_without_training_scales_are_constants():
+    op = set_quant_mode(QConv(3, 4, 3)).eval()
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    op(x).sum().backward()
+    assert op.sa.grad is None and op.sw.grad is None and x.grad is not None
+
+
+def _initialise_on_rank(rank, world, file, results):
+    import torch.distributed as dist
+    dist.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=world)
+    torch.manual_seed(0)
+    op = set_quant_mode(QConv(3, 4, 1))
+    op(torch.full((1, 3, 2, 2), float(rank)) + torch.arange(4.).reshape(2, 2))
+    results[rank] = [op.sw.item(), op.sa.item(), op.beta.item()]
+    with lsq_plus.local_initialisation():                        # no collective: only one rank comes here
+        if rank == 1:
+            other = set_quant_mode(QConv(3, 4, 1))
+            other(torch.rand(1, 3, 2, 2))
+    dist.destroy_process_group()
+
+
+def test_scales_are_averaged_and_beta_min_reduced_over_ranks(tmp_path):
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_initialise_on_rank, (2, tmp_path / 'store', results), nprocs=2)
+        assert results[0] == results[1]
+        assert results[0][1] == pytest.approx(3 / 255) and results[0][2] == 0.0
