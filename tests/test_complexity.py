@@ -89,7 +89,7 @@ def test_layouts_connect(name):
             assert layer.op == 'add' or layer.op in UNITS
         assert channels == (cout if name != 'LogitsBlock' else layers[-1].cout)
         full = [layer.name for layer in block_layout(name, Sizes(cin, cout, 5, expand, stride, 'relu'), full=True)]
-        assert set(layer.name for layer in layers) <= set(full)
+        assert {layer.name for layer in layers} <= set(full)
 
 
 def test_unknown_block_type_is_named():

@@ -9,8 +9,13 @@ import torch
 from torch import nn
 
 from modules.modeling.ops import lsq_plus
-from modules.modeling.ops.lsq_plus import (QBase, quantize_activation, quantize_weight, set_fp32_mode,
-                                           set_quant_mode)
+from modules.modeling.ops.lsq_plus import (
+    QBase,
+    quantize_activation,
+    quantize_weight,
+    set_fp32_mode,
+    set_quant_mode,
+)
 from modules.modeling.ops.op import QConv, QConv2d, QLinear
 from modules.modeling.supernet import Supernet
 
@@ -145,7 +150,8 @@ def test_loading_tells_initialised_scales_from_untouched_ones(values, initialise
     assert op.scales_initialized is initialised
     op(torch.rand(2, 3, 4, 4))
     kept = [op.sw.item(), op.sa.item(), op.beta.item()]
-    assert (kept == pytest.approx([values.get('sw', 1), values.get('sa', 1), values.get('beta', 0)])) is initialised
+    stored = [values.get('sw', 1), values.get('sa', 1), values.get('beta', 0)]
+    assert (kept == pytest.approx(stored)) is initialised
 
 
 def test_our_own_state_dict_remembers_scales_that_are_exactly_the_defaults(tmp_path):

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from modules.latency import nn_meter_adapter
-from modules.latency.kernel_model import LatencyError
+from modules.latency import LatencyError, LatencyPredictor, nn_meter_adapter
 from modules.latency.kernels import Kernel, block_kernels
 from modules.modeling.complexity import block_sizes
 from modules.modeling.layout import block_layout, out_size
@@ -115,8 +114,9 @@ def test_a_subnet_is_the_sum_of_nn_meters_kernels(home, supernet):
         blocks = predictor.predict_blocks(config.blocks)
         assert blocks.shape == (len(config.blocks),)
         assert blocks.sum() == pytest.approx(theirs, rel=1e-12)
-        alone = nn_meter_adapter.load('my_phone', trust_pickles=True).predict_blocks([config.blocks[3][1:]])
-        assert alone == pytest.approx([blocks[3]], rel=1e-12)
+        latency = LatencyPredictor('my_phone', trust_pickles=True)
+        assert latency.predict_block(*config.blocks[3][1:]) == pytest.approx(blocks[3], rel=1e-12)
+        assert latency.predict_subnet(config) == pytest.approx(theirs, rel=1e-12)
 
 
 @needs_nn_meter
@@ -241,6 +241,8 @@ def test_no_pickle_is_opened_without_the_flag(written_registry, tmp_path):
     with pytest.raises(LatencyError, match='--trust_pickles') as error:
         nn_meter_adapter.load('my_phone')
     assert str(folder) in str(error.value) and '\n' not in str(error.value)
+    with pytest.raises(LatencyError, match='--trust_pickles'):
+        LatencyPredictor('my_phone')
     assert not (tmp_path / 'opened').exists()
     with pytest.raises(LatencyError, match='fc.pkl: holds a NoneType, not a kernel predictor'):
         nn_meter_adapter.load('my_phone', trust_pickles=True)

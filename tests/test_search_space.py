@@ -7,8 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules.search_space import sampling
-from modules.search_space.encoding import (DEPTH_STAGES, EncodingError, Subnet, format_sub_stage, parse_block_id,
-                                           parse_sub_stage, parse_subnet, parse_supernet, subnet_config)
+from modules.search_space.encoding import (
+    DEPTH_STAGES,
+    EncodingError,
+    Subnet,
+    format_sub_stage,
+    parse_block_id,
+    parse_sub_stage,
+    parse_subnet,
+    parse_supernet,
+    subnet_config,
+)
 from modules.search_space.superspace import SUPERSPACES, SearchSpaceError, get_superspace
 from modules.zoo import find_subnet, find_supernet, named_subnets, named_supernets
 

@@ -1,7 +1,8 @@
 """A block's layout as nn-Meter kernels: what a kernel-level latency predictor sums.
 
 Kernels: conv-bn-relu and dwconv-bn-relu (relu and relu6 are part of them), fc, hswish, swish, se,
-global-avgpool, add, addrelu. Source: nn-Meter (MobiSys 2021), as described in its kernel predictors' inputs.
+global-avgpool, add, addrelu. Source: nn-Meter (MobiSys 2021) and its package, version 2.0, to which
+tests/test_nn_meter.py compares them.
 """
 from typing import NamedTuple
 
@@ -20,14 +21,21 @@ class Kernel(NamedTuple):
     stride: int = 0
 
     def features(self):
-        """Inputs of nn-Meter's predictor of this kernel (MFLOPs and Mparams without batch norm and biases)."""
+        """Inputs of nn-Meter's predictor of this kernel, as nn-Meter 2.0 computes them in training and use.
+
+        conv, dwconv: [hw, cin, cout, k, stride, MFLOPs, Mparams], with a bias per output channel and
+        multiply-adds at hw / stride *not* rounded up. fc: [cin, cout, MFLOPs, Mparams]; its (2 cin + 1) cout
+        "params" are nn-Meter's. add, addrelu: [hw, cin, cin]. Others: [hw, cin]. (When it predicts a graph
+        nn-Meter gives hw 1 to every global-avgpool, whatever it was trained on: a slip not repeated here.)
+        """
         if self.name in ('conv-bn-relu', 'dwconv-bn-relu'):
-            weights = self.kernel_size ** 2 * (self.cin if self.name == 'conv-bn-relu' else 1) * self.cout
-            flops = weights * out_size(self.hw, self.stride) ** 2
-            return [self.hw, self.cin, self.cout, self.kernel_size, self.stride, flops / 1e6, weights / 1e6]
+            inputs = self.cin if self.name == 'conv-bn-relu' else 1
+            params = (self.kernel_size ** 2 * inputs + 1) * self.cout
+            flops = self.hw / self.stride * self.hw / self.stride * params
+            return [self.hw, self.cin, self.cout, self.kernel_size, self.stride, flops / 1e6, params / 1e6]
         if self.name == 'fc':
-            weights = (self.cin + 1) * self.cout
-            return [self.cin, self.cout, 2 * weights / 1e6, weights / 1e6]
+            params = (2 * self.cin + 1) * self.cout
+            return [self.cin, self.cout, params / 2e6, params / 1e6]
         if self.name in ('add', 'addrelu'):
             return [self.hw, self.cin, self.cin]
         return [self.hw, self.cin]
@@ -53,8 +61,8 @@ def block_kernels(name, sizes, hw):
         elif layer.op == 'linear':
             kernels.append(Kernel('fc', 1, layer.cin, layer.cout))
         elif layer.op == 'add':
-            kernels.append(Kernel('add' if activation is None else 'addrelu', layer_hw, layer.cin, layer.cout))
-            activation = None
+            add = 'addrelu' if activation in ('relu', 'relu6') else 'add'
+            kernels.append(Kernel(add, layer_hw, layer.cin, layer.cout))
         if not layer.shortcut:
             pixels = 1 if layer.op == 'mean' else out_size(pixels, layer.stride)
         if activation not in FUSED_ACTIVATIONS:

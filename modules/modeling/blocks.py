@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from .layout import ALWAYS_SHORTCUT, block_layout
-from .ops.op import (ACTIVATION_FUNCTIONS, SE, ConvNormAct, DepthConvNormAct, DepthStackNormAct, GlobalMean,
-                     QLinear)
+from .ops.op import ACTIVATION_FUNCTIONS, SE, ConvNormAct, DepthConvNormAct, DepthStackNormAct, GlobalMean, QLinear
 
 UNITS = {'conv': ConvNormAct, 'dwconv': DepthConvNormAct, 'dwstack': DepthStackNormAct, 'se': SE,
          'mean': lambda layer: GlobalMean(), 'flatten': lambda layer: nn.Flatten(),

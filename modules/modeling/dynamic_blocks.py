@@ -3,8 +3,13 @@ from torch import nn
 
 from .blocks import Block, run_layers
 from .layout import Sizes, block_layout
-from .ops.dynamic_op import (DynamicConvNormAct, DynamicDepthConvNormAct, DynamicDepthStackNormAct,
-                             DynamicLinear, DynamicSE)
+from .ops.dynamic_op import (
+    DynamicConvNormAct,
+    DynamicDepthConvNormAct,
+    DynamicDepthStackNormAct,
+    DynamicLinear,
+    DynamicSE,
+)
 from .ops.lsq_plus import quantised_ops
 from .ops.op import GlobalMean, take
 
@@ -60,7 +65,7 @@ class DynamicBlock(nn.Module):
 
 
 def _static_name(name):
-    """depth_conv.dwconv.dwconv1.weight, as a dynamic stack has it, is depth_conv.dwconv.1.weight in a static one."""
+    """A dynamic stack's depth_conv.dwconv.dwconv1.weight is a static one's depth_conv.dwconv.1.weight."""
     return name.replace('.dwconv.dwconv', '.dwconv.')
 
 

@@ -44,7 +44,7 @@ class Layer:
 
 
 def div8(v):
-    """`v` rounded to the nearest multiple of 8 (halves up, at least 8), one step more where that lost over 10 %."""
+    """The multiple of 8 nearest to `v` (halves up, at least 8), one step more where that lost over 10 %."""
     rounded = max(8, int(v + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * v else rounded
 

@@ -10,7 +10,7 @@ Every parser raises EncodingError with one line that names the text, the stage, 
 """
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from .macro_arch import DEPTH_STAGES, HEAD_STAGES, IMAGE_CHANNELS, SEARCHABLE_STAGES
@@ -112,7 +112,7 @@ def parse_block_id(superspace, text):
     return _parse_block_id(get_superspace(superspace).name, str(text))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse_block_id(superspace, text):
     space = get_superspace(superspace)
     match = re.fullmatch(r'(stage[0-9]+)_([0-9]+)(?:_([0-9]+))?', text)
@@ -132,7 +132,7 @@ def format_sub_stage(blocks):
     return '_'.join(f'{k}#{w}#{e}' for k, w, e in blocks)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sub_stage_choices(superspace, block_id):
     """(kernels, widths, {printed expand: expand}, depths) of a block id."""
     space = get_superspace(superspace)
@@ -166,7 +166,8 @@ def parse_sub_stage(superspace, block_id, text):
         except EncodingError as error:
             raise EncodingError(f'{text}: {space.name} {block_id} block {i}: {error}') from None
     depths = _sub_stage_choices(space.name, block_id)[-1]
-    _check(len(blocks) in depths, text, f'{space.name} {block_id}: depth {len(blocks)} is not one of {_allowed(depths)}')
+    _check(len(blocks) in depths, text,
+           f'{space.name} {block_id}: depth {len(blocks)} is not one of {_allowed(depths)}')
     return blocks
 
 
@@ -293,7 +294,8 @@ def subnet_config(supernet, subnet, num_classes=None):
         configs += stage_config(stage, block_type, blocks, cin, hw)
         cin = cout = configs[-1].cout
         hw = -(-hw // stage.stride)
-    configs[-1] = configs[-1]._replace(hw=1, stride=0, cout=num_classes or cout)      # the linear layer, as block tables write it
+    # block tables write the linear layer with hw 1 and stride 0
+    configs[-1] = configs[-1]._replace(hw=1, stride=0, cout=num_classes or cout)
     return SubnetConfig(subnet.resolution, tuple(configs))
 
 

@@ -93,7 +93,8 @@ def sample_sub_stage(superspace, block_id, rng, hw_list=None, width_list=None):
     """A random row of a block LUT: ([(k, w, e), …], cin, resolution).
 
     Depth, then k, w (from `width_list`, the block id's width window, or the whole list) and e per block; the
-    input width from the previous stage's whole list; the image resolution (pixels) from `hw_list`, default the space's.
+    input width from the previous stage's whole list; the image resolution (pixels) from `hw_list`, default
+    the space's.
     """
     space = get_superspace(superspace)
     block_id = parse_block_id(space, str(block_id))

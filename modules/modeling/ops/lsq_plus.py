@@ -1,4 +1,6 @@
-"""LSQ+ fake quantisation with learned scales and offsets (Bhalgat et al., CVPR-W 2020; LSQ: Esser et al., ICLR 2020).
+"""LSQ+ fake quantisation with learned scales and offsets.
+
+Sources: LSQ+ (Bhalgat et al., CVPR-W 2020), LSQ (Esser et al., ICLR 2020).
 
 Per tensor, 8 bits by default; 32 bits means "off". Activations are unsigned with an offset (beta), weights
 signed and symmetric.

@@ -1,0 +1,45 @@
+"""What a person wants to see of predicted latencies: a network's breakdown, a space's distribution."""
+import numpy as np
+
+from ..modeling.complexity import block_complexity, block_sizes
+from ..search_space.encoding import subnet_config
+
+
+def breakdown(supernet, subnet, predictor):
+    """Lines of a table: predicted ms, share, MFLOPs and Mparams of every block of a subnet, and their sums."""
+    config = subnet_config(supernet, subnet)
+    latencies = predictor.predict_blocks(config.blocks)
+    total = sum(latencies)
+    lines = [f'{"stage":<12} {"block":<22} {"input":>14} {"out":>5} {"k":>2} {"e":>4} {"s":>2}'
+             f' {"ms":>8} {"%":>5} {"MFLOPs":>8} {"Mparams":>8}']
+    sums = [0, 0]
+    for block, ms in zip(config.blocks, latencies):
+        counts = [n / 1e6 for n in block_complexity(block.name, block_sizes(block), block.hw)]
+        sums = [a + b for a, b in zip(sums, counts)]
+        shape = f'{block.cin}x{block.hw}x{block.hw}'
+        e = '-' if block.expand_ratio is None else block.expand_ratio
+        lines.append(f'{block.stage:<12} {block.name:<22} {shape:>14} {block.cout:>5} {block.kernel_size:>2} {e:>4}'
+                     f' {block.stride:>2} {ms:8.3f} {100 * ms / total:5.1f} {counts[0]:8.2f} {counts[1]:8.3f}')
+    lines.append(f'{"total":<67} {total:8.3f} {100:5.1f} {sums[0]:8.2f} {sums[1]:8.3f}')
+    return lines
+
+
+def percentiles(latencies, points=(0, 5, 25, 50, 75, 95, 100)):
+    """[(percentile, ms), …] as plain floats."""
+    return [(p, float(v)) for p, v in zip(points, np.percentile(latencies, points))]
+
+
+def draw_cdf(latencies, marks, title, path):
+    """Write the picture of the distribution of `latencies` (ms); marks: {label: ms} drawn as vertical lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.2), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.ecdf(latencies, color='#1f6f8b', linewidth=2)
+    for (label, ms), colour in zip(marks.items(), ('#666666', '#d1495b', '#edae49', '#00798c', '#30638e') * 20):
+        axes.axvline(ms, linestyle='--', color=colour, linewidth=1.2, label=f'{label}: {ms:.2f} ms')
+    axes.set(xlabel='predicted INT8 latency (ms)', ylabel='share of subnets at most this slow', title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc='lower right', fontsize=8)
+    figure.savefig(path, dpi=130)
