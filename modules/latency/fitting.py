@@ -1,0 +1,204 @@
+"""Fit the shipped latency platforms to the published figures and write data/latency/<platform>/.
+
+    python -m modules.latency.fitting --reference ../shared/reference
+
+First a part of the figures is held out and scored, then the model fitted to all of them is written (about ten
+minutes on one core). The published figures themselves stay where they are: what is written are the weights of
+a platform's nets (model.npz) and their predictions for every block of its spaces (blocks.npz).
+"""
+import argparse
+import csv
+import gzip
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..search_space.encoding import parse_block_id, parse_sub_stage, stage_config
+from ..search_space.superspace import get_superspace
+from .kernel_model import Block, LatencyError, kernels_of
+from .kernels import Kernel
+from .regression import Design, fit_corrections, fit_nets, interpolate_corrections
+from .tables import DATA, parse_key, save_platform
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a platform is fitted.
+
+    figures: file of single blocks or kernels; lut: hyperspace of its LUT rows; spaces: what is predicted.
+    """
+    figures: str
+    lut: str
+    spaces: tuple
+    tiled: bool                 # see kernel_model.kernel_features
+    block_factor: bool          # whole blocks were measured; else latencies are sums of kernel predictors
+    figures_per_epoch: int      # 0: each once
+    rows_per_epoch: int
+    prior: float                # spread of the nets' relative error: of a block (onnx_lut) or a kernel
+    noise: float                # relative error of a row that corrections need not explain
+    epochs: int = 50
+
+
+# Prior and noise: an x86 block is a single measurement with a few per cent of scatter, so a part of what rows
+# say is not believed; the Pixel 4 rows are exact sums of kernel predictions, so all of it is.
+RECIPES = {
+    'onnx_lut': Recipe('latency/onnx_lut_blocks.json.gz', 'onnxw', ('onnxw', 'onnx', 'onnx_v1'), True, True,
+                       0, 15000, 0.06, 0.02),
+    'tflite27_cpu_int8': Recipe('latency/tflite27_cpu_int8_kernels.csv', 'mobilew',
+                                ('mobilew', 'mobile_original', 'mobile_v1'), False, False,
+                                400, 20000, 0.1, 0.003),
+}
+
+
+class Figures:
+    """Published figures of a platform: items (see regression.Design), ms, and what each item is.
+
+    origin: [(lut id, resolution of the image or 0), …], the lut id '' for single blocks or kernels.
+    """
+
+    def __init__(self, recipe, reference):
+        single = read_kernels if recipe.figures.endswith('.csv') else read_blocks
+        figures = single(os.path.join(reference, recipe.figures))
+        rows = read_rows(os.path.join(reference, 'lut', recipe.lut), recipe.lut)
+        self.items = [[item] for item, _ in figures] + [blocks for blocks, _, _ in rows]
+        self.ms = np.array([ms for _, ms in figures] + [ms for _, ms, _ in rows])
+        self.origin = [('', 0)] * len(figures) + [origin for _, _, origin in rows]
+        self.is_row = np.arange(len(self.ms)) >= len(figures)
+        self.design = Design(self.items)
+
+
+def read_blocks(path):
+    """[(Block, ms), …] of a gzipped nn-Meter block table."""
+    with gzip.open(path, 'rt', encoding='utf-8') as file:
+        return [(parse_key(key), ms) for key, ms in json.load(file).items()]
+
+
+def read_kernels(path):
+    """[(Kernel, ms), …] of a CSV with columns kernel, hw, cin, cout, kernel_size, stride, ms."""
+    figures = []
+    with open(path, newline='', encoding='utf-8') as file:
+        for row in csv.DictReader(file):
+            columns = 'hw', 'cin', 'cout', 'kernel_size', 'stride'
+            hw, cin, cout, k, stride = (int(row[column] or 0) for column in columns)
+            figures.append((Kernel(row['kernel'], hw or 1, cin, cout or cin, k, stride), float(row['ms'])))
+    return figures
+
+
+def read_rows(folder, superspace):
+    """[(Blocks of the sub-stage, ms, (lut id, resolution)), …] of a hyperspace's block LUTs."""
+    space, rows = get_superspace(superspace), []
+    for lut_id in space.lut_ids():
+        block_id = parse_block_id(space, lut_id)
+        stage, block_type = space.stage(block_id.stage), space.block_type(*block_id[:2])
+        path = os.path.join(folder, f'{lut_id}.csv')
+        with open(path, newline='', encoding='utf-8') as file:
+            for number, row in enumerate(csv.reader(file), 1):
+                try:
+                    _, cin, hw, _ = map(int, row[1].split('x'))
+                    blocks = parse_sub_stage(space, block_id, row[0])
+                    config = stage_config(stage, block_type, blocks, cin, hw)
+                    rows.append(([Block(*c[1:]) for c in config], float(row[5]),
+                                 (lut_id, hw * space.input_stride(block_id.stage))))
+                except (ValueError, IndexError) as error:
+                    raise LatencyError(f'{path}:{number}: {",".join(row)}: {error}') from None
+    return rows
+
+
+def space_blocks(superspace):
+    """Every Block a network of the hyperspace can have, at every resolution, stem and head included."""
+    space, blocks = get_superspace(superspace), {}
+    for stage in space.stages:
+        types = [space.fixed[stage.name]] if stage.name in space.fixed else space.block_types
+        for resolution in space.resolutions:
+            hw = -(-resolution // space.input_stride(stage.name))
+            places = [(hw, stage.stride, space.input_widths(stage.name))]
+            if max(stage.depths) > 1:
+                places.append((-(-hw // stage.stride), 1, stage.widths))
+            for pixels, stride, inputs in places:
+                if stage.name == 'logits':
+                    pixels, stride = 1, 0
+                blocks.update((Block(t.name, pixels, cin, cout, k, e, stride, t.activation), None)
+                              for t in types for cin in inputs for cout in stage.widths
+                              for k in t.kernels for e in t.expands)
+    return list(blocks)
+
+
+def fit(platform, recipe, figures, train, epochs=None, seed=0):
+    """KernelModel of the figures where `train` (bool array) is true, with its corrections."""
+    singles, rows = np.flatnonzero(train & ~figures.is_row), np.flatnonzero(train & figures.is_row)
+    groups = [(singles, recipe.figures_per_epoch or len(singles)), (rows, recipe.rows_per_epoch)]
+    model = fit_nets(platform, figures.design, figures.ms, groups, recipe.tiled, recipe.block_factor,
+                     epochs or recipe.epochs, seed=seed)
+    model.corrections = fit_corrections(model, figures.design, figures.ms, rows, recipe.prior, recipe.noise)
+    if not recipe.block_factor:
+        kernels = {kernel for space in recipe.spaces for block in space_blocks(space)
+                   for kernel in kernels_of(block)}
+        model.corrections.update(interpolate_corrections(model.corrections, kernels))
+    return model
+
+
+def print_scores(title, figures, predicted, chosen):
+    """A line per group of the chosen items: number, median relative error, share within 10 %."""
+    error = np.abs(predicted / figures.ms - 1)
+    groups = {}
+    for i in np.flatnonzero(chosen):
+        lut_id = figures.origin[i][0]
+        if lut_id:
+            stage, block_type, _ = lut_id.split('_')
+            resolution = figures.origin[i][1]
+            names = ['rows', f'rows: block type {block_type}', f'rows: {stage}', f'rows: r{resolution}']
+        else:
+            item = figures.items[i][0]
+            names = ['single figures', f'single figures: {item.name}']
+        for name in names:
+            groups.setdefault(name, []).append(error[i])
+    print(f'{title}\n{"":<40}{"n":>8}{"median %":>10}{"within 10 %":>13}')
+    for name in sorted(groups):
+        e = np.array(groups[name])
+        print(f'{name:<40}{len(e):>8}{100 * np.median(e):>10.2f}{100 * np.mean(e <= 0.1):>13.2f}', flush=True)
+
+
+def hold_out(platform, recipe, figures, epochs, seed):
+    """Print the scores of 20 % of single blocks and 40 % of each LUT's rows, then of a whole resolution."""
+    rng = np.random.default_rng(seed)
+    share = np.where(figures.is_row, 0.4, 0.2 if recipe.block_factor else 0.0)
+    held = rng.random(len(share)) < share
+    model = fit(platform, recipe, figures, ~held, epochs, seed)
+    print_scores(f'{platform}: held-out figures', figures, figures.design.predict(model), held)
+    model.corrections = {}
+    print_scores(f'{platform}: the same by the nets alone', figures, figures.design.predict(model), held)
+    held = np.array([resolution == 192 for _, resolution in figures.origin])
+    model = fit(platform, recipe, figures, ~held, epochs, seed)
+    print_scores(f'{platform}: rows of a held-out resolution', figures, figures.design.predict(model), held)
+
+
+def main(args):
+    for platform in args.platform:
+        recipe = RECIPES[platform]
+        figures = Figures(recipe, args.reference)
+        if not args.skip_scores:
+            hold_out(platform, recipe, figures, args.epochs, args.seed)
+        model = fit(platform, recipe, figures, np.ones(len(figures.ms), bool), args.epochs, args.seed)
+        print_scores(f'{platform}: fit to all figures', figures, figures.design.predict(model),
+                     np.ones(len(figures.ms), bool))
+        blocks = list(dict.fromkeys(block for space in recipe.spaces for block in space_blocks(space)))
+        folder = save_platform(os.path.join(args.output, platform), model, blocks)
+        print(f'{folder}: nets, and predictions of {len(blocks)} blocks')
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--reference', required=True, help='folder with lut/ and latency/')
+    parser.add_argument('--platform', nargs='+', default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument('--output', default=DATA, help='folder of the platforms')
+    parser.add_argument('--epochs', type=int, help='default: 50')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--skip_scores', action='store_true', help='only fit to all figures and write')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    main(get_args())

@@ -1,0 +1,146 @@
+"""LatencyPredictor: latencies in ms of blocks, sub-stages and networks, one interface for all platforms.
+
+    LatencyPredictor('tflite27_cpu_int8')      a shipped platform: Pixel 4, TFLite 2.7, one big core, int8
+    LatencyPredictor('onnx_lut')               a shipped platform: x86 VNNI, ONNX Runtime, one thread, int8
+    LatencyPredictor('my_host')                a folder data/latency/my_host/ written by fitting.py
+    LatencyPredictor('path/to/onnx_lut.json')  a block table in nn-Meter's JSON format
+    LatencyPredictor('my_phone')               kernel predictors registered with nn-Meter
+
+A network's latency is the sum over its blocks. The shipped platforms are models fitted to the latencies that
+were published with SpaceEvo (ICCV 2023); fitting.py says how, and prints their errors on held-out figures.
+"""
+import os
+
+import numpy as np
+
+from ..search_space.encoding import parse_block_id, parse_sub_stage, stage_config
+from ..search_space.superspace import get_superspace
+from .kernel_model import LatencyError
+from .tables import DATA, as_block, format_key, load_platform, read_table
+
+SHIPPED = ('onnx_lut', 'tflite27_cpu_int8')
+MIN_BLOCKS_OF_A_TYPE = 5        # a table's block types with fewer share one factor
+MAX_BLOCKS_OF_A_TYPE = 1000     # of a block type, this many are enough for its factor
+
+
+class LatencyPredictor:
+    """Predicts latencies of one platform.
+
+    platform: see the module. fallback: blocks that a JSON table lacks are predicted by a model fitted to the
+    table, else they are an error that names the key. trust_pickles: nn-Meter's predictors are pickles, which
+    run code when they are opened; without this flag they are refused.
+
+    Raises LatencyError (one line) for an unknown platform and for a block the platform cannot predict.
+    """
+
+    def __init__(self, platform, fallback=False, trust_pickles=False):
+        self.platform = str(platform)
+        self._table, self._model = _open_platform(self.platform, fallback, trust_pickles)
+        self._predicted = {}
+
+    def predict_block(self, name, hw, cin, cout, kernel_size, expand_ratio, stride, activation):
+        """ms of one block; hw: pixels of its input; expand_ratio None (or 0) where the block has none."""
+        return self.predict_blocks([(name, hw, cin, cout, kernel_size, expand_ratio, stride, activation)])[0]
+
+    def predict_sub_stage(self, superspace, block_id, sub_stage, input_shape):
+        """ms for one image of a sub-stage, as ('mobilew', 'stage3_5', '5#72#6_3#112#8', (1, 32, 28, 28)).
+
+        input_shape: (N, C, H, W) with H = W. Raises EncodingError where the sub-stage is not in the space.
+        """
+        space = get_superspace(superspace)
+        block_id = parse_block_id(space, block_id)
+        try:
+            _, cin, hw, width = input_shape
+        except (TypeError, ValueError):
+            hw, width = 0, None
+        if hw != width:
+            raise LatencyError(f'{block_id}: input shape {input_shape} is not (N, C, H, W) with H = W')
+        block_type = space.block_type(block_id.stage, block_id.block_type)
+        blocks = parse_sub_stage(space, block_id, sub_stage)
+        config = stage_config(space.stage(block_id.stage), block_type, blocks, cin, hw)
+        return sum(self.predict_blocks(config))
+
+    def predict_subnet(self, config):
+        """ms of a network, stem and head included; config: encoding.SubnetConfig."""
+        return sum(self.predict_blocks(config.blocks))
+
+    def predict_blocks(self, blocks):
+        """List of ms of BlockConfigs, or of tuples (name, hw, cin, cout, k, e, stride, activation)."""
+        keys = [tuple(block[-8:]) for block in blocks]
+        found = [self._table.get(key) or self._predicted.get(key) for key in keys]
+        if None not in found:
+            return found
+        missing = list(dict.fromkeys(key for key, ms in zip(keys, found) if ms is None))
+        self._predicted.update(zip(missing, self._predict([as_block(*key) for key in missing])))
+        return [self._predicted[key] if ms is None else ms for key, ms in zip(keys, found)]
+
+    def _predict(self, blocks):
+        """ms of Blocks that were looked up in vain as they were written."""
+        unknown = [block for block in blocks if block not in self._table]
+        if unknown and self._model is None:
+            raise LatencyError(f'{self.platform}: no latency of {format_key(unknown[0])}; '
+                               'with --fallback it is predicted by a model fitted to the table')
+        ms = dict(zip(unknown, map(float, self._model.predict_blocks(unknown)))) if unknown else {}
+        return [self._table[block] if block in self._table else ms[block] for block in blocks]
+
+
+class TableModel:
+    """Predictions for blocks a table lacks: a shipped platform's, scaled to the table.
+
+    The shipped platform whose latencies follow the table's most closely is taken, each block type scaled by
+    the median ratio of the table's latencies to the platform's (all types together where there are few).
+    """
+
+    def __init__(self, path, table):
+        self.path, by_type = path, {}
+        for block in table:
+            by_type.setdefault(block.name, []).append(block)
+        fits = [self._fit(LatencyPredictor(platform), table, by_type) for platform in SHIPPED]
+        if not any(fits):
+            raise LatencyError(f'{path}: no block type of it is known to a shipped platform, nothing to fit '
+                               'a fallback to')
+        _, self.base, self.log_factors = min((fit for fit in fits if fit), key=lambda fit: fit[0])
+
+    def predict_blocks(self, blocks):
+        """ms of Blocks. Raises LatencyError for a block type the shipped platform does not know."""
+        factors = [self.log_factors.get(block.name, self.log_factors[None]) for block in blocks]
+        try:
+            return np.exp(factors) * self.base.predict_blocks(blocks)
+        except LatencyError as error:
+            raise LatencyError(f'{self.path}: not in it, and the fallback fails: {error}') from None
+
+    @staticmethod
+    def _fit(base, table, by_type):
+        """(what is left, base, {block type, None for all: log factor}); None where none is known."""
+        log_ratios = {}
+        for name, blocks in by_type.items():
+            blocks = blocks[::-(-len(blocks) // MAX_BLOCKS_OF_A_TYPE)]
+            try:
+                predicted = base.predict_blocks(blocks)
+            except LatencyError:
+                continue
+            log_ratios[name] = np.log([table[block] for block in blocks]) - np.log(predicted)
+        if not log_ratios:
+            return None
+        log_factors = {name: np.median(ratios) for name, ratios in log_ratios.items()
+                       if len(ratios) >= MIN_BLOCKS_OF_A_TYPE}
+        log_factors[None] = np.median(np.concatenate(list(log_ratios.values())))
+        left = np.concatenate([np.abs(ratios - log_factors.get(name, log_factors[None]))
+                               for name, ratios in log_ratios.items()])
+        return np.median(left) * len(by_type) / len(log_ratios), base, log_factors
+
+
+def _open_platform(platform, fallback, trust_pickles):
+    """({Block: ms}, model or None); a model has predict_blocks(Blocks) -> ms."""
+    if platform.endswith('.json'):
+        table = read_table(platform)
+        return table, TableModel(platform, table) if fallback else None
+    folder = os.path.join(DATA, platform)
+    if os.path.basename(platform) == platform and os.path.isdir(folder):
+        return load_platform(folder)
+    from . import nn_meter_adapter
+    try:
+        return {}, nn_meter_adapter.load(platform, trust_pickles)
+    except LatencyError as error:
+        raise LatencyError(f'{error}; shipped platforms are {" and ".join(SHIPPED)}, and the path of a block '
+                           'table ends in .json') from None

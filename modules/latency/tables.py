@@ -1,0 +1,131 @@
+"""Tables of block latencies: nn-Meter's JSON files, and fitted platforms (data/latency/<platform>/).
+
+nn-Meter: {"<name>_<hw>_<cin>_<cout>_<k>_<e>_<stride>_<act>": ms, …}; e is 0 for MobileNetV1 blocks, None for
+stem and head, 0.5 / 1.0 / 1.5 for ResNet blocks, an integer otherwise.
+
+A fitted platform: model.npz (KernelModel.save) and blocks.npz, the model's predictions for every block of its
+spaces. The predictions also hold the corrections of single blocks and kernels, and make look-ups fast.
+"""
+import json
+import math
+import os
+from functools import cache
+
+import numpy as np
+
+from .. import ROOT
+from .kernel_model import Block, KernelModel, LatencyError
+
+DATA = os.path.join(ROOT, 'data', 'latency')
+MS = 1e-4                               # resolution of blocks.npz, ms
+COLUMNS = {'hw': np.int16, 'cin': np.int16, 'cout': np.int16, 'kernel_size': np.int8,
+           'expand_ratio': np.float32, 'stride': np.int8}           # expand_ratio: 0 for none
+
+
+def as_block(name, hw, cin, cout, kernel_size, expand_ratio, stride, activation):
+    """The Block of these sizes; `no expand ratio` may be None or 0."""
+    return Block(name, hw, cin, cout, kernel_size, expand_ratio or None, stride, activation)
+
+
+def format_key(block):
+    """`MobileNetV2ResBlock_112_16_16_3_4_1_relu6` of a Block."""
+    e = block.expand_ratio
+    if e is None:
+        e = 0 if block.name.startswith('MobileNetV1') else None
+    else:
+        e = float(e) if block.name.startswith('ResNet') else f'{e:g}'
+    return '_'.join(map(str, (*block[:5], e, *block[6:])))
+
+
+def parse_key(key):
+    """Block of a key. Raises ValueError for a key that format_key() would not write."""
+    name, hw, cin, cout, k, e, stride, activation = key.split('_')
+    e = None if e in ('None', '0') else float(e)
+    block = Block(name, int(hw), int(cin), int(cout), int(k), e, int(stride), activation)
+    if format_key(block) != key:
+        raise ValueError(f'written {format_key(block)} elsewhere')
+    return block
+
+
+def _unique(path):
+    def pairs_hook(pairs):
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            keys = [key for key, _ in pairs]
+            raise LatencyError(f'{path}: {next(k for k in keys if keys.count(k) > 1)}: given twice')
+        return table
+    return pairs_hook
+
+
+def read_table(path):
+    """{Block: ms} from a JSON block table (utf-8). LatencyError names the file, the key and the value."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            table = json.load(file, object_pairs_hook=_unique(path))
+    except OSError as error:
+        raise LatencyError(f'{path}: {error.strerror or error}') from None
+    except ValueError as error:
+        if isinstance(error, LatencyError):
+            raise
+        raise LatencyError(f'{path}: not JSON: {error}') from None
+    if not isinstance(table, dict):
+        raise LatencyError(f'{path}: not a JSON object of block latencies')
+    blocks = {}
+    for key, ms in table.items():
+        try:
+            block = parse_key(key)
+        except ValueError as error:
+            form = '<name>_<hw>_<cin>_<cout>_<k>_<e>_<stride>_<act>'
+            raise LatencyError(f'{path}: {key}: not {form}: {error}') from None
+        if isinstance(ms, bool) or not isinstance(ms, (int, float)) or not math.isfinite(ms) or ms <= 0:
+            raise LatencyError(f'{path}: {key}: {ms!r} is not a latency in ms')
+        blocks[block] = float(ms)
+    return blocks
+
+
+def write_table(path, blocks):
+    """Write {Block: ms} as a JSON block table, sorted, through a temporary name."""
+    rows = sorted((format_key(block), float(ms)) for block, ms in blocks.items())
+    temporary = f'{path}.tmp{os.getpid()}'
+    with open(temporary, 'w', encoding='utf-8') as file:
+        json.dump(dict(rows), file, indent=0)
+    os.replace(temporary, path)
+
+
+def save_platform(folder, model, blocks):
+    """Write a fitted platform: the model's nets, and its predictions of `blocks`. Returns the folder."""
+    blocks = sorted(blocks, key=lambda block: tuple(value or 0 for value in block))
+    types = sorted({(block.name, block.activation) for block in blocks})
+    arrays = {column: np.array([getattr(block, column) or 0 for block in blocks], dtype)
+              for column, dtype in COLUMNS.items()}
+    arrays['type'] = np.array([types.index((block.name, block.activation)) for block in blocks], np.int8)
+    arrays['ms'] = np.maximum(np.round(model.predict_blocks(blocks) / MS), 1).astype(np.int32)
+    os.makedirs(folder, exist_ok=True)
+    _save(os.path.join(folder, 'model.npz'), model.save)
+    _save(os.path.join(folder, 'blocks.npz'),
+          lambda file: np.savez_compressed(file, types=np.array(types), **arrays))
+    return folder
+
+
+def _save(path, write):
+    temporary = f'{path}.tmp{os.getpid()}'
+    with open(temporary, 'wb') as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+@cache
+def load_platform(folder):
+    """({Block: ms}, KernelModel) of a fitted platform; the table is shared, do not change it."""
+    paths = [os.path.join(folder, name) for name in ('blocks.npz', 'model.npz')]
+    try:
+        with np.load(paths[0], allow_pickle=False) as data:
+            types, ms = data['types'].tolist(), (data['ms'] * MS).round(4).tolist()
+            columns = {name: data[name].tolist() for name in (*COLUMNS, 'type')}
+        model = KernelModel.load(os.path.basename(folder), paths[1])
+    except (OSError, KeyError, ValueError) as error:
+        raise LatencyError(f'{folder}: not a fitted latency platform: {error}') from None
+    columns['expand_ratio'] = [e or None for e in columns['expand_ratio']]
+    kinds = columns.pop('type')
+    names, activations = zip(*(types[kind] for kind in kinds))
+    return dict(zip(zip(names, *columns.values(), activations), ms)), model
