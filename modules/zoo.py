@@ -1,6 +1,6 @@
 """Named networks: data/search_results.yaml -> supernets and subnets."""
 import os
-from functools import lru_cache
+from functools import cache
 
 import yaml
 
@@ -12,7 +12,7 @@ from .search_space.encoding import parse_subnet, parse_supernet
 SEARCH_RESULTS = os.path.join(ROOT, 'data', 'search_results.yaml')
 
 
-@lru_cache(maxsize=None)
+@cache
 def _results():
     with open(SEARCH_RESULTS, encoding='utf-8') as f:
         return yaml.safe_load(f)

@@ -10,7 +10,7 @@ Every parser raises EncodingError with one line that names the text, the stage, 
 """
 import re
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
 from .macro_arch import DEPTH_STAGES, HEAD_STAGES, IMAGE_CHANNELS, SEARCHABLE_STAGES
@@ -57,18 +57,21 @@ class Supernet:
         """The choice part, `151122_023231`."""
         return ''.join(map(str, self.block_types)) + '_' + ''.join(map(str, self.windows))
 
+    @cached_property
+    def choices(self):
+        """{stage name: (Stage, BlockType, widths)} of every stage, in order."""
+        digits, windows = (dict(zip(SEARCHABLE_STAGES, values)) for values in (self.block_types, self.windows))
+        return {stage.name: (stage, self.superspace.block_type(stage.name, digits.get(stage.name)),
+                             stage.window_widths(windows[stage.name]) if stage.name in windows else stage.widths)
+                for stage in self.superspace.stages}
+
     def block_type(self, stage):
         """BlockType of a stage by name."""
-        if stage in SEARCHABLE_STAGES:
-            return self.superspace.block_types[self.block_types[SEARCHABLE_STAGES.index(stage)]]
-        return self.superspace.block_type(stage)
+        return self.choices[stage][1]
 
     def widths(self, stage):
         """Widths (channels) the stage may use: its width window, or all of an unsearched stage's."""
-        spec = self.superspace.stage(stage)
-        if stage in SEARCHABLE_STAGES:
-            return spec.window_widths(self.windows[SEARCHABLE_STAGES.index(stage)])
-        return spec.widths
+        return self.choices[stage][2]
 
 
 def parse_supernet(text, superspace=None):
@@ -236,12 +239,13 @@ def check_subnet(subnet, supernet):
             raise EncodingError(f'{supernet} {where}: {key} {value or 0} is not one of {shown} (subnet {subnet})')
 
     for name, blocks in subnet.stages().items():
-        block_type = supernet.block_type(name)
-        check(name, 'depth', len(blocks), space.stage(name).depths)
+        stage, block_type, widths = supernet.choices[name]
+        check(name, 'depth', len(blocks), stage.depths)
         for i, (k, w, e) in enumerate(blocks):
-            check(f'{name} block {i}', 'kernel', k, block_type.kernels)
-            check(f'{name} block {i}', 'width', w, supernet.widths(name))
-            check(f'{name} block {i}', 'expand ratio', e, block_type.expands)
+            if k not in block_type.kernels or w not in widths or e not in block_type.expands:
+                check(f'{name} block {i}', 'kernel', k, block_type.kernels)
+                check(f'{name} block {i}', 'width', w, widths)
+                check(f'{name} block {i}', 'expand ratio', e, block_type.expands)
             expands.append(block_type.expands[block_type.expands.index(e)])
     check('input', 'resolution', subnet.resolution, space.resolutions)
     return Subnet(subnet.depths, subnet.kernels, subnet.widths, tuple(expands), subnet.resolution)
@@ -288,8 +292,7 @@ def subnet_config(supernet, subnet, num_classes=None):
     subnet = parse_subnet(subnet, supernet)
     stages = subnet.stages()
     configs, cin, hw = [], IMAGE_CHANNELS, subnet.resolution
-    for stage in supernet.superspace.stages:
-        block_type = supernet.block_type(stage.name)
+    for stage, block_type, _ in supernet.choices.values():
         blocks = stages.get(stage.name) or [(block_type.kernels[0], stage.widths[0], block_type.expands[0])]
         configs += stage_config(stage, block_type, blocks, cin, hw)
         cin = cout = configs[-1].cout

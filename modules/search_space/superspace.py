@@ -135,6 +135,14 @@ SUPERSPACES = {space.name: space for space in (
 )}
 
 
+def check_resolutions(hw_list):
+    """Image resolutions (pixels) as a tuple; SearchSpaceError for one that is not a positive multiple of 16."""
+    for hw in hw_list:
+        if hw <= 0 or hw % 16:
+            raise SearchSpaceError(f'resolution {hw} is not a positive multiple of 16 pixels')
+    return tuple(hw_list)
+
+
 def get_superspace(superspace):
     """Superspace by name; a Superspace is returned as it is. Raises SearchSpaceError for an unknown name."""
     if isinstance(superspace, Superspace):

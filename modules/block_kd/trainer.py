@@ -1,0 +1,331 @@
+"""Block KD: every candidate block of a stage learns to copy a teacher stage, in fp32, then with LSQ+.
+
+All blocks of a stage learn from one teacher pass. Everything random in a step is drawn from generators seeded
+by (seed, block, epoch, step), so that a resumed run and any number of ranks take the very same steps.
+"""
+import contextlib
+import math
+import os
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..modeling.ops.lsq_plus import local_initialisation, set_quant_mode
+from ..modeling.ops.op import resize
+from ..search_space.encoding import EncodingError, parse_block_id
+from ..search_space.macro_arch import SEARCHABLE_STAGES
+from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
+from ..training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from ..training.data import calibration_batches, eval_loader, train_loader
+from ..training.distributed import average, average_gradients, broadcast
+from ..training.losses import nsr_loss
+from ..training.optim import cosine, parameter_groups, set_learning_rate
+from .student import StudentStage
+
+SUB_STAGES = ('max', 'min', 'random')
+DIVERGED = 1e4                              # a loss (NSR) above this; a useless student is at about 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; learning_rates per stage1..6, hw_list in pixels, checkpoint_freq in steps."""
+    epochs: int
+    batch_size: int
+    learning_rates: tuple
+    lr_step_size: int = 20
+    weight_decay: float = 1e-4
+    hw_list: tuple = (160, 192, 224)
+    from_teacher: bool = True
+    nsr_signal: str = 'teacher'
+    num_random: int = 2
+    num_calib_batches: int = 20
+    checkpoint_freq: int = 200
+    max_steps: int | None = None            # of an epoch, for short runs
+    num_valid_batches: int | None = None    # None: all held-out images
+    amp: bool = False
+    channels_last: bool = True
+    quant: bool = False
+    from_scratch: bool = False
+    seed: int = 0
+    workers: int = 0
+
+
+@dataclass
+class Trainee:
+    """One block in training; `step` counts the optimiser steps taken."""
+    block_id: str
+    student: StudentStage
+    path: str
+    learning_rate: float
+    optimizer: torch.optim.Optimizer = None
+    step: int = 0
+    done: bool = False
+    losses: dict = field(default_factory=dict)
+
+
+def select_blocks(superspace, stage_list):
+    """Block ids of a list of block ids and whole stages ('stage1_0', 'stage3'), in order, each once."""
+    chosen = []
+    for name in stage_list:
+        if name in SEARCHABLE_STAGES:
+            chosen += [block for block in superspace.block_ids() if block.startswith(f'{name}_')]
+        else:
+            block = parse_block_id(superspace, name)
+            if block.window is not None:
+                raise EncodingError(f'{name}: block KD trains all widths at once: give {block[0]}_{block[1]}')
+            chosen.append(str(block))
+    return sorted(dict.fromkeys(chosen), key=superspace.block_ids().index)
+
+
+def by_stage(block_ids):
+    """{stage: [block id, …]} in order."""
+    stages = {}
+    for block_id in block_ids:
+        stages.setdefault(block_id.split('_')[0], []).append(block_id)
+    return stages
+
+
+def checkpoint_file(folder, block_id, quant):
+    """<folder>/stage3_1/checkpoint.pth, or lsq.pth."""
+    return os.path.join(folder, block_id, 'lsq.pth' if quant else 'checkpoint.pth')
+
+
+def require_checkpoint(folder, block_id, quant):
+    """The block's checkpoint file; UserError where it is missing."""
+    path = checkpoint_file(folder, block_id, quant)
+    if not os.path.isfile(path):
+        script = 'lsq_block_kd.py' if quant else 'train_block_kd.py'
+        raise UserError(f'{path}: no checkpoint of block {block_id}; train it first with {script}')
+    return path
+
+
+def build_student(superspace, block_id, teacher, folder=None, quant=False):
+    """StudentStage between the teacher's channels; with `folder`, with the weights of its checkpoint there."""
+    student = StudentStage.build(superspace, block_id, *teacher.stage_channels[block_id.split('_')[0]])
+    if folder is not None:
+        path = require_checkpoint(folder, block_id, quant)
+        load_weights(student, load_checkpoint(path), path)
+    return set_quant_mode(student) if quant else student
+
+
+def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False):
+    """Train blocks stage by stage into `folder`; returns {block id: {'max': NSR, 'min': NSR, 'random': NSR}}."""
+    results = {}
+    for stage, blocks in by_stage(block_ids).items():
+        trainees = [_trainee(superspace, block, teacher, folder, recipe, job, resume) for block in blocks]
+        _train_stage(stage, trainees, teacher, data, recipe, job)
+        results.update(evaluate(stage, [(t.block_id, t.student) for t in trainees], teacher, data, recipe, job))
+    return results
+
+
+def blocks_of_rank(block_ids, job):
+    """This rank's share of independent blocks (--parallel blocks)."""
+    return block_ids[job.rank::job.world_size]
+
+
+@contextlib.contextmanager
+def independent_ranks(independent):
+    """Inside, ranks train different blocks: nothing is synchronised between them."""
+    with local_initialisation() if independent else contextlib.nullcontext():
+        yield
+
+
+def _trainee(superspace, block_id, teacher, folder, recipe, job, resume):
+    """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch."""
+    torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
+    path = checkpoint_file(folder, block_id, recipe.quant)
+    resumed = load_checkpoint(path) if resume and os.path.isfile(path) else None
+    if recipe.quant and resumed is None and not recipe.from_scratch:
+        student = build_student(superspace, block_id, teacher, folder)
+    else:
+        student = build_student(superspace, block_id, teacher)
+    if recipe.quant:
+        set_quant_mode(student)
+    if resumed is not None:
+        load_weights(student, resumed, path)
+    student.to(job.device)
+    if recipe.channels_last:
+        student.to(memory_format=torch.channels_last)
+    broadcast(student, job)
+    learning_rate = recipe.learning_rates[SEARCHABLE_STAGES.index(block_id.split('_')[0])]
+    trainee = Trainee(block_id, student, path, learning_rate)
+    trainee.optimizer = torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate)
+    if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
+        trainee.optimizer.load_state_dict(resumed['optimizer'])
+        trainee.step, trainee.done = resumed['step'], resumed.get('done', False)
+    return trainee
+
+
+def _train_stage(stage, trainees, teacher, data, recipe, job):
+    steps = len(train_loader(data.train, recipe.batch_size, 0, recipe.seed, job.rank, job.world_size))
+    steps = min(steps, recipe.max_steps or steps)
+    if steps == 0:
+        raise UserError(f'{len(data.train)} training images are fewer than one batch of {recipe.batch_size} '
+                        f'on each of {job.world_size} ranks')
+    total = steps * recipe.epochs
+    first = min((t.step for t in trainees if not t.done), default=total)
+    folder = os.path.dirname(os.path.dirname(trainees[0].path))
+    writer = SummaryWriter(os.path.join(folder, 'tensorboard')) if job.is_main else None
+    progress = tqdm(total=total, initial=first, desc=f'{stage} {"lsq" if recipe.quant else "fp32"}',
+                    disable=None if job.is_main else True)
+    for epoch in range(first // steps, recipe.epochs):
+        start = max(0, first - epoch * steps)
+        loader = train_loader(data.train, recipe.batch_size, epoch, recipe.seed, job.rank, job.world_size,
+                              recipe.workers, start)
+        for step, (images, _) in enumerate(loader, epoch * steps + start):
+            if step >= (epoch + 1) * steps:
+                break
+            active = [t for t in trainees if t.step == step and not t.done]
+            _step(stage, active, images, teacher, recipe, epoch, step, total, job)
+            progress.update()
+            if step % recipe.lr_step_size == 0:
+                _report(active, step, progress, writer)
+            if (step + 1) % recipe.checkpoint_freq == 0 and step + 1 < total:
+                _save(active, steps, job)
+        if epoch + 1 < recipe.epochs:
+            _save(trainees, steps, job)
+    for trainee in trainees:
+        trainee.done = True
+    _save(trainees, steps, job)
+    progress.close()
+    if writer:
+        writer.close()
+
+
+def _step(stage, trainees, images, teacher, recipe, epoch, step, total, job):
+    """One optimiser step of every trainee on one batch of images."""
+    hws = _resolutions(recipe, stage, epoch, step)
+    images = images.to(job.device, non_blocking=True)
+    with torch.no_grad(), _autocast(recipe, job):
+        features = {hw: _stage_features(teacher, resize(images, hw), stage, recipe.channels_last)
+                    for hw in dict.fromkeys(hws)}
+    for trainee in trainees:
+        rng = random.Random(f'{recipe.seed} {trainee.block_id} {epoch} {step}')
+        trainee.optimizer.zero_grad(set_to_none=True)
+        trainee.student.train()
+        trainee.losses = _sandwich(trainee.student, hws, features, rng, recipe, job)
+    averages = average([loss for t in trainees for loss in t.losses.values()], job)
+    for i, trainee in enumerate(trainees):
+        losses = averages[i * len(hws):(i + 1) * len(hws)]
+        trainee.losses = dict(zip(trainee.losses, losses))
+        if not all(math.isfinite(loss) and loss < DIVERGED for loss in losses):
+            kept = (f'the last good checkpoint is {trainee.path}' if os.path.exists(trainee.path)
+                    else 'there is no checkpoint yet')
+            raise UserError(f'{trainee.block_id}: step {step}: the loss diverged ({trainee.losses}); {kept}')
+    parameters = [p for t in trainees for group in t.optimizer.param_groups for p in group['params']]
+    average_gradients(parameters, job)
+    torch.nn.utils.clip_grad_value_(parameters, 1.0)
+    for trainee in trainees:
+        update = step // recipe.lr_step_size * recipe.lr_step_size
+        set_learning_rate(trainee.optimizer, cosine(trainee.learning_rate, update, total))
+        trainee.optimizer.step()
+        trainee.step = step + 1
+
+
+def _resolutions(recipe, stage, epoch, step):
+    """Image resolutions of the sandwich: max, min, then random ones, the same for all blocks of a stage."""
+    rng = random.Random(f'{recipe.seed} {stage} hw {epoch} {step}')
+    return [max(recipe.hw_list), min(recipe.hw_list)] + [rng.choice(recipe.hw_list)
+                                                         for _ in range(recipe.num_random)]
+
+
+def _stage_features(teacher, images, stage, channels_last):
+    """The teacher's (stage input, stage output) for images (N, 3, H, W)."""
+    output, stage_input = teacher.forward_to_stage(images, stage)
+    if channels_last:
+        stage_input = stage_input.contiguous(memory_format=torch.channels_last)
+    return stage_input, output
+
+
+def _sandwich(student, hws, features, rng, recipe, job):
+    """Backward of max, min and random sub-stages, gradients summed; returns their losses by name."""
+    losses, of_max = {}, {}
+    for i, hw in enumerate(hws):
+        name = _activate(student, i, rng)
+        stage_input, target = features[hw]
+        if i > 0 and not recipe.from_teacher:
+            target = of_max[hw]
+        with _autocast(recipe, job):
+            output = student(stage_input)
+        loss = nsr_loss(output, target, recipe.nsr_signal)
+        loss.backward()
+        losses[name] = loss.item()
+        if i == 0 and not recipe.from_teacher:
+            with torch.no_grad(), _autocast(recipe, job):
+                of_max = {other: output.detach() if other == hw else student(features[other][0])
+                          for other in features}
+    return losses
+
+
+def _activate(student, i, rng):
+    """Activate the i-th sub-stage of a sandwich; returns its name."""
+    if i == 0:
+        student.set_max_sub_stage()
+    elif i == 1:
+        student.set_min_sub_stage()
+    else:
+        student.sample_active_sub_stage(rng=rng)
+    return SUB_STAGES[i] if i < 2 else f'random{i - 1}'
+
+
+def _autocast(recipe, job):
+    return torch.autocast(job.device.type, torch.bfloat16, enabled=recipe.amp)
+
+
+def _report(trainees, step, progress, writer):
+    for trainee in trainees:
+        if writer:
+            for name, loss in trainee.losses.items():
+                writer.add_scalar(f'{trainee.block_id}/{name}', loss, step)
+            writer.add_scalar(f'{trainee.block_id}/learning rate', trainee.optimizer.param_groups[0]['lr'], step)
+    progress.set_postfix({t.block_id: f'{sum(t.losses.values()) / len(t.losses):.3f}' for t in trainees})
+
+
+def _save(trainees, steps_per_epoch, job):
+    if job.is_main:
+        for trainee in trainees:
+            save_checkpoint(trainee.path, {
+                'epoch': trainee.step // steps_per_epoch, 'step': trainee.step, 'done': trainee.done,
+                'model': trainee.student.state_dict(), 'optimizer': trainee.optimizer.state_dict()})
+
+
+@torch.no_grad()
+def evaluate(stage, students, teacher, data, recipe, job):
+    """{block id: {'max': NSR, 'min': NSR, 'random': NSR}} on the held-out images, after batch-norm calibration.
+
+    students: [(block id, StudentStage)]. The teacher runs once per image for all of them. Images are at the
+    largest resolution. The students' training state is put back.
+    """
+    hw, results = max(recipe.hw_list), {}
+
+    def features(images):
+        return _stage_features(teacher, resize(images.to(job.device), hw), stage, recipe.channels_last)
+
+    calibration = [features(images)[0] for images, *_ in calibration_batches(
+        data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed)]
+    with contextlib.ExitStack() as stack:
+        candidates = []
+        for block_id, student in students:
+            stack.enter_context(kept_statistics(student))
+            for i, name in enumerate(SUB_STAGES):
+                _activate(student, i, random.Random(f'{recipe.seed} {block_id} evaluation'))
+                calibrate(student, calibration)
+                candidates.append((block_id, name, i, student, norm_statistics(student)))
+        sums = {(block_id, name): [0.0, 0] for block_id, name, *_ in candidates}
+        for images, _ in eval_loader(data.valid, recipe.batch_size, job.rank, job.world_size, recipe.workers,
+                                     limit=recipe.num_valid_batches):
+            stage_input, target = features(images)
+            for block_id, name, i, student, statistics in candidates:
+                _activate(student, i, random.Random(f'{recipe.seed} {block_id} evaluation'))
+                set_norm_statistics(student, statistics)
+                total = sums[block_id, name]
+                total[0] += nsr_loss(student(stage_input), target, recipe.nsr_signal).item() * len(images)
+                total[1] += len(images)
+    for (block_id, name), (loss, count) in sums.items():
+        loss, count = average([loss, count], job)
+        results.setdefault(block_id, {})[name] = loss / max(count, 1e-9)
+    return results

@@ -1,0 +1,75 @@
+"""Batch-norm calibration: the statistics of the active subnet, from images, without touching the trained ones."""
+import contextlib
+
+import torch
+import torch.distributed as dist
+
+from ..modeling.ops.op import is_norm
+
+
+def norms(model):
+    """The model's batch norms."""
+    return [module for module in model.modules() if is_norm(module)]
+
+
+def norm_statistics(model):
+    """Copy of the running statistics of every batch norm, for set_norm_statistics()."""
+    return [(norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone())
+            for norm in norms(model)]
+
+
+@torch.no_grad()
+def set_norm_statistics(model, statistics):
+    """Put copied statistics back."""
+    for norm, (mean, var, batches) in zip(norms(model), statistics):
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        norm.num_batches_tracked.copy_(batches)
+
+
+@contextlib.contextmanager
+def kept_statistics(model):
+    """Put batch-norm statistics, momenta and training modes back at the end."""
+    statistics, momenta = norm_statistics(model), [norm.momentum for norm in norms(model)]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        set_norm_statistics(model, statistics)
+        for norm, momentum in zip(norms(model), momenta):
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def calibrate(model, batches, job=None):
+    """Set the batch-norm statistics to those of `batches` (tensors (N, C, H, W)); use inside kept_statistics().
+
+    Means and variances are averaged over batches weighted by their images, so that every image counts the
+    same whatever the batch sizes; with a job of several ranks, over the union of the ranks' batches. Leaves
+    the model in eval mode.
+    """
+    model.eval()
+    for norm in norms(model):
+        norm.reset_running_stats()
+        norm.training = True
+    seen = 0
+    for batch in batches:
+        seen += len(batch)
+        for norm in norms(model):
+            norm.momentum = len(batch) / seen
+        model(batch)
+    if job is not None and job.world_size > 1:
+        _average_over_ranks(norms(model), seen, job)
+    elif seen == 0:
+        raise ValueError('no images to calibrate batch norm with')
+    model.eval()
+
+
+def _average_over_ranks(modules, seen, job):
+    statistics = [buffer for norm in modules for buffer in (norm.running_mean, norm.running_var)]
+    flat = torch.cat([torch.cat(statistics) * seen, torch.tensor([float(seen)], device=job.device)])
+    dist.all_reduce(flat)
+    for buffer, part in zip(statistics, (flat[:-1] / flat[-1]).split([len(b) for b in statistics])):
+        buffer.copy_(part)

@@ -1,0 +1,98 @@
+"""One process or many: plain python, torchrun and torch.distributed.launch; NCCL on GPUs, gloo on CPUs."""
+import argparse
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """This process's place: rank of world_size, and its device."""
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device('cpu')
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def alone(self):
+        """The same process as a job of its own: for work that ranks do not share."""
+        return Job(0, 1, self.device)
+
+
+def add_distributed_arguments(parser):
+    """--local_rank and --local-rank, which torch.distributed.launch passes by version, and --device."""
+    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+    parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help='auto: a GPU if any')
+
+
+@contextlib.contextmanager
+def distributed_job(local_rank=None, device='auto'):
+    """The Job of this process; joins the process group that RANK and WORLD_SIZE announce, leaves it at the end."""
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda: torch sees no GPU here')
+    use_cuda = device != 'cpu' and torch.cuda.is_available()
+    local_rank = int(os.environ.get('LOCAL_RANK', local_rank or 0))
+    place = torch.device('cuda', local_rank % torch.cuda.device_count()) if use_cuda else torch.device('cpu')
+    if use_cuda:
+        torch.cuda.set_device(place)
+    if 'RANK' not in os.environ:
+        yield Job(device=place)
+        return
+    dist.init_process_group('nccl' if use_cuda else 'gloo')
+    try:
+        yield Job(dist.get_rank(), dist.get_world_size(), place)
+    finally:
+        dist.destroy_process_group()
+
+
+def _sum_over_ranks(tensors):
+    """In-place sum over ranks of tensors of one dtype and device, in one reduction."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def average_gradients(parameters, job):
+    """Mean of the gradients over ranks, in one reduction; every rank must have gradients for the same ones."""
+    if job.world_size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for gradient in gradients:
+        gradient /= job.world_size
+    _sum_over_ranks(gradients)
+
+
+def average(values, job):
+    """Mean over ranks of a list of plain numbers."""
+    if job.world_size == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=job.device)
+    dist.all_reduce(tensor)
+    return (tensor / job.world_size).tolist()
+
+
+def sum_over_ranks(values, job):
+    """Sum over ranks of a list of plain numbers."""
+    return [value * job.world_size for value in average(values, job)]
+
+
+def broadcast(module, job):
+    """Give every rank rank 0's parameters and buffers."""
+    if job.world_size > 1:
+        with torch.no_grad():
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+
+def barrier(job):
+    """Wait for every rank."""
+    if job.world_size > 1:
+        dist.barrier()

