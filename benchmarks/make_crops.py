@@ -13,12 +13,12 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from PIL import Image
+from tqdm import tqdm
 
-from modules.cli import parser, positive, run  # noqa: E402
-from modules.errors import UserError  # noqa: E402
-from modules.training.data import to_rgb  # noqa: E402
+from modules.cli import parser, positive, run
+from modules.errors import UserError
+from modules.training.data import to_rgb
 
 ENDINGS = ('.png', '.jpg', '.jpeg', '.webp')
 MAX_PIXELS = 50_000_000

@@ -58,7 +58,8 @@ def test_scripts_are_short_and_end_in_two_lines(path):
     assert os.path.basename(path) in ast.get_docstring(tree), 'the docstring has a command that runs'
     assert {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} >= {'get_args', 'main'}
     assert text.rstrip().split('\n')[-2:] in (
-        ["if __name__ == '__main__':", '    run(main, get_args)'], ["if __name__ == '__main__':", '    cli.run(main, get_args)'])
+        ["if __name__ == '__main__':", '    run(main, get_args)'],
+        ["if __name__ == '__main__':", '    cli.run(main, get_args)'])
 
 
 @pytest.mark.parametrize('path', SCRIPTS, ids=lambda path: os.path.relpath(path, ROOT))

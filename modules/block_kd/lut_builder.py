@@ -10,7 +10,6 @@ import random
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..modeling.complexity import sub_stage_complexity
@@ -19,6 +18,7 @@ from ..search_space import sampling
 from ..search_space.encoding import BlockId, format_sub_stage, parse_sub_stage
 from ..training.calibrate import calibrate, kept_statistics
 from ..training.distributed import barrier
+from ..training.log import progress
 from ..training.losses import nsr_loss
 from .lut import LutRow, format_row, write_block_lut
 from .trainer import build_student, by_stage, require_checkpoint
@@ -151,11 +151,13 @@ def _build(superspace, lut_id, samples, student, cache, predictor, output, job, 
     part = f'{path}.part{job.rank}'
     _begin_part(part, header)
     with open(part, 'a', encoding='ascii') as file:
-        for i in tqdm(mine, desc=f'{lut_id}', initial=len(samples) // job.world_size - len(mine),
-                      total=len(samples) // job.world_size, disable=None if job.is_main else True):
-            row = _row(superspace, lut_id, samples[i], student, cache, predictor, nsr_signal)
-            file.write(f'{i},{format_row(row)}\n')
-            file.flush()
+        share = len(range(job.rank, len(samples), job.world_size))
+        with progress(share, str(lut_id), share - len(mine), job.is_main) as bar:
+            for i in mine:
+                row = _row(superspace, lut_id, samples[i], student, cache, predictor, nsr_signal)
+                file.write(f'{i},{format_row(row)}\n')
+                file.flush()
+                bar.update()
     barrier(job)
     if job.is_main:
         lines = _read_parts(path, header)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation, set_quant_mode
@@ -22,6 +21,7 @@ from ..training.calibrate import calibrate, kept_statistics, norm_statistics, se
 from ..training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ..training.data import calibration_batches, eval_loader, train_loader
 from ..training.distributed import average, average_gradients, broadcast
+from ..training.log import progress
 from ..training.losses import nsr_loss
 from ..training.optim import cosine, parameter_groups, set_learning_rate
 from .student import StudentStage
@@ -170,8 +170,7 @@ def _train_stage(stage, trainees, teacher, data, recipe, job):
     first = min((t.step for t in trainees if not t.done), default=total)
     folder = os.path.dirname(os.path.dirname(trainees[0].path))
     writer = SummaryWriter(os.path.join(folder, 'tensorboard')) if job.is_main else None
-    progress = tqdm(total=total, initial=first, desc=f'{stage} {"lsq" if recipe.quant else "fp32"}',
-                    disable=None if job.is_main else True)
+    bar = progress(total, f'{stage} {"lsq" if recipe.quant else "fp32"}', first, job.is_main)
     for epoch in range(first // steps, recipe.epochs):
         start = max(0, first - epoch * steps)
         loader = train_loader(data.train, recipe.batch_size, epoch, recipe.seed, job.rank, job.world_size,
@@ -181,9 +180,9 @@ def _train_stage(stage, trainees, teacher, data, recipe, job):
                 break
             active = [t for t in trainees if t.step == step and not t.done]
             _step(stage, active, images, teacher, recipe, epoch, step, total, job)
-            progress.update()
+            bar.update()
             if step % recipe.lr_step_size == 0:
-                _report(active, step, progress, writer)
+                _report(active, step, bar, writer)
             if (step + 1) % recipe.checkpoint_freq == 0 and step + 1 < total:
                 _save(active, steps, job)
         if epoch + 1 < recipe.epochs:
@@ -191,7 +190,7 @@ def _train_stage(stage, trainees, teacher, data, recipe, job):
     for trainee in trainees:
         trainee.done = True
     _save(trainees, steps, job)
-    progress.close()
+    bar.close()
     if writer:
         writer.close()
 
@@ -276,13 +275,13 @@ def _autocast(recipe, job):
     return torch.autocast(job.device.type, torch.bfloat16, enabled=recipe.amp)
 
 
-def _report(trainees, step, progress, writer):
+def _report(trainees, step, bar, writer):
     for trainee in trainees:
         if writer:
             for name, loss in trainee.losses.items():
                 writer.add_scalar(f'{trainee.block_id}/{name}', loss, step)
             writer.add_scalar(f'{trainee.block_id}/learning rate', trainee.optimizer.param_groups[0]['lr'], step)
-    progress.set_postfix({t.block_id: f'{sum(t.losses.values()) / len(t.losses):.3f}' for t in trainees})
+    bar.set_postfix({t.block_id: f'{sum(t.losses.values()) / len(t.losses):.3f}' for t in trainees}, refresh=False)
 
 
 def _save(trainees, steps_per_epoch, job):

@@ -1,0 +1,147 @@
+"""Make an int8 teacher: quantise a pretrained EfficientNet with LSQ+ and fine-tune it.
+
+    python lsq_finetune_teacher.py --teacher_arch efficientnet-b5 --dataset_path ./dataset
+
+Writes <output_path>/efficientnet_b5/checkpoint.pth, which lsq_block_kd.py and eval_block_kd.py take as
+--teacher_checkpoint_path. Unlabelled pictures do with --from_teacher. Batch norm keeps the statistics of the
+pretrained network: 12 images are too few for better ones. The default learning rate is for an epoch of ImageNet;
+a short run on other pictures moves away from the pretrained network with it: give 1e-4 or less there.
+"""
+import copy
+import math
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from modules.block_kd.teacher import DEFAULT_ARCH, DEFAULT_ROOT, build_teacher, default_checkpoint
+from modules.cli import parser, positive, run
+from modules.errors import UserError
+from modules.modeling.ops.lsq_plus import set_quant_mode
+from modules.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from modules.training.data import add_data_arguments, eval_loader, open_data, train_loader
+from modules.training.distributed import add_distributed_arguments, average, average_gradients, distributed_job
+from modules.training.optim import cosine, parameter_groups, set_learning_rate
+
+
+def get_args():
+    p = parser(__doc__)
+    p.add_argument('--teacher_arch', '--arch', default=DEFAULT_ARCH, help='efficientnet-b0..b7, -lite0..lite4')
+    p.add_argument('--weights', help="file of pretrained weights; default: an installed package, or timm's hub")
+    p.add_argument('--output_path', default=DEFAULT_ROOT, help='folder of the int8 teachers')
+    p.add_argument('--from_teacher', action='store_true', help='learn the fp32 logits instead of labels')
+    p.add_argument('--num_epochs', type=positive(int), default=1, help='passes over the training images')
+    p.add_argument('--train_batch_size', type=positive(int), default=12, help='images a step and rank')
+    p.add_argument('--learning_rate', type=positive(float), default=1e-3, help='the first; down to 0 by a cosine')
+    p.add_argument('--momentum', type=float, default=0.9, help='of SGD')
+    p.add_argument('--weight_decay', type=float, default=1e-5, help='not of norms, biases and scales')
+    p.add_argument('--image_size', type=positive(int), default=224, help='pixels')
+    p.add_argument('--max_steps', type=positive(int), help='steps in all, for short runs')
+    p.add_argument('--num_eval_images', type=positive(int), default=5000, help='of the evaluation at the end')
+    p.add_argument('--checkpoint_freq', type=positive(int), default=500, help='steps between unfinished.pth')
+    p.add_argument('--resume', action='store_true', help='go on from unfinished.pth')
+    p.add_argument('--seed', type=int, default=0, help='of order and augmentation')
+    add_data_arguments(p)
+    add_distributed_arguments(p)
+    return p.parse_args()
+
+
+def main(args):
+    with distributed_job(args.local_rank, args.device) as job:
+        path = default_checkpoint(args.teacher_arch, args.output_path)
+        unfinished = os.path.join(os.path.dirname(path), 'unfinished.pth')
+        if args.resume and os.path.isfile(path) and not os.path.isfile(unfinished):
+            raise UserError(f'{path}: finished, nothing to resume')
+        original = build_teacher(args.teacher_arch, weights=args.weights).to(job.device)
+        data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, args.image_size,
+                         labelled=not args.from_teacher, seed=args.seed, normalize=original.normalize)
+        classes = original.classifier.out_features
+        if not args.from_teacher and data.num_classes != classes:
+            raise UserError(f'{args.dataset_path}: {data.num_classes} classes, {args.teacher_arch} tells {classes} '
+                            'apart; --from_teacher does without labels')
+        teacher = set_quant_mode(copy.deepcopy(original))
+        with teacher.fine_tuning():
+            finetune(teacher, original, data, unfinished, args, job)
+        report(teacher, original, data.test, args, job)
+        if job.is_main:
+            save_checkpoint(path, teacher.checkpoint())
+            if os.path.isfile(unfinished):
+                os.remove(unfinished)
+            print(f'int8 teacher: {path}', flush=True)
+
+
+def finetune(teacher, original, data, path, args, job):
+    """SGD on labels, or on the original's logits; every checkpoint_freq steps its state is written to `path`."""
+    optimizer = torch.optim.SGD(parameter_groups(teacher, args.weight_decay), args.learning_rate, args.momentum)
+    loader_args = args.train_batch_size, args.seed, job, args.num_workers
+    per_epoch = len(epoch_from(data.train, 0, 0, *loader_args))
+    total = min(args.num_epochs * per_epoch, args.max_steps or math.inf)
+    names = ('learning_rate', 'momentum', 'weight_decay', 'image_size', 'from_teacher', 'augment', 'seed')
+    settings = {name: getattr(args, name) for name in names} | {
+        'images': len(data.train), 'images a step': args.train_batch_size * job.world_size, 'steps': total}
+    step = resume(teacher, optimizer, settings, path) if args.resume else 0
+    bar = tqdm(total=total, initial=step, desc=f'int8 {teacher.arch}', disable=not job.is_main,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    while step < total:
+        for images, labels in epoch_from(data.train, step // per_epoch, step % per_epoch, *loader_args):
+            images, target = images.to(job.device), labels.to(job.device)
+            if args.from_teacher:
+                target = original(images).softmax(1)
+            loss = F.cross_entropy(teacher(images), target)
+            mean_loss, = average([loss.item()], job)
+            if not math.isfinite(mean_loss):
+                raise UserError(f'loss {mean_loss} at step {step} of {total}: try a smaller --learning_rate')
+            set_learning_rate(optimizer, cosine(args.learning_rate, step, total))
+            optimizer.zero_grad()
+            loss.backward()
+            average_gradients(teacher.parameters(), job)
+            optimizer.step()
+            step += 1
+            bar.set_postfix(loss=mean_loss, refresh=False)
+            bar.update()
+            if job.is_main and step % args.checkpoint_freq == 0:
+                save_checkpoint(path, teacher.checkpoint(step=step, settings=settings,
+                                                         optimizer=optimizer.state_dict()))
+            if step == total:
+                break
+    bar.close()
+
+
+def epoch_from(images, epoch, step, batch_size, seed, job, workers):
+    """Loader of this rank's part of an epoch, from `step` on."""
+    return train_loader(images, batch_size, epoch, seed, job.rank, job.world_size, workers, start_step=step)
+
+
+def resume(teacher, optimizer, settings, path):
+    """Load the state at `path`; returns the steps taken, 0 without one. Other settings are an error."""
+    if not os.path.isfile(path):
+        return 0
+    state = load_checkpoint(path)
+    begun = state.get('settings', {})
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            raise UserError(f'{path}: begun with {name} {begun.get(name)}, not {value}; resume with the same')
+    load_weights(teacher, state, path)
+    optimizer.load_state_dict(state['optimizer'])
+    return state['step']
+
+
+@torch.no_grad()
+def report(teacher, original, images, args, job):
+    """Print how often int8 and fp32 give the same answer and, with labels, how often each is right."""
+    counts = [0, 0, 0, 0]
+    for batch, labels in eval_loader(images, args.train_batch_size, job.rank, job.world_size, args.num_workers,
+                                     limit_images=args.num_eval_images):
+        ours, theirs = (network(batch.to(job.device)).argmax(1).cpu() for network in (teacher, original))
+        agreed = [ours == theirs, ours == labels, theirs == labels]
+        counts = [c + new for c, new in zip(counts, [len(batch), *(int(a.sum()) for a in agreed)])]
+    total, same, int8, fp32 = (count * job.world_size for count in average(counts, job))
+    if job.is_main and total:
+        accuracy = '' if args.from_teacher else f'; right: int8 {int8 / total:.2%}, fp32 {fp32 / total:.2%}'
+        print(f'{total:.0f} held-out images: int8 answers as fp32 on {same / total:.2%}{accuracy}')
+
+
+if __name__ == '__main__':
+    run(main, get_args)

@@ -1,0 +1,193 @@
+"""The Q-T score of spaces from block LUTs, and the evolution over spaces (SpaceEvo, section 3)."""
+import csv
+import hashlib
+import io
+from typing import NamedTuple
+
+from .. import evolution
+from ..errors import UserError
+from ..files import write_text
+from ..search_space import sampling
+from ..search_space.encoding import Supernet, parse_supernet, stage_config
+from ..search_space.macro_arch import IMAGE_CHANNELS, SEARCHABLE_STAGES
+from ..search_space.superspace import get_superspace
+from .lut import read_luts
+from .score import ExactEstimator, IndependentEstimator, SampleEstimator, Tables
+
+ESTIMATORS = {'exact': ExactEstimator, 'sample': SampleEstimator, 'independent': IndependentEstimator}
+
+
+class SpaceScore(NamedTuple):
+    """Score of a space; latency_loss, acc_loss: means over constraints of max(1, (t/p)^a) and L; tails: p and L."""
+    score: float
+    latency_loss: float
+    acc_loss: float
+    tails: list
+
+    def numbers(self):
+        """Score, latency_loss, acc_loss, then p and L for each constraint."""
+        return (self.score, self.latency_loss, self.acc_loss) + tuple(v for tail in self.tails for v in tail[:2])
+
+
+def lut_ids(supernet):
+    """The six block LUTs (`stage3_1_2`) of a Supernet."""
+    return [f'{stage}_{block_type}_{window}'
+            for stage, block_type, window in zip(SEARCHABLE_STAGES, supernet.block_types, supernet.windows)]
+
+
+def unsearched_blocks(superspace, resolution):
+    """BlockConfigs of the unsearched stages at minimum width and depth for an image resolution (pixels).
+
+    The stages before and after are at their minimum width too, over their whole width list.
+    """
+    space = get_superspace(superspace)
+    configs, cin, hw = [], IMAGE_CHANNELS, resolution
+    for stage in space.stages:
+        if stage.name not in SEARCHABLE_STAGES:
+            block_type = space.block_type(stage.name)
+            block = block_type.kernels[0], stage.widths[0], block_type.expands[0]
+            configs += stage_config(stage, block_type, [block] * stage.depths[0], cin, hw)
+        cin, hw = stage.widths[0], -(-hw // stage.stride)
+    configs[-1] = configs[-1]._replace(hw=1, stride=0)      # the linear layer, as block tables write it
+    return configs
+
+
+class PlatformLatency(dict):
+    """{resolution (pixels): latency in ms of the unsearched stages}, predicted when first asked for."""
+
+    def __init__(self, superspace, platform, **options):
+        super().__init__()
+        self.superspace, self.platform, self.options, self.predictor = superspace, platform, options, None
+
+    def __missing__(self, resolution):
+        if self.predictor is None:
+            from ..latency import LatencyPredictor
+            self.predictor = LatencyPredictor(self.platform, **self.options)
+        self[resolution] = float(sum(self.predictor.predict_block(*config[1:])
+                                     for config in unsearched_blocks(self.superspace, resolution)))
+        return self[resolution]
+
+
+class BlockKDSearcher:
+    """Scores the spaces of a superspace on a platform.
+
+    lut_dir: the folder that holds <superspace>/stage*_*_*.csv[.gz], or that folder itself. latency_constraint:
+    ms, one number or several; then scores add up and the two losses are means. platform: None for the
+    superspace's own; fallback, trust_pickles: as for LatencyPredictor. estimator: exact, sample or independent
+    (score.py); the latter two draw with `seed`. wanted: block-LUT ids to read when not all are needed. Raises
+    LutError for a missing file or a bad row.
+    """
+
+    def __init__(self, lut_dir, superspace, platform, latency_constraint, lat_loss_t=0.1, lat_loss_a=0.01,
+                 estimator='exact', seed=0, wanted=None, fallback=False, trust_pickles=False):
+        self.superspace = get_superspace(superspace)
+        self.platform = platform or self.superspace.platform
+        try:
+            self.constraints = tuple(float(c) for c in latency_constraint)
+        except TypeError:
+            self.constraints = (float(latency_constraint),)
+        for name, values in (('latency_constraint', self.constraints), ('lat_loss_t', (lat_loss_t,)),
+                             ('lat_loss_a', (lat_loss_a,))):
+            if not values or not all(0 < value < float('inf') for value in values):
+                raise UserError(f'{name} {" ".join(map(str, values)) or "of no value"}: expected positive numbers')
+        if estimator not in ESTIMATORS:
+            raise UserError(f'estimator {estimator!r} is not one of {" ".join(ESTIMATORS)}')
+        self.t, self.a = lat_loss_t, lat_loss_a
+        luts = read_luts(lut_dir, self.superspace, wanted)
+        latency = PlatformLatency(self.superspace, self.platform, fallback=fallback, trust_pickles=trust_pickles)
+        self.tables = Tables(luts, self.superspace, latency)
+        options = {} if estimator == 'exact' else {'seed': seed}
+        self.estimator = ESTIMATORS[estimator](self.tables, self.constraints, **options)
+        self.settings = {'superspace': self.superspace.name, 'platform': self.platform,
+                         'latency_constraint': self.constraints, 'latency_loss_t': self.t, 'latency_loss_a': self.a,
+                         'estimator': estimator, 'luts': self._digest()}
+
+    def name(self):
+        """`mobilew, 15 and 20 ms`."""
+        return f'{self.superspace.name}, {" and ".join(f"{c:g}" for c in self.constraints)} ms'
+
+    def _digest(self):
+        """12 hex digits that change with any latency or loss used."""
+        digest = hashlib.sha256(repr((self.tables.resolutions, self.tables.fixed)).encode())
+        for lut_id in sorted(self.tables.rows):
+            digest.update(lut_id.encode())
+            for latency, loss in self.tables.rows[lut_id]:
+                digest.update(latency.tobytes() + loss.tobytes())
+        return digest.hexdigest()[:12]
+
+    def parse(self, supernet):
+        """Supernet of this superspace from `151122-023231`, its full name or a Supernet."""
+        return parse_supernet(supernet, self.superspace)
+
+    def evaluate(self, supernet):
+        """SpaceScore of a Supernet."""
+        tails = self.estimator.tails(lut_ids(supernet))
+        # found is 1 unless the estimator gives expectations and n draws may hold no feasible subnet at all
+        penalties = [max(1.0, (self.t * tail.found / tail.p) ** self.a) if tail.p else float('inf')
+                     for tail in tails]
+        score = sum(tail.found / (penalty * tail.loss) for tail, penalty in zip(tails, penalties))
+        count = len(tails)
+        return SpaceScore(float(score), float(sum(penalties) / count), sum(tail.loss for tail in tails) / count, tails)
+
+    def eval_individual(self, block_choices, width_window_choices):
+        """(score, latency_loss, acc_loss) of the space with these block types and width windows for stages 1..6.
+
+        Both as '151122' or as a sequence of ints. score = sum over constraints of 1 / (max(1, (t/p)^a) L); the
+        other two are the means over the constraints of max(1, (t/p)^a) and of L, inf where nothing is feasible.
+        """
+        text = '_'.join(''.join(map(str, choices)) for choices in (block_choices, width_window_choices))
+        return tuple(self.evaluate(self.parse(text))[:3])
+
+    def latency_range(self, supernet):
+        """(smallest, largest) latency in ms of the space's subnets as the LUT rows have them."""
+        return self.tables.latency_range(lut_ids(supernet))
+
+    def columns(self):
+        """Names of SpaceScore.numbers()."""
+        names = ['score', 'latency_loss', 'acc_loss']
+        return names + [f'{name}@{c:g}' for c in self.constraints for name in ('p', 'L')]
+
+
+def uniform_spaces(superspace):
+    """Each block type x width window used everywhere (stages with fewer windows use their last)."""
+    space = get_superspace(superspace)
+    counts = [space.stage(name).num_windows for name in SEARCHABLE_STAGES]
+    return [Supernet(space, (block_type,) * len(counts), tuple(min(window, count - 1) for count in counts))
+            for block_type in range(len(space.block_types)) for window in range(max(counts))]
+
+
+def num_spaces(superspace):
+    """How many spaces a superspace has."""
+    space, count = get_superspace(superspace), 1
+    for name in SEARCHABLE_STAGES:
+        count *= len(space.block_types) * space.stage(name).num_windows
+    return count
+
+
+def search_spaces(searcher, history, rng, total=5000, population_size=500, parent_sample_size=125):
+    """Regularised evolution over the spaces of a BlockKDSearcher; gives (Supernet, its numbers) as they come.
+
+    history: evolution.History with the searcher's columns. rng: random.Random. No space is scored twice.
+    """
+    space = searcher.superspace
+
+    def score(supernet):
+        return history.get(str(supernet), lambda: searcher.evaluate(supernet).numbers())
+
+    mutations = [lambda parent: sampling.mutate_block_type(parent, rng)]
+    if any(space.stage(name).num_windows > 1 for name in SEARCHABLE_STAGES):
+        mutations.append(lambda parent: sampling.mutate_window(parent, rng))
+    return evolution.regularized_evolution(
+        uniform_spaces(space), lambda: sampling.sample_supernet(space, rng), mutations, score, rng,
+        min(total, num_spaces(space)), population_size, parent_sample_size)
+
+
+def write_table(path, searcher, supernets, numbers):
+    """CSV of spaces in order: rank, supernet, smallest and largest latency, score, losses, p and L by constraint."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['rank', 'supernet', 'min_latency_ms', 'max_latency_ms'] + searcher.columns())
+    for rank, (supernet, values) in enumerate(zip(supernets, numbers), 1):
+        writer.writerow([rank, supernet] + [f'{ms:.4f}' for ms in searcher.latency_range(supernet)]
+                        + [f'{value:.6g}' for value in values])
+    write_text(path, text.getvalue())

@@ -1,0 +1,161 @@
+"""Search the spaces of a superspace by their Q-T score, or score given spaces, from block LUTs.
+
+    python search_block_kd.py --superspace onnxw --latency_constraint 10 --platform onnx_lut \\
+        --latency_loss_t 0.08 --latency_loss_a 0.01 --lut_path data/block_lut --output_dir checkpoints/block_kd/search
+    python search_block_kd.py --superspace onnxw --latency_constraint 15 --supernet_choices 111111_000000 222222
+
+Writes to <output_dir>/<superspace>/c10_t0.08_a0.01/: history.csv (every space as it is scored), top50.csv, search.log,
+search.png, cdf.png, top10.png and TensorBoard events; with --supernet_choices only supernet_choices.csv.
+A killed search goes on with --resume. docs/space_search.md has the method.
+"""
+import glob
+import os
+import random
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from modules import ROOT, cli
+from modules.block_kd import plots
+from modules.block_kd.searcher import ESTIMATORS, BlockKDSearcher, lut_ids, num_spaces, search_spaces, write_table
+from modules.evolution import History
+from modules.search_space.encoding import parse_supernet
+from modules.search_space.macro_arch import SEARCHABLE_STAGES
+
+LOG_EVERY = 500
+
+
+def get_args():
+    parser = cli.parser(__doc__)
+    parser.add_argument('--superspace', required=True, help='mobilew, onnxw, …')
+    parser.add_argument('--latency_constraint', type=cli.positive(float), nargs='+', required=True,
+                        help='latency constraints in ms; the scores under several add up')
+    parser.add_argument('--platform', help="latency platform of the unsearched stages (default: the superspace's)")
+    parser.add_argument('--fallback', action='store_true', help='predict the blocks that a block table lacks')
+    parser.add_argument('--trust_pickles', action='store_true', help="open nn-Meter's pickles, which are code")
+    parser.add_argument('--latency_loss_t', type=cli.positive(float), default=0.1, help='t of max(1, (t/p)^a)')
+    parser.add_argument('--latency_loss_a', type=cli.positive(float), default=0.01, help='a of max(1, (t/p)^a)')
+    parser.add_argument('--lut_path', default=os.path.join(ROOT, 'data', 'block_lut'),
+                        help='folder that holds <superspace>/stage*_*_*.csv[.gz]')
+    parser.add_argument('--output_dir', default='checkpoints/block_kd/search', help='where results are written')
+    parser.add_argument('--supernet_choices', nargs='+', metavar='CHOICE',
+                        help='score these spaces only, e.g. 111111_000000')
+    parser.add_argument('--estimator', choices=list(ESTIMATORS), default='exact',
+                        help='exact: expectation of the score without drawing; sample: from draws all spaces '
+                             'share; independent: 100,000 draws of its own for every space (slow)')
+    parser.add_argument('--num_spaces', type=cli.positive(int), default=5000, help='spaces to score')
+    parser.add_argument('--population_size', type=cli.positive(int), default=500, help='spaces alive at a time')
+    parser.add_argument('--parent_sample_size', type=cli.positive(int), default=125,
+                        help='random spaces whose best is the next parent')
+    parser.add_argument('--seed', type=int, default=0, help='of the search and of draws')
+    parser.add_argument('--resume', action='store_true', help='go on with the history in the output directory')
+    return parser.parse_args()
+
+
+def score_choices(searcher, supernets, folder):
+    """--supernet_choices: score the given Supernets, print them and write supernet_choices.csv."""
+    numbers = [searcher.evaluate(supernet).numbers() for supernet in supernets]
+    path = os.path.join(folder, 'supernet_choices.csv')
+    write_table(path, searcher, supernets, numbers)
+    for supernet, values in zip(supernets, numbers):
+        print(f'{supernet}  ' + '  '.join(f'{name} {value:.5g}' for name, value in zip(searcher.columns(), values)))
+    print(path)
+
+
+def search(searcher, folder, seed, total, population_size, parent_sample_size, resume):
+    """The space search; writes everything named in the module's docstring."""
+    from tensorboard.summary import Writer
+    started = time.perf_counter()
+    total = min(total, num_spaces(searcher.superspace))
+    settings = searcher.settings | {'seed': seed, 'population_size': population_size,
+                                    'parent_sample_size': parent_sample_size}
+    found, scores, best = [], [], -1.0
+    with History(folder, searcher.columns(), settings, resume) as history, \
+            open(os.path.join(folder, 'search.log'), 'a' if resume else 'w') as log, \
+            tqdm(total=total, unit='space') as progress:
+        known = len(history)
+        if not known:                   # TensorBoard would draw an older search's points between the new ones
+            for path in glob.glob(os.path.join(glob.escape(folder), 'events.out.tfevents.*')):
+                os.remove(path)
+        events = Writer(folder)
+
+        def say(text):
+            print(text, file=log, flush=True)
+            progress.write(text)
+
+        say(f'{searcher.superspace.name}: {total} spaces, {known} of them scored before; {settings}')
+        for supernet, numbers in search_spaces(searcher, history, random.Random(seed), total, population_size,
+                                               parent_sample_size):
+            found.append((supernet, numbers))
+            scores.append(numbers[0])
+            best, count = max(best, numbers[0]), len(scores)
+            progress.update()
+            if count % 50 == 0 or count == total:
+                mean = float(np.mean(scores[-population_size:]))
+                progress.set_postfix(best=f'{best:.5f}', mean=f'{mean:.5f}', refresh=False)
+                if count > known:
+                    events.add_scalar('score/best', best, step=count)
+                    events.add_scalar('score/mean', mean, step=count)
+                if count % LOG_EVERY == 0 or count == total:
+                    say(f'{count:6d} spaces  best {best:.6f}  mean of the population {mean:.6f}  '
+                        f'{time.perf_counter() - started:.1f} s')
+        events.close()
+        found.sort(key=lambda entry: -entry[1][0])
+        ranked = [supernet for supernet, _ in found[:50]]
+        write_table(os.path.join(folder, 'top50.csv'), searcher, ranked, [numbers for _, numbers in found[:50]])
+        plots.plot_search(os.path.join(folder, 'search.png'), scores, population_size,
+                          f'Space search: {searcher.name()}')
+        draw_best(searcher, ranked[:10], folder, np.random.default_rng(seed % 2 ** 32))
+        say(f'best {ranked[0]}  score {best:.6f}  {time.perf_counter() - started:.1f} s')
+    files = [os.path.join(folder, name) for name in ('top10.png', 'cdf.png', 'search.png', 'top50.csv')]
+    print('\n'.join(['', f'The best space of {len(found)}: {ranked[0]}, score {best:.5f}', *describe(ranked[0]),
+                     'Pictures, tables and TensorBoard log:',
+                     *(f'  {file}' for file in files),
+                     'Next: train it as a supernet, or look at its latencies:',
+                     f'  python eval_supernet.py --supernet_choice {ranked[0]} --mode lat']))
+
+
+def describe(supernet):
+    """Lines that say in words what a Supernet offers in each searched stage."""
+    return [f'  {stage}: {block_type.name}, kernels {_listed(block_type.kernels)}, expand ratios '
+            f'{_listed(block_type.expands)}, widths {_listed(widths)}, {spec.depths[0]} to {spec.depths[-1]} blocks'
+            for stage, (spec, block_type, widths) in supernet.choices.items() if stage in SEARCHABLE_STAGES]
+
+
+def _listed(values):
+    return '/'.join('-' if value is None else str(value) for value in values)
+
+
+def draw_best(searcher, supernets, folder, rng):
+    """top10.png of the best Supernets, cdf.png of the first; rng: numpy Generator that draws its subnets."""
+    results = [searcher.evaluate(supernet) for supernet in supernets]
+    latency, loss = searcher.tables.draw(lut_ids(supernets[0]), 100_000, rng)
+    plots.plot_cdfs(os.path.join(folder, 'cdf.png'), latency, loss, searcher.constraints, results[0].tails,
+                    f'{supernets[0]}: 100,000 random subnets')
+    notes = []
+    for supernet, result in zip(supernets, results):
+        low, high = searcher.latency_range(supernet)
+        shares = ', '.join(f'{tail.p:.1%}' for tail in result.tails)
+        notes.append(f'score {result.score:.5f}\n{shares} feasible; {low:.1f} to {high:.1f} ms')
+    plots.plot_spaces(os.path.join(folder, 'top10.png'), supernets, notes, f'The best spaces: {searcher.name()}')
+
+
+def main(args):
+    supernets = {str(s): s for s in (parse_supernet(c, args.superspace) for c in args.supernet_choices or [])}
+    wanted = sorted({lut_id for supernet in supernets.values() for lut_id in lut_ids(supernet)}) or None
+    searcher = BlockKDSearcher(args.lut_path, args.superspace, args.platform, args.latency_constraint,
+                               args.latency_loss_t, args.latency_loss_a, args.estimator, args.seed, wanted,
+                               args.fallback, args.trust_pickles)
+    constraints = '+'.join(f'{constraint:g}' for constraint in args.latency_constraint)
+    folder = os.path.join(args.output_dir, args.superspace,
+                          f'c{constraints}_t{args.latency_loss_t:g}_a{args.latency_loss_a:g}')
+    if supernets:
+        score_choices(searcher, list(supernets.values()), folder)
+    else:
+        search(searcher, folder, args.seed, args.num_spaces, args.population_size, args.parent_sample_size,
+               args.resume)
+
+
+if __name__ == '__main__':
+    cli.run(main, get_args)
