@@ -5,7 +5,7 @@
 Writes <output_path>/efficientnet_b5/checkpoint.pth, which lsq_block_kd.py and eval_block_kd.py take as
 --teacher_checkpoint_path. Unlabelled pictures do with --from_teacher. Batch norm keeps the statistics of the
 pretrained network: 12 images are too few for better ones. The default learning rate is for an epoch of ImageNet;
-a short run on other pictures moves away from the pretrained network with it: give 1e-4 or less there.
+a short run moves away from the pretrained network with it: give --learning_rate 2e-5 there.
 """
 import copy
 import math
