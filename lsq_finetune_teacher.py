@@ -10,11 +10,9 @@ a short run moves away from the pretrained network with it: give --learning_rate
 import copy
 import math
 import os
-import sys
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from modules.block_kd.teacher import DEFAULT_ARCH, DEFAULT_ROOT, build_teacher, default_checkpoint
 from modules.cli import parser, positive, run
@@ -23,6 +21,7 @@ from modules.modeling.ops.lsq_plus import set_quant_mode
 from modules.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from modules.training.data import add_data_arguments, eval_loader, open_data, train_loader
 from modules.training.distributed import add_distributed_arguments, average, average_gradients, distributed_job
+from modules.training.log import progress
 from modules.training.optim import cosine, parameter_groups, set_learning_rate
 
 
@@ -64,12 +63,12 @@ def main(args):
         teacher = set_quant_mode(copy.deepcopy(original))
         with teacher.fine_tuning():
             finetune(teacher, original, data, unfinished, args, job)
-        report(teacher, original, data.test, args, job)
         if job.is_main:
             save_checkpoint(path, teacher.checkpoint())
             if os.path.isfile(unfinished):
                 os.remove(unfinished)
             print(f'int8 teacher: {path}', flush=True)
+        report(teacher, original, data.test, args, job)
 
 
 def finetune(teacher, original, data, path, args, job):
@@ -82,8 +81,7 @@ def finetune(teacher, original, data, path, args, job):
     settings = {name: getattr(args, name) for name in names} | {
         'images': len(data.train), 'images a step': args.train_batch_size * job.world_size, 'steps': total}
     step = resume(teacher, optimizer, settings, path) if args.resume else 0
-    bar = tqdm(total=total, initial=step, desc=f'int8 {teacher.arch}', disable=not job.is_main,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = progress(total, f'int8 {teacher.arch}', step, job.is_main)
     while step < total:
         for images, labels in epoch_from(data.train, step // per_epoch, step % per_epoch, *loader_args):
             images, target = images.to(job.device), labels.to(job.device)
