@@ -26,10 +26,10 @@ def positive(kind):
 
 
 def run(main, get_args):
-    """main(get_args()); a UserError or a missing file or folder is one line on stderr and exit code 2."""
+    """main(get_args()); a UserError or an OSError is one line on stderr and exit code 2."""
     try:
         main(get_args())
-    except (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except (UserError, OSError) as error:               # OSError: a missing file, a full disk
         sys.exit(_fail(error))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -14,6 +14,7 @@ from functools import cache
 import numpy as np
 
 from .. import ROOT
+from ..files import atomic_path, write_text
 from .kernel_model import Block, KernelModel, LatencyError
 
 DATA = os.path.join(ROOT, 'data', 'latency')
@@ -86,10 +87,7 @@ def read_table(path):
 def write_table(path, blocks):
     """Write {Block: ms} as a JSON block table, sorted, through a temporary name."""
     rows = sorted((format_key(block), float(ms)) for block, ms in blocks.items())
-    temporary = f'{path}.tmp{os.getpid()}'
-    with open(temporary, 'w', encoding='utf-8') as file:
-        json.dump(dict(rows), file, indent=0)
-    os.replace(temporary, path)
+    write_text(path, json.dumps(dict(rows), indent=0))
 
 
 def save_platform(folder, model, blocks):
@@ -100,7 +98,6 @@ def save_platform(folder, model, blocks):
               for column, dtype in COLUMNS.items()}
     arrays['type'] = np.array([types.index((block.name, block.activation)) for block in blocks], np.int8)
     arrays['ms'] = np.maximum(np.round(model.predict_blocks(blocks) / MS), 1).astype(np.int32)
-    os.makedirs(folder, exist_ok=True)
     _save(os.path.join(folder, 'model.npz'), model.save)
     _save(os.path.join(folder, 'blocks.npz'),
           lambda file: np.savez_compressed(file, types=np.array(types), **arrays))
@@ -108,10 +105,8 @@ def save_platform(folder, model, blocks):
 
 
 def _save(path, write):
-    temporary = f'{path}.tmp{os.getpid()}'
-    with open(temporary, 'wb') as file:
+    with atomic_path(path) as temporary, open(temporary, 'wb') as file:
         write(file)
-    os.replace(temporary, path)
 
 
 @cache
