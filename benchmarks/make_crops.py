@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from modules.cli import parser, positive, run
 from modules.errors import UserError
-from modules.training.data import to_rgb
+from modules.training.sources import to_rgb
 
 ENDINGS = ('.png', '.jpg', '.jpeg', '.webp')
 MAX_PIXELS = 50_000_000

@@ -21,21 +21,20 @@ from torchvision import datasets
 
 from modules.cli import run
 from modules.errors import UserError
-from modules.training import data as data_module
+from modules.training import sources
 from modules.training.data import (
-    TARS,
     BrokenImage,
     add_data_arguments,
     build_transforms,
     calibration_batches,
     eval_loader,
     open_data,
-    to_rgb,
     train_loader,
 )
+from modules.training.sources import TARS, to_rgb
 
 SIZE = 32
-FASHION = os.path.join(data_module.DEBIAN, 'fashion-mnist')
+FASHION = os.path.join(sources.DEBIAN, 'fashion-mnist')
 needs_fashion = pytest.mark.skipif(not os.path.isdir(FASHION), reason='needs apt package dataset-fashion-mnist')
 CHINA, FLOWER = (Image.fromarray(image) for image in load_sample_images().images)
 
@@ -137,21 +136,21 @@ def test_tar_index(tars, tmp_path, monkeypatch, capsys):
         shutil.copy(tars / name, tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     tar = str(tmp_path / TARS[0])
-    first = data_module._tar_index(tar)
+    first = sources._tar_index(tar)
     assert 'looking for the pictures' in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, '_scan_tar', lambda path: pytest.fail('scanned again'))
-        assert data_module._tar_index(tar) == first
+        patch.setattr(sources, '_scan_tar', lambda path: pytest.fail('scanned again'))
+        assert sources._tar_index(tar) == first
     os.utime(tar, (1, 1))                               # another tar: not used any more
-    assert data_module._tar_index(tar) == first and capsys.readouterr().err
+    assert sources._tar_index(tar) == first and capsys.readouterr().err
     with open(tar + '.index.json', 'w') as f:           # cut off
         f.write('{"version": 1, "si')
-    assert data_module._tar_index(tar) == first and capsys.readouterr().err
+    assert sources._tar_index(tar) == first and capsys.readouterr().err
     os.remove(tar + '.index.json')
     os.mkdir(tar + '.index.json')                       # nothing can be written beside it
-    assert data_module._tar_index(tar) == first
+    assert sources._tar_index(tar) == first
     assert len(os.listdir(tmp_path / 'cache/spaceevo')) == 1 and capsys.readouterr().err
-    assert data_module._tar_index(tar) == first and not capsys.readouterr().err
+    assert sources._tar_index(tar) == first and not capsys.readouterr().err
 
 
 def test_tar_of_class_tars(tars, folders, tmp_path):

@@ -1,4 +1,5 @@
 """Progress of long jobs: a bar on a terminal, a line now and then in a log file."""
+import os
 import sys
 
 from tqdm import tqdm
@@ -11,3 +12,9 @@ def progress(total, description, initial=0, enabled=True):
     watched = sys.stderr.isatty()
     return tqdm(total=total, initial=initial, desc=description, disable=not enabled, file=sys.stderr,
                 mininterval=0.2 if watched else LOG_INTERVAL, maxinterval=LOG_INTERVAL, dynamic_ncols=watched)
+
+
+def note(line):
+    """One line on stderr, of the first rank only."""
+    if os.environ.get('RANK', '0') == '0':
+        print(line, file=sys.stderr)

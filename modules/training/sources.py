@@ -1,0 +1,390 @@
+"""Where pictures come from: ImageNet folders and tars, plain picture folders, torchvision's data sets, digits."""
+import contextlib
+import glob
+import gzip
+import hashlib
+import inspect
+import io
+import json
+import os
+import re
+import tarfile
+import zlib
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import ConcatDataset
+from torchvision import datasets, transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from ..errors import UserError
+from ..files import write_text
+from .log import note
+
+SMALL = 96                      # pixels: data sets of at most this are stretched whole instead of cropped
+DEBIAN = '/usr/share/datasets'
+TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
+LAYOUTS = f'class folders train/ and val/, or {TARS[0]} and {TARS[1]}'
+# torchvision's data sets of pictures with one class each
+TORCHVISION = ('CIFAR10', 'CIFAR100', 'Flowers102', 'OxfordIIITPet', 'Food101', 'StanfordCars', 'FGVCAircraft',
+               'MNIST', 'FashionMNIST', 'KMNIST', 'EMNIST', 'QMNIST', 'USPS', 'SEMEION', 'SVHN', 'STL10', 'GTSRB',
+               'DTD', 'EuroSAT', 'Caltech101', 'Caltech256', 'SUN397', 'Country211', 'RenderedSST2', 'PCAM',
+               'Imagenette')
+# torchvision splits where train is not split='train' and test is not split='test'
+SPLITS = {'flowers102': (('train', 'val'), 'test'), 'dtd': (('train', 'val'), 'test'),
+          'country211': (('train', 'valid'), 'test'), 'renderedsst2': (('train', 'val'), 'test'),
+          'pcam': (('train', 'val'), 'test'), 'fgvcaircraft': (('trainval',), 'test'),
+          'oxfordiiitpet': (('trainval',), 'test'), 'imagenette': (('train',), 'val')}
+MNIST_LIKE = ('mnist', 'fashionmnist', 'kmnist')     # four idx files, gzipped or not
+
+
+def to_rgb(image):
+    """RGB of any PIL image: transparency on white, 16-bit grey scaled to 8; very long ones cut to 16:1."""
+    width, height = image.size
+    side = 16 * min(width, height)          # resizing the short side of a 1 x 10,000 line would take gigabytes
+    if max(width, height) > side:
+        image = transforms.functional.center_crop(image, (min(height, side), min(width, side)))
+    if image.mode.startswith('I'):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+
+class Pictures:
+    """Picture files below a folder, or members of a tar that is read in place.
+
+    names are relative to root; labels class numbers; where, for a tar, (N, 2) offsets and sizes in bytes.
+    min_side: JPEGs may be decoded smaller, their sides at least this many pixels (None: as they are).
+    """
+    small = False
+
+    def __init__(self, root, names, labels, where=None, min_side=None):
+        self.root, self.where, self.min_side = root, where, min_side
+        # arrays, not lists: a million Python objects would be copied into every forked worker
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self._file = None
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getstate__(self):
+        return {**self.__dict__, '_file': None}
+
+    def name(self, index):
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
+
+    def _bytes(self, index):
+        if self.where is None:
+            with open(self.name(index), 'rb') as f:
+                return f.read()
+        if self._file is None:
+            self._file = open(self.root, 'rb', buffering=0)
+        offset, size = self.where[index].tolist()
+        # pread has no position that forked workers could share by mistake
+        return os.pread(self._file.fileno(), size, offset)
+
+    def __getitem__(self, index):
+        image = Image.open(io.BytesIO(self._bytes(index)))
+        if self.min_side:
+            image.draft(None, (self.min_side, self.min_side))
+        return to_rgb(image), int(self.labels[index])
+
+
+class Named:
+    """A data set known by its name: any `dataset` whose items are (PIL image or uint8 array, label)."""
+
+    def __init__(self, name, dataset):
+        self.dataset, self._name, self.small = dataset, name, False
+        for index in range(len(dataset)):
+            with contextlib.suppress(Exception):        # the first that is not broken
+                self.small = max(self[index][0].size) <= SMALL
+                break
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def name(self, index):
+        return f'{self._name} image {index}'
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image), int(label)
+
+
+def open_source(path, dataset, labelled, min_side):
+    """(train source, test source or None, number of classes, 0 for unlabelled) of a data set by name.
+
+    A source gives (RGB PIL image, label) by index and has name(index) and small. min_side: as for Pictures.
+    """
+    path, name = os.path.expanduser(path), plain_name(dataset)
+    if name == 'imagenet':
+        return _open_imagenet(path, labelled, min_side)
+    if name == 'digits':
+        from sklearn.datasets import load_digits
+        digits = load_digits()
+        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+        return Named('digits', _Arrays(pixels, digits.target)), None, 10
+    return _open_torchvision(path, dataset, name)
+
+
+def plain_name(name):
+    return re.sub('[-_ ]', '', name).lower()
+
+
+def one_line(error):
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+def _found(folder):
+    """What is in a folder, for an error line: at most five entries."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    shown = ' '.join(entry.name + '/' * entry.is_dir() for entry in entries[:5])
+    return (shown or 'nothing') + f' … ({len(entries)} entries)' * (len(entries) > 5)
+
+
+def _open_imagenet(path, labelled, min_side):
+    """(train source, test source or None, number of classes)."""
+    if not os.path.isdir(path):
+        found = 'a file' if os.path.exists(path) else 'no such folder'
+        raise UserError(f'{path}: expected {LAYOUTS}; found {found}')
+    folders = [os.path.join(path, name) for name in ('train', 'val')]
+    tars = [os.path.join(path, name) for name in TARS]
+    if all(map(os.path.isdir, folders)):
+        if not labelled:
+            return *(_open_pictures(folder, min_side) for folder in folders), 0
+        return _open_class_folders(*folders)
+    if all(map(os.path.isfile, tars)):
+        return _open_tars(*tars, labelled)
+    if labelled:
+        hint = ' (pictures without labels do for block KD only)' * any(_walk(path))
+        raise UserError(f'{path}: expected {LAYOUTS}; found {_found(path)}{hint}')
+    return _open_pictures(path, min_side), None, 0
+
+
+def _is_picture(name):
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def _walk(path):
+    """Relative names of all pictures below a folder, in order; links to folders are followed, but not in circles."""
+    seen = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        yield from (os.path.relpath(os.path.join(folder, name), path) for name in sorted(names) if _is_picture(name))
+
+
+def _open_pictures(path, min_side):
+    names = list(_walk(path))
+    if not names:
+        raise UserError(f'{path}: expected pictures ({" ".join(IMG_EXTENSIONS)}); found {_found(path)}')
+    return Pictures(path, names, np.zeros(len(names)), min_side=min_side)
+
+
+def _open_class_folders(train, val):
+    classes, sources = None, []
+    for folder in (train, val):
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        classes = classes or names
+        if not names:
+            raise UserError(f'{folder}: expected one folder per class; found {_found(folder)}')
+        _check_classes(folder, names, classes, train)
+        numbers = {name: number for number, name in enumerate(classes) if name in names}
+        samples = make_dataset(folder, numbers, IMG_EXTENSIONS, allow_empty=True)
+        if not samples:
+            raise UserError(f'{folder}: expected pictures in class folders; found none in {_found(folder)}')
+        files = [os.path.relpath(name, folder) for name, _ in samples]
+        sources.append(Pictures(folder, files, [label for _, label in samples]))
+    return *sources, len(classes)
+
+
+def _check_classes(where, names, classes, train):
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise UserError(f'{where}: class {unknown[0]} is not one of the {len(classes)} classes of {train}')
+
+
+def _open_tars(train, val, labelled):
+    classes, sources = [], []
+    for path in (train, val):
+        members = sorted((name.rpartition('/')[0].rpartition('/')[2], name, offset, size)
+                         for name, offset, size in _tar_index(path))
+        if not members:
+            raise UserError(f'{path}: expected pictures x/<class>/<file>; found none')
+        labels = np.zeros(len(members))
+        if labelled:
+            flat = next((name for label, name, *_ in members if label in ('', '.')), None)
+            if flat is not None:
+                raise UserError(f'{path}: expected members x/<class>/<file>; found {flat}, which has no class')
+            names = sorted({member[0] for member in members})
+            classes = classes or names
+            _check_classes(path, names, classes, train)
+            numbers = {name: number for number, name in enumerate(classes)}
+            labels = [numbers[member[0]] for member in members]
+        where = np.array([member[2:] for member in members], dtype=np.int64)
+        sources.append(Pictures(path, [member[1] for member in members], labels, where))
+    return *sources, len(classes)
+
+
+def _tar_index(path):
+    """[(name, offset, size), …] of the pictures in a tar: offsets and sizes in bytes.
+
+    Read once, then kept as JSON beside the tar or in ~/.cache/spaceevo; used while size and time of the tar agree.
+    """
+    stat = os.stat(path)
+    stamp = {'version': 1, 'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:12]
+    places = [path + '.index.json',
+              os.path.join(cache, 'spaceevo', f'{digest}-{os.path.basename(path)}.index.json')]
+    for place in places:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with open(place, encoding='utf-8') as f:
+                index = json.load(f)
+            if all(index[key] == value for key, value in stamp.items()):
+                return list(zip(index['names'], index['offsets'], index['sizes'], strict=True))
+    note(f'{path}: looking for the pictures in it (once)')
+    members = _scan_tar(path)
+    names, offsets, sizes = map(list, zip(*members)) if members else ([], [], [])
+    text = json.dumps({**stamp, 'names': names, 'offsets': offsets, 'sizes': sizes})
+    for place in places:
+        with contextlib.suppress(OSError):
+            write_text(place, text)
+            return members
+    note(f'{path}: its index could not be kept ({" ".join(places)})')
+    return members
+
+
+def _scan_tar(path):
+    """The pictures of a tar; members that are tars themselves, as in ILSVRC's train tar, are classes."""
+    members = []
+    try:
+        with open(path, 'rb') as outer, open(path, 'rb') as inner:
+            for member in _tar_files(outer):
+                if member.name.endswith('.tar'):
+                    label = os.path.basename(member.name)[:-len('.tar')]
+                    inner.seek(member.offset_data)
+                    members += [(f'{label}/{os.path.basename(nested.name)}', nested.offset_data, nested.size)
+                                for nested in _tar_files(inner) if _is_picture(nested.name)]
+                elif _is_picture(member.name):
+                    members.append((member.name, member.offset_data, member.size))
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f'{path}: expected an uncompressed tar, found one that cannot be read: {error}') from None
+    return members
+
+
+def _tar_files(file):
+    """TarInfos of the plain files in the tar that begins at the file's position."""
+    with tarfile.open(fileobj=file, mode='r:') as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()         # a million TarInfos would stay in memory
+            if member.isfile():
+                yield member
+
+
+class _Arrays:
+    """(N, H, W) uint8 images and their labels."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], int(self.labels[index])
+
+
+def _open_torchvision(path, dataset, name):
+    """(train source, test source or None, number of classes)."""
+    known = {plain_name(key): key for key in TORCHVISION}
+    if name not in known:
+        raise UserError(f'--dataset {dataset}: expected one of imagenet digits {" ".join(TORCHVISION)}')
+    cls = getattr(datasets, known[name])
+    if name in MNIST_LIKE:
+        for folder in (os.path.join(path, known[name], 'raw'), os.path.join(path, known[name]), path,
+                       *(folder for root in (path, DEBIAN) for folder in sorted(glob.glob(f'{glob.escape(root)}/*'))
+                         if plain_name(os.path.basename(folder)) == name)):
+            if (files := _idx_files(folder)) is not None:
+                train, test = (Named(name, _Arrays(*map(_read_idx, pair))) for pair in (files[:2], files[2:]))
+                return train, test, len(cls.classes)
+
+    parameters = inspect.signature(cls.__init__).parameters
+    train_splits, test_split = SPLITS.get(name, (('train',), 'test'))
+    fixed = {'split': 'balanced'} if name == 'emnist' else {}
+    if 'train' in parameters or name in ('emnist', 'qmnist'):
+        choices = [{'train': True, **fixed}, {'train': False, **fixed}]
+    elif 'split' in parameters:
+        choices = [*({'split': split} for split in train_splits), {'split': test_split}]
+    else:
+        choices = [{}]
+    parts = _local_or_download(path, dataset, cls, choices)
+    train, test = (parts[:-1], parts[-1]) if len(parts) > 1 else (parts, None)
+    source = Named(name, train[0] if len(train) == 1 else ConcatDataset(train))
+    test = None if test is None else Named(f'{name} test', test)
+    return source, test, _num_classes(parts[0], name)
+
+
+def _local_or_download(path, dataset, cls, choices):
+    """One torchvision data set for each of the keyword choices, from the folder, else from the network."""
+    def load(download):
+        return [cls(path, **choice, download=download) for choice in choices]
+
+    def load_local():
+        with contextlib.suppress(RuntimeError, OSError):
+            return load(download=False) if os.path.isdir(path) else None
+
+    try:
+        if (local := load_local()) is not None:
+            return local
+        import fcntl
+        os.makedirs(path, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)      # of the ranks of a machine one downloads, the others wait
+            return load_local() or load(download=True)
+        finally:
+            os.close(folder)
+    except ImportError as error:
+        raise UserError(f'--dataset {dataset}: torchvision needs a package for it: {error}') from None
+    except Exception as error:          # URLError, RuntimeError, ValueError, errors of zip and tar files, …
+        raise UserError(f'--dataset {dataset}: expected its files under {path} as torchvision keeps them, found '
+                        f'none; downloading them failed: {one_line(error)}') from None
+
+
+def _idx_files(folder):
+    """The four files of an MNIST-like set in a folder, train then test, images then labels; None without them."""
+    files = []
+    for kind in ('train-images-idx3', 'train-labels-idx1', 't10k-images-idx3', 't10k-labels-idx1'):
+        paths = [os.path.join(folder, f'{kind}-ubyte{ending}') for ending in ('', '.gz')]
+        files += [path for path in paths if os.path.isfile(path)][:1]
+    return files if len(files) == 4 else None
+
+
+def _read_idx(path):
+    """uint8 array of an idx file, gzipped or not."""
+    try:
+        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
+            data = f.read()
+        dims = data[3]
+        shape = np.frombuffer(data, '>i4', dims, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    except (ValueError, IndexError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f'{path}: expected an idx file of bytes, found one that cannot be read: {error}') from None
+
+
+def _num_classes(dataset, name):
+    for key in ('classes', 'categories'):
+        if getattr(dataset, key, None):
+            return len(getattr(dataset, key))
+    for key in ('targets', 'labels', '_labels'):
+        if getattr(dataset, key, None) is not None:
+            return int(max(getattr(dataset, key))) + 1
+    return {'gtsrb': 43, 'pcam': 2}[name]
