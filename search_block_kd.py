@@ -18,10 +18,17 @@ from tqdm import tqdm
 
 from modules import ROOT, cli
 from modules.block_kd import plots
-from modules.block_kd.searcher import ESTIMATORS, BlockKDSearcher, lut_ids, num_spaces, search_spaces, write_table
+from modules.block_kd.searcher import (
+    ESTIMATORS,
+    BlockKDSearcher,
+    describe,
+    lut_ids,
+    num_spaces,
+    search_spaces,
+    write_table,
+)
 from modules.evolution import History
 from modules.search_space.encoding import parse_supernet
-from modules.search_space.macro_arch import SEARCHABLE_STAGES
 
 LOG_EVERY = 500
 
@@ -114,17 +121,6 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
                      *(f'  {file}' for file in files),
                      'Next: train it as a supernet, or look at its latencies:',
                      f'  python eval_supernet.py --supernet_choice {ranked[0]} --mode lat']))
-
-
-def describe(supernet):
-    """Lines that say in words what a Supernet offers in each searched stage."""
-    return [f'  {stage}: {block_type.name}, kernels {_listed(block_type.kernels)}, expand ratios '
-            f'{_listed(block_type.expands)}, widths {_listed(widths)}, {spec.depths[0]} to {spec.depths[-1]} blocks'
-            for stage, (spec, block_type, widths) in supernet.choices.items() if stage in SEARCHABLE_STAGES]
-
-
-def _listed(values):
-    return '/'.join('-' if value is None else str(value) for value in values)
 
 
 def draw_best(searcher, supernets, folder, rng):

@@ -182,6 +182,17 @@ def search_spaces(searcher, history, rng, total=5000, population_size=500, paren
         min(total, num_spaces(space)), population_size, parent_sample_size)
 
 
+def describe(supernet):
+    """Lines that say in words what a Supernet offers in each searched stage."""
+    return [f'  {stage}: {block_type.name}, kernels {_listed(block_type.kernels)}, expand ratios '
+            f'{_listed(block_type.expands)}, widths {_listed(widths)}, {spec.depths[0]} to {spec.depths[-1]} blocks'
+            for stage, (spec, block_type, widths) in supernet.choices.items() if stage in SEARCHABLE_STAGES]
+
+
+def _listed(values):
+    return '/'.join('-' if value is None else str(value) for value in values)
+
+
 def write_table(path, searcher, supernets, numbers):
     """CSV of spaces in order: rank, supernet, smallest and largest latency, score, losses, p and L by constraint."""
     text = io.StringIO()
