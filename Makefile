@@ -7,8 +7,7 @@ BIN    := $(VENV)/bin
 
 demo: $(VENV)/core.done
 	$(BIN)/python search_block_kd.py --superspace onnxw --latency_constraint 10 --platform onnx_lut \
-	  --latency_loss_t 0.08 --latency_loss_a 0.01 --lut_path data/block_lut --output_dir checkpoints/block_kd/search \
-	  --resume
+	  --latency_loss_t 0.08 --latency_loss_a 0.01 --lut_path data/block_lut --output_dir checkpoints/block_kd/search
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest -q --durations=10

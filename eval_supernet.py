@@ -11,14 +11,14 @@ import random
 
 from tqdm import trange
 
-from modules.cli import parser, positive, run
-from modules.files import atomic_path, write_text
+from modules.cli import add_local_rank, is_main_process, parser, positive, run
+from modules.files import write_text
 from modules.latency import LatencyPredictor
 from modules.latency.report import breakdown, draw_cdf, percentiles
 from modules.search_space.encoding import subnet_config
+from modules.search_space.named import find_supernet
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
 from modules.search_space.superspace import SUPERSPACES
-from modules.zoo import find_supernet
 
 EXTREMES = {'max': max_subnet, 'min': min_subnet}
 
@@ -35,10 +35,13 @@ def get_args():
     p.add_argument('--num_samples', type=positive(int), default=1000, help='random subnets of the distribution')
     p.add_argument('--seed', type=int, default=0, help='of the random subnets')
     p.add_argument('--output_path', default='./checkpoints/eval_supernet', help='folder of picture and CSV')
+    add_local_rank(p)
     return p.parse_args()
 
 
 def main(args):
+    if not is_main_process():                   # latencies need one process only
+        return
     supernet = find_supernet(args.supernet_choice, args.superspace)
     platform = args.platform or supernet.superspace.platform
     predictor = LatencyPredictor(platform, args.fallback, args.trust_pickles)
@@ -69,8 +72,7 @@ def draw_distribution(supernet, predictor, num_samples, rng, folder):
     platform = os.path.splitext(os.path.basename(predictor.platform))[0]
     csv, picture = (os.path.join(folder, f'latency_{platform}{ending}') for ending in ('.csv', '.png'))
     write_text(csv, 'subnet,ms\n' + ''.join(f'{subnet},{ms:.4f}\n' for subnet, ms in rows))
-    with atomic_path(picture) as temporary:
-        draw_cdf(latencies, marks, f'{supernet}, {num_samples} random subnets on {platform}', temporary)
+    draw_cdf(latencies, marks, f'{supernet}, {num_samples} random subnets on {platform}', picture)
     print(f'{supernet} on {predictor.platform}: {num_samples} random subnets')
     print('  ' + '  '.join(f'{p}%: {ms:.2f} ms' for p, ms in percentiles(latencies)))
     print('  ' + '  '.join(f'{name} subnet: {ms:.2f} ms' for name, ms in marks.items()))

@@ -28,7 +28,7 @@ from modules.block_kd.searcher import (
     write_table,
 )
 from modules.evolution import History
-from modules.search_space.encoding import parse_supernet
+from modules.search_space.named import find_supernet
 
 LOG_EVERY = 500
 
@@ -47,7 +47,7 @@ def get_args():
                         help='folder that holds <superspace>/stage*_*_*.csv[.gz]')
     parser.add_argument('--output_dir', default='checkpoints/block_kd/search', help='where results are written')
     parser.add_argument('--supernet_choices', nargs='+', metavar='CHOICE',
-                        help='score these spaces only, e.g. 111111_000000')
+                        help='score these spaces only, e.g. 111111_000000 or spaceevo@vnni')
     parser.add_argument('--estimator', choices=list(ESTIMATORS), default='exact',
                         help='exact: expectation of the score without drawing; sample: from draws all spaces '
                              'share; independent: 100,000 draws of its own for every space (slow)')
@@ -57,6 +57,7 @@ def get_args():
                         help='random spaces whose best is the next parent')
     parser.add_argument('--seed', type=int, default=0, help='of the search and of draws')
     parser.add_argument('--resume', action='store_true', help='go on with the history in the output directory')
+    cli.add_local_rank(parser)
     return parser.parse_args()
 
 
@@ -82,9 +83,10 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
             open(os.path.join(folder, 'search.log'), 'a' if resume else 'w') as log, \
             tqdm(total=total, unit='space') as progress:
         known = len(history)
-        if not known:                   # TensorBoard would draw an older search's points between the new ones
-            for path in glob.glob(os.path.join(glob.escape(folder), 'events.out.tfevents.*')):
-                os.remove(path)
+        if not known:                   # nothing of an older search stays beside the new one
+            for name in ('events.out.tfevents.*', 'top50.csv', '*.png'):
+                for path in glob.glob(os.path.join(glob.escape(folder), name)):
+                    os.remove(path)
         events = Writer(folder)
 
         def say(text):
@@ -113,7 +115,7 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
         write_table(os.path.join(folder, 'top50.csv'), searcher, ranked, [numbers for _, numbers in found[:50]])
         plots.plot_search(os.path.join(folder, 'search.png'), scores, population_size,
                           f'Space search: {searcher.name()}')
-        draw_best(searcher, ranked[:10], folder, np.random.default_rng(seed % 2 ** 32))
+        plots.draw_best(searcher, ranked[:10], folder, np.random.default_rng(seed % 2 ** 32))
         say(f'best {ranked[0]}  score {best:.6f}  {time.perf_counter() - started:.1f} s')
     files = [os.path.join(folder, name) for name in ('top10.png', 'cdf.png', 'search.png', 'top50.csv')]
     print('\n'.join(['', f'The best space of {len(found)}: {ranked[0]}, score {best:.5f}', *describe(ranked[0]),
@@ -123,22 +125,10 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
                      f'  python eval_supernet.py --supernet_choice {ranked[0]} --mode lat']))
 
 
-def draw_best(searcher, supernets, folder, rng):
-    """top10.png of the best Supernets, cdf.png of the first; rng: numpy Generator that draws its subnets."""
-    results = [searcher.evaluate(supernet) for supernet in supernets]
-    latency, loss = searcher.tables.draw(lut_ids(supernets[0]), 100_000, rng)
-    plots.plot_cdfs(os.path.join(folder, 'cdf.png'), latency, loss, searcher.constraints, results[0].tails,
-                    f'{supernets[0]}: 100,000 random subnets')
-    notes = []
-    for supernet, result in zip(supernets, results):
-        low, high = searcher.latency_range(supernet)
-        shares = ', '.join(f'{tail.p:.1%}' for tail in result.tails)
-        notes.append(f'score {result.score:.5f}\n{shares} feasible; {low:.1f} to {high:.1f} ms')
-    plots.plot_spaces(os.path.join(folder, 'top10.png'), supernets, notes, f'The best spaces: {searcher.name()}')
-
-
 def main(args):
-    supernets = {str(s): s for s in (parse_supernet(c, args.superspace) for c in args.supernet_choices or [])}
+    if not cli.is_main_process():               # the search needs one process only
+        return
+    supernets = {str(s): s for s in (find_supernet(c, args.superspace) for c in args.supernet_choices or [])}
     wanted = sorted({lut_id for supernet in supernets.values() for lut_id in lut_ids(supernet)}) or None
     searcher = BlockKDSearcher(args.lut_path, args.superspace, args.platform, args.latency_constraint,
                                args.latency_loss_t, args.latency_loss_a, args.estimator, args.seed, wanted,

@@ -14,6 +14,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
@@ -22,7 +23,8 @@ from modules.block_kd.lut_builder import FeatureCache, Sample, measure
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import build_student, by_stage, select_blocks
 from modules.cli import parser, positive, run
-from modules.files import atomic_path, write_text
+from modules.files import write_text
+from modules.pictures import new_figure, save_figure
 from modules.search_space.superspace import check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
@@ -86,8 +88,7 @@ def main(args):
     write_text(os.path.join(args.output, 'rows.csv'), 'block,sub-stage,cin,resolution,ours,published\n' + ''.join(
         f'{block},{s.sub_stage},{s.cin},{s.resolution},{ours:.4f},{published:.4f}\n'
         for block, s, ours, published in results))
-    with atomic_path(os.path.join(args.output, 'nsr_ours_vs_published.png')) as path:
-        draw(results, space, path)
+    draw(results, space, os.path.join(args.output, 'nsr_ours_vs_published.png'))
 
 
 def _spearman(pairs):
@@ -96,12 +97,9 @@ def _spearman(pairs):
 
 def draw(results, space, path):
     """Scatter of our NSR over the published NSR, a panel per stage, a colour per block type."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     stages = list(by_stage(list(dict.fromkeys(block for block, *_ in results))))
-    figure = Figure(figsize=(5.2 * len(stages), 4.6), layout='constrained')
-    FigureCanvasAgg(figure)
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
+    figure, panels = new_figure(1, len(stages), figsize=(5.2 * len(stages), 4.6), layout='constrained')
+    for axes, stage in zip(np.atleast_1d(panels), stages):
         for block in dict.fromkeys(block for block, *_ in results if block.startswith(f'{stage}_')):
             points = [(published, ours) for b, _, ours, published in results if b == block]
             name = space.block_type(stage, int(block.split('_')[1])).name.removesuffix('Block')
@@ -111,7 +109,7 @@ def draw(results, space, path):
                  title=f'{stage}: Spearman {_spearman(pooled):.3f} over {len(pooled)} sub-stages')
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 if __name__ == '__main__':

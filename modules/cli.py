@@ -1,5 +1,6 @@
 """What all scripts share: `run(main, get_args)` ends user errors with one line and exit code 2."""
 import argparse
+import os
 import sys
 
 from .errors import UserError
@@ -36,5 +37,17 @@ def run(main, get_args):
 
 
 def _fail(error):
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        error = f'{error.filename}: {error.strerror}'
     print('error: ' + ' '.join(str(error).split('\n')), file=sys.stderr)
     return 2
+
+
+def add_local_rank(parser):
+    """--local_rank and --local-rank, one of which torch.distributed.launch passes, by its version."""
+    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+
+
+def is_main_process():
+    """Whether this is rank 0, or the only one: the one that does what needs no more than one process."""
+    return os.environ.get('RANK', '0') == '0'

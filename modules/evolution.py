@@ -53,14 +53,19 @@ class History:
         with open(self.path, 'rb') as file:
             data = file.read()
         data = data[:data.rfind(b'\n') + 1]
-        for number, row in enumerate(csv.reader(data.decode().splitlines()), 1):
+        try:
+            lines = data.decode().splitlines()
+        except UnicodeDecodeError as error:
+            number = data.count(b'\n', 0, error.start) + 1
+            raise UserError(f'{self.path}:{number}: not text; start anew without --resume') from None
+        for number, row in enumerate(csv.reader(lines), 1):
             try:
                 if number == 1:
                     if tuple(row[1:]) != self.columns:
                         raise ValueError
                     continue
                 encoding, *values = row
-                if len(values) != len(self.columns):
+                if len(values) != len(self.columns) or encoding in self.entries:
                     raise ValueError
                 self.entries[encoding] = tuple(map(float, values))
             except ValueError:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from modules.modeling.blocks import UNITS
-from modules.modeling.complexity import sub_stage_complexity
+from modules.modeling.complexity import network_complexity, sub_stage_complexity
 from modules.modeling.layout import LAYOUTS, Sizes, block_layout, div8
-from modules.modeling.network import Network, network_complexity
+from modules.modeling.network import Network
 from modules.modeling.ops.op import QConv
 from modules.search_space import sampling
 from modules.search_space.superspace import SUPERSPACES

@@ -8,7 +8,7 @@ import pytest
 
 from modules.latency import LatencyPredictor
 from modules.search_space.encoding import subnet_config
-from modules.zoo import find_subnet, named_subnets
+from modules.search_space.named import find_subnet, named_subnets
 
 from .conftest import ROOT
 

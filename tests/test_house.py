@@ -10,8 +10,8 @@ import pytest
 from .conftest import ROOT
 
 # a package may import itself and what stands before it
-ORDER = [('errors',), ('files', 'cli'), ('search_space',), ('modeling',), ('latency', 'training'), ('evolution',),
-         ('block_kd',), ('zoo',)]
+ORDER = [('errors',), ('files', 'cli'), ('pictures',), ('search_space',), ('modeling',), ('latency', 'training'),
+         ('evolution',), ('block_kd',), ('zoo',)]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MODULES = sorted(glob.glob(os.path.join(ROOT, 'modules', '**', '*.py'), recursive=True))
 SCRIPTS = sorted(glob.glob(os.path.join(ROOT, '*.py')) + glob.glob(os.path.join(ROOT, '*_tools', '*.py')))
@@ -54,7 +54,7 @@ def test_scripts_are_short_and_end_in_two_lines(path):
     with open(path, encoding='utf-8') as f:
         text = f.read()
     tree = ast.parse(text)
-    assert text.count('\n') <= 160
+    assert text.count('\n') <= 150
     assert os.path.basename(path) in ast.get_docstring(tree), 'the docstring has a command that runs'
     assert {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} >= {'get_args', 'main'}
     assert text.rstrip().split('\n')[-2:] in (

@@ -154,6 +154,22 @@ def test_loading_tells_initialised_scales_from_untouched_ones(values, initialise
     assert (kept == pytest.approx(stored)) is initialised
 
 
+def test_a_partial_state_dict_counts_too():
+    op = set_quant_mode(QConv(3, 4, 1))
+    op.load_state_dict({'sw': torch.tensor([0.5])}, strict=False)
+    op(torch.rand(2, 3, 4, 4))
+    assert op.scales_initialized and op.sw.item() == 0.5
+    op = QConv(3, 4, 1)
+    op.load_state_dict({'weight': torch.zeros(4, 3, 1, 1)}, strict=False)
+    assert not op.scales_initialized
+
+
+@pytest.mark.parametrize('bits', [0, 1, 17, 33, -8, 8.0, '8', None, True])
+def test_impossible_bits_are_refused(bits):
+    with pytest.raises(ValueError, match='bits: expected 2 to 16, or 32'):
+        set_quant_mode(QConv(3, 4, 1), bits)
+
+
 def test_our_own_state_dict_remembers_scales_that_are_exactly_the_defaults(tmp_path):
     op = QConv(3, 4, 1)
     op.scales_initialized = True
@@ -181,7 +197,7 @@ def test_set_quant_mode_reaches_the_op_itself_and_every_depth():
 
 def test_lsq_initial_is_finite_and_used_where_asked():
     op = set_quant_mode(QConv(3, 4, 3))
-    op.initial = lsq_plus.lsq_initial
+    op.initial = QBase.lsq_initial
     x = torch.randn(2, 3, 8, 8)
     op(x)
     assert op.sw.item() == pytest.approx(2 * op.weight.abs().mean().item() / math.sqrt(127))

@@ -77,7 +77,7 @@ def test_a_row_is_printed_as_published(tmp_path):
     ('5#96#8_5#128#8,2x48x20x20,0.2704,80.0384,0.7599,1.7129', "input shape '2x48x20x20'"),
     ('5#96#8_5#128#8,1x40x20x20,0.2704,80.0384,0.7599,1.7129', 'input width 40'),
     ('5#96#8_5#128#8,1x48x23x23,0.2704,80.0384,0.7599,1.7129', '23 pixels'),
-    ('5#96#8_5#128#8,1x48x0x0,0.2704,80.0384,0.7599,1.7129', '0 pixels'),
+    ('5#96#8_5#128#8,1x48x0x0,0.2704,80.0384,0.7599,1.7129', 'input shape'),
     ('5#96#8_5#128#8,1x48x20x20,nan,80.0384,0.7599,1.7129', "NSR loss 'nan'"),
     ('5#96#8_5#128#8,1x48x20x20,-0.1,80.0384,0.7599,1.7129', "NSR loss '-0.1'"),
     ('5#96#8_5#128#8,1x48x20x20,0.2,80.0384,0.7599,0.0000', 'latency (ms) 0'),
@@ -95,6 +95,15 @@ def test_a_bad_row_is_refused_with_file_and_line(tmp_path, row, reason):
         read_block_lut(str(path), 'onnxw', 'stage3_1_2')
     assert str(error.value).startswith(f'{path}:3: ') and reason in str(error.value)
     assert '\n' not in str(error.value)
+
+
+def test_a_cut_last_row_is_refused_and_a_whole_one_without_line_end_is_not(tmp_path):
+    path = tmp_path / 'stage3_1_2.csv'
+    path.write_text(GOOD * 2 + GOOD.rstrip('\n')[:-2])
+    with pytest.raises(LutError, match=r'stage3_1_2.csv:3: .*cut off'):
+        read_block_lut(path, 'onnxw', 'stage3_1_2')
+    path.write_text((GOOD * 2).rstrip('\n'))
+    assert len(read_block_lut(path, 'onnxw', 'stage3_1_2')) == 2
 
 
 def test_broken_files_are_refused(tmp_path):

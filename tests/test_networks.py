@@ -7,16 +7,18 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from modules.block_kd.student import StudentStage
+from modules.errors import UserError
 from modules.modeling.blocks import zero_last_gamma
 from modules.modeling.dynamic_blocks import DynamicBlock
 from modules.modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.search_space.encoding import EncodingError, parse_subnet
 from modules.search_space.superspace import SUPERSPACES
-from modules.zoo import get_subnet
+from modules.zoo import find_subnet, get_subnet
 
 from .conftest import GOLDEN
 from .golden.fill_values import value_for
@@ -200,6 +202,30 @@ def test_named_network_runs():
         assert network.forward_features(torch.randn(1, 3, 96, 96)).shape == (1, 1920, 1, 1)
 
 
+def test_named_networks_are_timm_models_that_train():
+    network = timm.create_model('seqnet_pixel4_a0', num_classes=5)
+    logits = network(torch.randn(2, 3, 64, 64))
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    assert logits.shape == (2, 5) and all(p.grad is not None for p in network.parameters() if p.dim() > 1)
+    assert len(timm.list_models('seqnet_*')) == 10
+    with pytest.raises(UserError, match="no option 'drop_path_rate'"):
+        timm.create_model('seqnet_vnni_a0', drop_path_rate=0.1)
+
+
+def test_pretrained_networks_are_slices_of_the_supernets_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r'no checkpoint of spaceevo@vnni: expected .*lsq.pth or .*-align0.lsq.pth'):
+        get_subnet('SEQnet@vnni-A0', pretrained=True, quant_mode=True, checkpoint_path=str(tmp_path))
+    supernet = Supernet.build_from_str('onnxw-151122-023231')
+    (tmp_path / 'spaceevo@vnni').mkdir()
+    torch.save({'epoch': 1, 'state_dict': {f'module.{key}': tensor for key, tensor in supernet.state_dict().items()}},
+               tmp_path / 'spaceevo@vnni' / 'checkpoint.pth')
+    network = get_subnet('SEQnet@vnni-A0', pretrained=True, checkpoint_path=str(tmp_path)).eval()
+    supernet.set_active_subnet(find_subnet('SEQnet@vnni-A0')[1])
+    image = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(network(image), supernet.eval()(image))
+
+
 def test_student_samples_stay_in_the_stage():
     student = StudentStage.build('mobilew', 'stage3_5', 64, 128)
     rng = random.Random(0)
@@ -210,5 +236,7 @@ def test_student_samples_stay_in_the_stage():
     assert student.in_proj.active_out_channels == 24
     student.set_max_sub_stage()
     assert student(torch.randn(2, 64, 8, 8)).shape == (2, 128, 4, 4)
-    with pytest.raises(ValueError, match='input width 25 is not one of'):
+    with pytest.raises(EncodingError, match='input width 25 is not one of'):
         student.set_active_sub_stage(25, [(3, 56, 3), (3, 56, 3)])
+    student.set_active_sub_stage(24, [(3, 56, 3.0), (3, 56, 6)])     # equal values, as declared
+    assert student.active_blocks == [(3, 56, 3), (3, 56, 6)]

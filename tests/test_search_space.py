@@ -1,4 +1,5 @@
 """Hyperspaces and encodings: facts of the published spaces, round trips, members only, clear refusals."""
+import copy
 import random
 
 import pytest
@@ -18,8 +19,8 @@ from modules.search_space.encoding import (
     parse_supernet,
     subnet_config,
 )
+from modules.search_space.named import find_subnet, find_supernet, named_subnets, named_supernets
 from modules.search_space.superspace import SUPERSPACES, SearchSpaceError, get_superspace
-from modules.zoo import find_subnet, find_supernet, named_subnets, named_supernets
 
 from .conftest import GOLDEN
 
@@ -145,9 +146,16 @@ def test_sampling_reaches_every_choice():
     ('onnxw-151122-023239', None, 'stage6: width window 9 is not one of 0 1 2 3'),
     ('onyx-151122-023231', None, "no superspace 'onyx'"),
     ('mobilew-151122-023231', 'onnxw', 'a supernet of mobilew, not of onnxw'),
-    ('151122_02323a', 'onnxw', 'is not 6 block types and 6 width windows'),
-    ('', 'onnxw', 'is not 6 block types'),
-    ('١٥١١٢٢', 'onnxw', 'is not 6 block types'),
+    ('151122_02323a', 'onnxw', "stage6: 'a' in '02323a' is not a digit (width windows)"),
+    ('151122-023231-1', 'onnxw', '3 parts, expected 6 block types and 6 width windows'),
+    ('151122_', 'onnxw', '0 width windows, expected 6'),
+    ('', 'onnxw', '0 block types, expected 6'),
+    ('١٥١١٢٢', 'onnxw', "stage1: '١' in '١٥١١٢٢' is not a digit"),
+    ('151122-023231', None, 'the superspace is missing'),
+    ('151122-023231\n', 'onnxw', '7 width windows'),
+    (151122, 'onnxw', 'an encoding is a string, not int'),
+    (None, 'onnxw', 'an encoding is a string, not NoneType'),
+    (parse_supernet('mobilew-000000-000000'), 'onnxw', 'a supernet of mobilew, not of onnxw'),
 ])
 def test_bad_supernets_are_refused_by_stage_value_and_choices(text, superspace, said):
     with pytest.raises(EncodingError) as error:
@@ -167,6 +175,9 @@ def test_bad_supernets_are_refused_by_stage_value_and_choices(text, superspace, 
     ('d1#1#2', 'd1#2', 'd: 7 depths, expected 8'),
     ('e0#', 'e#', 'malformed number'),
     ('_r160', '', 'not a subnet encoding'),
+    ('_r160', '_r0160', 'not a subnet encoding'),
+    ('d1#1', 'd01#1', 'not as it would be printed: d1#1#'),
+    ('e0#0.5#4.0', 'e0#0.5#4', 'not as it would be printed'),
 ])
 def test_bad_subnets_are_refused_by_stage_value_and_choices(old, new, said):
     assert old in A0
@@ -184,6 +195,9 @@ def test_bad_subnets_are_refused_by_stage_value_and_choices(old, new, said):
     ('stage3_9', '5#72#6', 'block type 9 is not one of 0 1 2 3 4 5 6'),
     ('stage3_5_9', '5#72#6', 'width window 9 is not one of 0 1 2 3 4 5'),
     ('stage0_0', '5#72#6', 'not a block id'),
+    ('stage3_05', '5#72#6', 'not a block id'),
+    ('stage3_5', '05#72#6_3#72#6', 'kernels 3 5 7, widths 56 64'),
+    ('stage3_5', '9' * 5000 + '#72#6', 'not kernel#width#expand'),
     ('stage3', '5#72#6', 'not a block id'),
 ])
 def test_bad_sub_stages_are_refused(block_id, text, said):
@@ -219,6 +233,9 @@ def test_config_follows_channels_and_strides():
     assert odd.blocks[-3].hw == 7                                # 208 / 32 = 6.5, rounded up
 
 
-def test_subnets_are_values():
+def test_subnets_and_supernets_are_values():
+    assert len({parse_supernet(VNNI), parse_supernet(VNNI), parse_supernet('onnx-000000')}) == 2
+    assert copy.deepcopy(parse_supernet(VNNI)) == parse_supernet(VNNI)
+    assert parse_supernet(copy.deepcopy(parse_supernet(VNNI)), 'onnxw') == parse_supernet(VNNI)
     assert parse_subnet(A0) == parse_subnet(A0) and len({parse_subnet(A0), parse_subnet(A0)}) == 1
     assert isinstance(parse_subnet(A0), Subnet)

@@ -26,7 +26,7 @@ SUFFIXES = ('.csv', '.csv.gz')
 COLUMNS = ('sub-stage', 'input shape', 'NSR loss', 'FLOPs (M)', 'params (M)', 'latency (ms)')
 RESOLUTION_STEP = 16        # image resolutions are multiples of this many pixels
 _NUMBER = r'([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)'
-_ROW = re.compile(r'([^,]+),1x([0-9]+)x([0-9]+)x\3,' + ','.join([_NUMBER] * 4))
+_ROW = re.compile(r'([^,]+),1x([1-9][0-9]{0,5})x([1-9][0-9]{0,5})x\3,' + ','.join([_NUMBER] * 4))
 
 
 class LutError(UserError):
@@ -67,14 +67,14 @@ def resolutions_of(hw, stride):
     return range(max(first, RESOLUTION_STEP), hw * stride + 1, RESOLUTION_STEP)
 
 
-def _refusal(space, lut_id, line):
+def _refusal(line):
     """Why a line that does not match the format is wrong."""
     parts = line.split(',')
     if not line.strip():
         return 'an empty line'
     if len(parts) != len(COLUMNS):
         return f'{len(parts)} columns, expected {len(COLUMNS)}: {", ".join(COLUMNS)}'
-    if not re.fullmatch(r'1x([0-9]+)x([0-9]+)x\2', parts[1]):
+    if not re.fullmatch(r'1x([1-9][0-9]{0,5})x([1-9][0-9]{0,5})x\2', parts[1]):
         return f'input shape {parts[1]!r} is not 1x<cin>x<hw>x<hw>'
     for name, value in zip(COLUMNS[2:], parts[2:]):
         if not re.fullmatch(_NUMBER, value):
@@ -86,7 +86,7 @@ def _parse_row(space, block_id, line):
     """LutRow of a line without its line end; ValueError or EncodingError with the reason."""
     match = _ROW.fullmatch(line)
     if not match:
-        raise ValueError(_refusal(space, block_id, line))
+        raise ValueError(_refusal(line))
     sub_stage, cin, hw = match[1], int(match[2]), int(match[3])
     parse_sub_stage(space, block_id, sub_stage)
     allowed = space.input_widths(block_id.stage)
@@ -108,7 +108,7 @@ def read_block_lut(path, superspace, lut_id):
 
     Raises LutError naming file, line and value at the first bad row.
     """
-    space = get_superspace(superspace)
+    space, path = get_superspace(superspace), os.fspath(path)
     block_id = parse_block_id(space, lut_id)
     try:
         with open(path, 'rb') as file:
@@ -122,10 +122,12 @@ def read_block_lut(path, superspace, lut_id):
     except OSError as error:
         raise LutError(f'{path}: {error.strerror}') from None
     lines = text.split('\n')
+    if lines == ['']:
+        raise LutError(f'{path}: the file is empty')
     if lines[-1] == '':
         lines.pop()
-    if not lines:
-        raise LutError(f'{path}: the file is empty')
+    elif not re.search(r'\.[0-9]{4}\r?$', lines[-1]):
+        raise LutError(f'{path}:{len(lines)}: the last row has neither a line end nor 4 decimals: cut off?')
     rows = []
     for number, line in enumerate(lines, 1):
         try:

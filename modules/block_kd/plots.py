@@ -1,8 +1,11 @@
 """Pictures of the space search (matplotlib, no display needed)."""
+import os
+
 import numpy as np
 
-from ..files import atomic_path
+from ..pictures import new_figure, save_figure
 from ..search_space.macro_arch import SEARCHABLE_STAGES
+from .searcher import lut_ids
 
 # one colour a block family, the variants of a family are shades of it
 COLOURS = {'MobileNetV1DualBlock': '#cfcfcf', 'MobileNetV1Block': '#cfcfcf',
@@ -16,27 +19,13 @@ SHORT = {'MobileNetV1DualBlock': 'V1 dual', 'MobileNetV1Block': 'V1', 'MobileNet
          'ResNetSEBlock': 'ResNet SE', 'FusedMBConvResBlock': 'Fused res', 'FusedMBConvSEResBlock': 'Fused res SE'}
 
 
-def _figure(*args, **options):
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(*args, **options)
-    return pyplot, figure, axes
-
-
-def _save(pyplot, figure, path):
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=110, bbox_inches='tight')
-    pyplot.close(figure)
-
-
 def plot_search(path, scores, population_size, title):
     """Best score so far, and the mean score of the population alive, over the number of scored spaces."""
     scores = np.asarray(scores, float)
     sums = np.concatenate([[0], np.cumsum(scores)])
     stop = np.arange(1, len(scores) + 1)
     start = np.maximum(0, stop - population_size)
-    pyplot, figure, axis = _figure(figsize=(8, 4.5))
+    figure, axis = new_figure(figsize=(8, 4.5))
     axis.plot(stop, scores, '.', ms=2, color='#bbbbbb', label='each space')
     axis.plot(stop, (sums[stop] - sums[start]) / (stop - start), color='#1f77b4', label='mean of the population')
     axis.plot(stop, np.maximum.accumulate(scores), color='#d62728', label='best so far')
@@ -46,7 +35,7 @@ def plot_search(path, scores, population_size, title):
     axis.set(xlabel='spaces scored', ylabel='score', title=title, ylim=(bottom, None))
     axis.legend(loc='lower right')
     axis.grid(alpha=0.3)
-    _save(pyplot, figure, path)
+    save_figure(figure, path)
 
 
 def plot_cdfs(path, latency, loss, constraints, tails, title):
@@ -54,7 +43,7 @@ def plot_cdfs(path, latency, loss, constraints, tails, title):
 
     latency (ms), loss: (subnets,). tails: score.Tail for each constraint.
     """
-    pyplot, figure, (left, right) = _figure(1, 2, figsize=(12, 4.5))
+    figure, (left, right) = new_figure(1, 2, figsize=(12, 4.5))
     share = np.arange(1, len(latency) + 1) / len(latency)
     left.plot(np.sort(latency), share, color='black')
     last = 0.0
@@ -77,7 +66,7 @@ def plot_cdfs(path, latency, loss, constraints, tails, title):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9, loc='upper left')
     figure.suptitle(title)
-    _save(pyplot, figure, path)
+    save_figure(figure, path)
 
 
 def plot_spaces(path, supernets, notes, title):
@@ -85,7 +74,8 @@ def plot_spaces(path, supernets, notes, title):
 
     supernets: Supernets, best first. notes: a line of text for each, shown at its right.
     """
-    pyplot, figure, axis = _figure(figsize=(16.5, 1.2 + 0.62 * len(supernets)))
+    from matplotlib.patches import Rectangle
+    figure, axis = new_figure(figsize=(16.5, 1.2 + 0.62 * len(supernets)))
     used = {}
     for row, (supernet, note) in enumerate(zip(supernets, notes)):
         axis.text(-0.08, row, f'{row + 1}.  {supernet.choice.replace("_", "-")}', ha='right', va='center',
@@ -93,7 +83,7 @@ def plot_spaces(path, supernets, notes, title):
         for column, stage in enumerate(SEARCHABLE_STAGES):
             name, widths = supernet.block_type(stage).name, supernet.widths(stage)
             used[supernet.block_types[column]] = name
-            axis.add_patch(pyplot.Rectangle((column + 0.02, row - 0.44), 0.96, 0.88, lw=0,
+            axis.add_patch(Rectangle((column + 0.02, row - 0.44), 0.96, 0.88, lw=0,
                                             facecolor=COLOURS.get(name, 'white')))
             axis.text(column + 0.5, row - 0.16, SHORT.get(name, name), ha='center', va='center', fontsize=11,
                       weight='bold')
@@ -104,8 +94,22 @@ def plot_spaces(path, supernets, notes, title):
         axis.text(column + 0.5, -0.62, stage, ha='center', va='bottom', fontsize=11)
     axis.set(xlim=(-1.6, len(SEARCHABLE_STAGES) + 2.6), ylim=(len(supernets) - 0.3, -1.1))
     axis.axis('off')
-    handles = [pyplot.Rectangle((0, 0), 1, 1, facecolor=COLOURS.get(name, 'white'), label=f'{digit}: {name}')
+    handles = [Rectangle((0, 0), 1, 1, facecolor=COLOURS.get(name, 'white'), label=f'{digit}: {name}')
                for digit, name in sorted(used.items())]
     axis.legend(handles=handles, loc='upper center', bbox_to_anchor=(0.5, 0.02), ncols=4, frameon=False)
     axis.set_title(title)
-    _save(pyplot, figure, path)
+    save_figure(figure, path)
+
+
+def draw_best(searcher, supernets, folder, rng):
+    """top10.png of the best Supernets, cdf.png of the first; rng: numpy Generator that draws its subnets."""
+    results = [searcher.evaluate(supernet) for supernet in supernets]
+    latency, loss = searcher.tables.draw(lut_ids(supernets[0]), 100_000, rng)
+    plot_cdfs(os.path.join(folder, 'cdf.png'), latency, loss, searcher.constraints, results[0].tails,
+                    f'{supernets[0]}: 100,000 random subnets')
+    notes = []
+    for supernet, result in zip(supernets, results):
+        low, high = searcher.latency_range(supernet)
+        shares = ', '.join(f'{tail.p:.1%}' for tail in result.tails)
+        notes.append(f'score {result.score:.5f}\n{shares} feasible; {low:.1f} to {high:.1f} ms')
+    plot_spaces(os.path.join(folder, 'top10.png'), supernets, notes, f'The best spaces: {searcher.name()}')

@@ -82,10 +82,11 @@ class BlockKDSearcher:
                  estimator='exact', seed=0, wanted=None, fallback=False, trust_pickles=False):
         self.superspace = get_superspace(superspace)
         self.platform = platform or self.superspace.platform
+        given = latency_constraint if isinstance(latency_constraint, (list, tuple)) else [latency_constraint]
         try:
-            self.constraints = tuple(float(c) for c in latency_constraint)
-        except TypeError:
-            self.constraints = (float(latency_constraint),)
+            self.constraints = tuple(float(constraint) for constraint in given)
+        except (TypeError, ValueError):
+            raise UserError(f'latency_constraint {latency_constraint!r}: expected positive numbers') from None
         for name, values in (('latency_constraint', self.constraints), ('lat_loss_t', (lat_loss_t,)),
                              ('lat_loss_a', (lat_loss_a,))):
             if not values or not all(0 < value < float('inf') for value in values):
@@ -194,11 +195,14 @@ def _listed(values):
 
 
 def write_table(path, searcher, supernets, numbers):
-    """CSV of spaces in order: rank, supernet, smallest and largest latency, score, losses, p and L by constraint."""
+    """CSV of spaces in the order given: rank by score, supernet, smallest and largest latency, score, losses, p and L.
+    """
+    by_score = sorted(range(len(numbers)), key=lambda i: -numbers[i][0])
+    ranks = {i: rank for rank, i in enumerate(by_score, 1)}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['rank', 'supernet', 'min_latency_ms', 'max_latency_ms'] + searcher.columns())
-    for rank, (supernet, values) in enumerate(zip(supernets, numbers), 1):
-        writer.writerow([rank, supernet] + [f'{ms:.4f}' for ms in searcher.latency_range(supernet)]
+    for i, (supernet, values) in enumerate(zip(supernets, numbers)):
+        writer.writerow([ranks[i], supernet] + [f'{ms:.4f}' for ms in searcher.latency_range(supernet)]
                         + [f'{value:.6g}' for value in values])
     write_text(path, text.getvalue())

@@ -6,7 +6,7 @@ from torch import nn
 from ..modeling.dynamic_blocks import DynamicStage
 from ..modeling.ops.dynamic_op import DynamicConv
 from ..search_space import sampling
-from ..search_space.encoding import format_sub_stage, parse_block_id, parse_sub_stage
+from ..search_space.encoding import EncodingError, format_sub_stage, parse_block_id, parse_sub_stage
 from ..search_space.superspace import get_superspace
 
 
@@ -22,7 +22,6 @@ class StudentStage(nn.Module):
         self.spec = superspace.stage(block_id.stage)
         self.block_type = superspace.block_type(*block_id[:2])
         self.input_widths = superspace.input_widths(block_id.stage)
-        self.teacher_cout = teacher_cout
         cin, cout = max(self.input_widths), max(self.spec.widths)
         self.stage = DynamicStage(self.spec, self.block_type, cin, cout)
         self.in_proj = DynamicConv(teacher_cin, cin, 1)
@@ -37,10 +36,12 @@ class StudentStage(nn.Module):
 
     def set_active_sub_stage(self, cin, blocks):
         """Run the stage with [(k, w, e), …] on `cin` input channels; EncodingError where it is no member."""
+        declared = {e: e for e in self.block_type.expands}
+        blocks = [(k, w, declared.get(e or None, e)) for k, w, e in blocks]
         blocks = parse_sub_stage(self.superspace, self.block_id, format_sub_stage(blocks))
         if cin not in self.input_widths:
-            raise ValueError(f'{self.superspace.name} {self.block_id}: input width {cin} is not one of '
-                             + ' '.join(map(str, self.input_widths)))
+            raise EncodingError(f'{self.superspace.name} {self.block_id}: input width {cin} is not one of '
+                                + ' '.join(map(str, self.input_widths)))
         self.in_proj.active_out_channels, self.active_blocks = cin, blocks
         self.stage.set_active(cin, blocks)
 
@@ -63,5 +64,4 @@ class StudentStage(nn.Module):
         return cin, blocks
 
     def forward(self, x):
-        x = self.in_proj(x, self.in_proj.active_out_channels)
-        return self.out_proj(self.stage(x), self.teacher_cout)
+        return self.out_proj(self.stage(self.in_proj(x)))

@@ -157,8 +157,12 @@ def make_luts(reference, output, superspaces, count=1000, seed=0):
                 rows = make_rows(space, lut_id, models[lut_id.rpartition('_')[0]], predictor, count, seed)
                 write_block_lut(os.path.join(folder, f'{lut_id}.csv.gz'), rows)
             target = os.path.join(output, space.name)
-            shutil.rmtree(target, ignore_errors=True)
+            old = f'{target}.old'
+            shutil.rmtree(old, ignore_errors=True)
+            if os.path.isdir(target):
+                os.rename(target, old)
             os.rename(folder, target)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         print(f'{target}: {len(space.lut_ids())} files of {count} rows')

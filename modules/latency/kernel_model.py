@@ -145,8 +145,8 @@ class KernelModel:
 
     def _kernels(self, block):
         try:
-            if min(block.hw, block.cin, block.cout) < 1:
-                raise ValueError('hw and channels must be at least 1')
+            if min(block.hw, block.cin, block.cout) < 1 or block.kernel_size < 0 or block.stride < 0:
+                raise ValueError('hw and channels must be at least 1, kernel and stride not negative')
             kernels = kernels_of(block)
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise LatencyError(f'{self.platform}: {" ".join(map(str, block))}: {error}') from None

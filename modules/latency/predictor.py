@@ -13,8 +13,7 @@ import os
 
 import numpy as np
 
-from ..search_space.encoding import parse_block_id, parse_sub_stage, stage_config
-from ..search_space.superspace import get_superspace
+from ..modeling.complexity import sub_stage_config
 from .kernel_model import LatencyError
 from .tables import DATA, as_block, format_key, load_platform, read_table
 
@@ -47,18 +46,7 @@ class LatencyPredictor:
 
         input_shape: (N, C, H, W) with H = W. Raises EncodingError where the sub-stage is not in the space.
         """
-        space = get_superspace(superspace)
-        block_id = parse_block_id(space, block_id)
-        try:
-            _, cin, hw, width = input_shape
-        except (TypeError, ValueError):
-            hw, width = 0, None
-        if hw != width:
-            raise LatencyError(f'{block_id}: input shape {input_shape} is not (N, C, H, W) with H = W')
-        block_type = space.block_type(block_id.stage, block_id.block_type)
-        blocks = parse_sub_stage(space, block_id, sub_stage)
-        config = stage_config(space.stage(block_id.stage), block_type, blocks, cin, hw)
-        return sum(self.predict_blocks(config))
+        return sum(self.predict_blocks(sub_stage_config(superspace, block_id, sub_stage, input_shape)))
 
     def predict_subnet(self, config):
         """ms of a network, stem and head included; config: encoding.SubnetConfig."""

@@ -2,6 +2,7 @@
 import numpy as np
 
 from ..modeling.complexity import block_complexity, block_sizes
+from ..pictures import new_figure, save_figure
 from ..search_space.encoding import subnet_config
 
 
@@ -31,15 +32,11 @@ def percentiles(latencies, points=(0, 5, 25, 50, 75, 95, 100)):
 
 def draw_cdf(latencies, marks, title, path):
     """Write the picture of the distribution of `latencies` (ms); marks: {label: ms} drawn as vertical lines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.2), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(figsize=(7, 4.2), layout='constrained')
     axes.ecdf(latencies, color='#1f6f8b', linewidth=2)
     for (label, ms), colour in zip(marks.items(), ('#666666', '#d1495b', '#edae49', '#00798c', '#30638e') * 20):
         axes.axvline(ms, linestyle='--', color=colour, linewidth=1.2, label=f'{label}: {ms:.2f} ms')
     axes.set(xlabel='predicted INT8 latency (ms)', ylabel='share of subnets at most this slow', title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right', fontsize=8)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

@@ -5,7 +5,7 @@ biases, batch norm's two per channel and LSQ+'s three (sw, sa, beta) per quantis
 """
 from functools import lru_cache
 
-from ..search_space.encoding import parse_block_id, parse_sub_stage, stage_config
+from ..search_space.encoding import EncodingError, parse_block_id, parse_sub_stage, stage_config
 from ..search_space.superspace import get_superspace
 from .layout import Sizes, block_layout, out_size
 
@@ -53,16 +53,31 @@ def config_complexity(blocks):
     return flops / 1e6, params / 1e6
 
 
+def network_complexity(network):
+    """(MFLOPs, Mparams) of a Network, or of the active subnet of a Supernet."""
+    active = getattr(network, 'get_active_subnet_config', None)
+    return config_complexity((active() if active else network.config).blocks)
+
+
 def block_sizes(block):
     """Sizes of a BlockConfig."""
     return Sizes(block.cin, block.cout, block.kernel_size, block.expand_ratio, block.stride or 1, block.activation)
 
 
 def sub_stage_config(superspace, block_id, sub_stage, input_shape):
-    """BlockConfigs of a sub-stage string; input_shape is (N, C, H, W) of the stage's input."""
+    """BlockConfigs of a sub-stage string; input_shape is (N, C, H, W) of the stage's input, H = W.
+
+    Raises EncodingError where the sub-stage or its input channels are not in the space.
+    """
     space = get_superspace(superspace)
     block_id = parse_block_id(space, block_id)
     blocks = parse_sub_stage(space, block_id, sub_stage)
+    if len(input_shape) != 4 or input_shape[2] != input_shape[3] or input_shape[2] < 1:
+        raise EncodingError(f'{block_id}: input shape {input_shape} is not (N, C, H, W) with H = W')
+    widths = space.input_widths(block_id.stage)
+    if input_shape[1] not in widths:
+        raise EncodingError(f'{space.name} {block_id}: input width {input_shape[1]} is not one of '
+                            + ' '.join(map(str, widths)))
     return stage_config(space.stage(block_id.stage), space.block_type(*block_id[:2]), blocks,
                         input_shape[1], input_shape[2])
 

@@ -55,7 +55,11 @@ class DynamicBlock(nn.Module):
         return unit(x, layer) if layer.op in DYNAMIC_UNITS else unit(x)
 
     def get_active_block(self):
-        """A static Block with copies of the active slices, which computes the same numbers."""
+        """A static Block with copies of the active slices, which computes the same numbers.
+
+        In int8 mode that holds once the scales are initialised: they belong to the whole weight, of which a
+        static copy has only its slice.
+        """
         block = Block(self.name, self.active)
         source = {_static_name(name): tensor for name, tensor in self.state_dict().items()}
         block.load_state_dict({name: take(source[name], tensor.shape)

@@ -3,7 +3,7 @@ from torch import nn
 
 from ..search_space.encoding import subnet_config
 from .blocks import Block
-from .complexity import block_sizes, config_complexity
+from .complexity import block_sizes
 from .ops.op import resize
 
 
@@ -33,8 +33,3 @@ class Network(nn.Module):
 
     def forward(self, x):
         return self.stages['logits'](self.forward_features(x))
-
-
-def network_complexity(network):
-    """(MFLOPs, Mparams) of a Network."""
-    return config_complexity(network.config.blocks)

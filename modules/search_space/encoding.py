@@ -21,6 +21,16 @@ class EncodingError(SearchSpaceError):
     """An encoding is malformed or not a member of its space."""
 
 
+_NUMBER = r'0|[1-9][0-9]{0,5}'           # as it is printed: no leading zeros
+
+
+def _as_text(value):
+    """A string to parse; EncodingError for anything else."""
+    if not isinstance(value, str):
+        raise EncodingError(f'{value!r}: an encoding is a string, not {type(value).__name__}')
+    return value
+
+
 def _allowed(values):
     return ' '.join(str(value) for value in values)
 
@@ -38,16 +48,15 @@ class Supernet:
     windows: tuple
 
     def __post_init__(self):
+        space = self.superspace
         for kind, values in (('block types', self.block_types), ('width windows', self.windows)):
-            _check(len(values) == len(SEARCHABLE_STAGES), self,
+            _check(len(values) == len(SEARCHABLE_STAGES), space.name,
                    f'{len(values)} {kind}, expected {len(SEARCHABLE_STAGES)}, one each for stage1..stage6')
         for name, block_type, window in zip(SEARCHABLE_STAGES, self.block_types, self.windows):
-            count = len(self.superspace.block_types)
-            _check(block_type in range(count), self,
-                   f'{name}: block type {block_type} is not one of {_allowed(range(count))}')
-            count = self.superspace.stage(name).num_windows
-            _check(window in range(count), self,
-                   f'{name}: width window {window} is not one of {_allowed(range(count))}')
+            for kind, value, count in (('block type', block_type, len(space.block_types)),
+                                       ('width window', window, space.stage(name).num_windows)):
+                _check(value in range(count), f'{space.name} {name}',
+                       f'{kind} {value} is not one of {_allowed(range(count))}')
 
     def __str__(self):
         return f'{self.superspace.name}-{self.choice.replace("_", "-")}'
@@ -74,30 +83,44 @@ class Supernet:
         return self.choices[stage][2]
 
 
+def _digits(kind, text):
+    """One digit per searchable stage; EncodingError naming the stage of a character that is none."""
+    _check(len(text) == len(SEARCHABLE_STAGES), f'{text!r}',
+           f'{len(text)} {kind}, expected {len(SEARCHABLE_STAGES)}, one each for stage1..stage6')
+    for name, character in zip(SEARCHABLE_STAGES, text):
+        _check(character in '0123456789', name, f'{character!r} in {text!r} is not a digit ({kind})')
+    return tuple(map(int, text))
+
+
 def parse_supernet(text, superspace=None):
     """Supernet from `onnxw-151122-023231`, or from its choice part alone when `superspace` is given.
 
     The choice may be joined by - or _; without a width part every window is 0.
     """
     if isinstance(text, Supernet):
+        _check(superspace is None or text.superspace == get_superspace(superspace), text,
+               f'a supernet of {text.superspace.name}, not of {getattr(superspace, "name", superspace)}')
         return text
+    text = _as_text(text)
+    if superspace is None and re.match('[0-9]', text):
+        raise EncodingError(f'{text!r}: the superspace is missing; expected such as onnxw-111111-000000')
     if superspace is None or text.partition('-')[0] in SUPERSPACES:
         name, _, choice = text.partition('-')
         try:
             space = get_superspace(name)
         except SearchSpaceError as error:
             raise EncodingError(f'{text}: {error}') from None
-        _check(superspace is None or space is get_superspace(superspace), text,
+        _check(superspace is None or space == get_superspace(superspace), text,
                f'a supernet of {space.name}, not of {getattr(superspace, "name", superspace)}')
     else:
         space, choice = get_superspace(superspace), text
-    match = re.fullmatch(r'([0-9]+)(?:[-_]([0-9]+))?', choice)
-    _check(match, text, f'{choice!r} is not 6 block types and 6 width windows, such as 111111-000000')
-    types, windows = match.groups()
+    parts = re.split('[-_]', choice)
+    _check(len(parts) <= 2, f'{text!r}', f'{len(parts)} parts, expected 6 block types and 6 width windows')
+    types, windows = parts[0], parts[1] if len(parts) == 2 else '0' * len(SEARCHABLE_STAGES)
     try:
-        return Supernet(space, tuple(map(int, types)), tuple(map(int, windows or '0' * len(types))))
+        return Supernet(space, _digits('block types', types), _digits('width windows', windows))
     except EncodingError as error:
-        raise EncodingError(f'{text}: {str(error).partition(": ")[2]}') from None
+        raise EncodingError(f'{text!r}: {error}') from None
 
 
 class BlockId(NamedTuple):
@@ -112,14 +135,15 @@ class BlockId(NamedTuple):
 
 def parse_block_id(superspace, text):
     """BlockId from `stage3_1` or `stage3_1_2`, checked against the hyperspace."""
-    return _parse_block_id(get_superspace(superspace).name, str(text))
+    return _parse_block_id(get_superspace(superspace).name, text if isinstance(text, BlockId) else _as_text(text))
 
 
 @cache
 def _parse_block_id(superspace, text):
     space = get_superspace(superspace)
-    match = re.fullmatch(r'(stage[0-9]+)_([0-9]+)(?:_([0-9]+))?', text)
-    _check(match and match[1] in SEARCHABLE_STAGES, text,
+    text = str(text)
+    match = re.fullmatch(rf'(stage[1-6])_({_NUMBER})(?:_({_NUMBER}))?', text)
+    _check(match, f'{text!r}',
            'not a block id: expected stage1_0 .. stage6_0 (stage_type) or stage1_0_0 (stage_type_window)')
     digit, window = int(match[2]), None if match[3] is None else int(match[3])
     _check(digit < len(space.block_types), text,
@@ -147,8 +171,9 @@ def _sub_stage_choices(superspace, block_id):
 @lru_cache(maxsize=1 << 16)
 def _parse_block(superspace, block_id, part):
     kernels, widths, expands, _ = _sub_stage_choices(superspace, block_id)
-    match = re.fullmatch(r'([0-9]+)#([0-9]+)#(None|[0-9.]+)', part)
-    _check(match, part, 'not kernel#width#expand')
+    match = re.fullmatch(rf'({_NUMBER})#({_NUMBER})#(None|[0-9.]{{1,8}})', part)
+    _check(match, f'{part[:40]!r}', f'not kernel#width#expand: kernels {_allowed(kernels)}, '
+                                    f'widths {_allowed(widths)}, expand ratios {_allowed(expands)}')
     k, w, e = int(match[1]), int(match[2]), match[3]
     for key, value, allowed in (('kernel', k, kernels), ('width', w, widths), ('expand ratio', e, expands)):
         _check(value in allowed, part, f'{key} {value} is not one of {_allowed(allowed)}')
@@ -163,11 +188,11 @@ def parse_sub_stage(superspace, block_id, text):
     space = get_superspace(superspace)
     block_id = block_id if isinstance(block_id, BlockId) else parse_block_id(space, block_id)
     blocks = []
-    for i, part in enumerate(text.split('_')):
+    for i, part in enumerate(_as_text(text).split('_')):
         try:
             blocks.append(_parse_block(space.name, block_id, part))
         except EncodingError as error:
-            raise EncodingError(f'{text}: {space.name} {block_id} block {i}: {error}') from None
+            raise EncodingError(f'{text[:200]!r}: {space.name} {block_id} block {i}: {error}') from None
     depths = _sub_stage_choices(space.name, block_id)[-1]
     _check(len(blocks) in depths, text,
            f'{space.name} {block_id}: depth {len(blocks)} is not one of {_allowed(depths)}')
@@ -204,7 +229,7 @@ class Subnet:
         return {name: [next(blocks) for _ in range(depth)] for name, depth in zip(DEPTH_STAGES, self.depths)}
 
 
-_SUBNET = re.compile(r'd([0-9#]+)_k([0-9#]+)_w([0-9#]+)_e([0-9.#]+)_r([0-9]+)')
+_SUBNET = re.compile(rf'd([0-9#]+)_k([0-9#]+)_w([0-9#]+)_e([0-9.#]+)_r({_NUMBER})')
 
 
 def parse_subnet(text, supernet=None):
@@ -212,14 +237,15 @@ def parse_subnet(text, supernet=None):
     if isinstance(text, Subnet):
         subnet = text
     else:
-        match = _SUBNET.fullmatch(text)
-        _check(match, text, 'not a subnet encoding d…_k…_w…_e…_r… with values joined by #')
+        match = _SUBNET.fullmatch(_as_text(text))
+        _check(match, f'{text[:200]!r}', 'not a subnet encoding d…_k…_w…_e…_r… with values joined by #')
         try:
             depths, kernels, widths = (tuple(int(v) for v in part.split('#')) for part in match.groups()[:3])
             expands = tuple(float(v) or None for v in match[4].split('#'))
         except ValueError:
             raise EncodingError(f'{text}: empty or malformed number between #') from None
         subnet = Subnet(depths, kernels, widths, expands, int(match[5]))
+        _check(str(subnet) == text, text, f'not as it would be printed: {subnet}')
     _check(len(subnet.depths) == len(DEPTH_STAGES), text,
            f'd: {len(subnet.depths)} depths, expected {len(DEPTH_STAGES)}: {_allowed(DEPTH_STAGES)}')
     for key, values in (('k', subnet.kernels), ('w', subnet.widths), ('e', subnet.expands)):

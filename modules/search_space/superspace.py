@@ -3,7 +3,7 @@
 A new hyperspace is one more row of `SUPERSPACES`; a new block type is one more layout function
 (modules/modeling/layout.py) and its name in a row here. Nothing else has to know.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import UserError
 from . import macro_arch
@@ -32,7 +32,7 @@ class Superspace:
     name: str
     stages: tuple
     block_types: tuple
-    fixed: dict
+    fixed: dict = field(hash=False)
     platform: str                                   # default latency platform
     resolutions: tuple = span(160, 224, 16)         # input resolutions of supernets, pixels
     kd_resolutions: tuple = (160, 192, 224)         # of block KD and block LUTs

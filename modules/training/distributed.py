@@ -1,5 +1,4 @@
 """One process or many: plain python, torchrun and torch.distributed.launch; NCCL on GPUs, gloo on CPUs."""
-import argparse
 import contextlib
 import os
 from dataclasses import dataclass
@@ -7,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ..cli import add_local_rank
 from ..errors import UserError
 
 
@@ -28,7 +28,7 @@ class Job:
 
 def add_distributed_arguments(parser):
     """--local_rank and --local-rank, which torch.distributed.launch passes by version, and --device."""
-    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+    add_local_rank(parser)
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help='auto: a GPU if any')
 
 

@@ -1,8 +1,9 @@
 """Progress of long jobs: a bar on a terminal, a line now and then in a log file."""
-import os
 import sys
 
 from tqdm import tqdm
+
+from ..cli import is_main_process
 
 LOG_INTERVAL = 30           # seconds between lines where nobody watches
 
@@ -16,5 +17,5 @@ def progress(total, description, initial=0, enabled=True):
 
 def note(line):
     """One line on stderr, of the first rank only."""
-    if os.environ.get('RANK', '0') == '0':
+    if is_main_process():
         print(line, file=sys.stderr)

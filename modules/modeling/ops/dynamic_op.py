@@ -12,10 +12,17 @@ from .op import ACTIVATION_FUNCTIONS, QConv, QLinear, conv, global_mean, take
 
 
 class DynamicConv(QConv):
-    """QConv whose forward takes the active channels and kernel; `depthwise` where it was built with groups."""
+    """QConv whose forward takes the active channels and kernel; depth-wise where it was built with groups.
 
-    def forward(self, x, cout, kernel=1, stride=1):
-        depthwise = self.groups > 1
+    cout None: the channels set as `active_out_channels`, at first all.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.active_out_channels = self.out_channels
+
+    def forward(self, x, cout=None, kernel=1, stride=1):
+        depthwise, cout = self.groups > 1, cout or self.active_out_channels
         weight = take(self.weight, (cout, 1 if depthwise else x.shape[1], kernel, kernel))
         bias = None if self.bias is None else self.bias[:cout]
         x, weight = self.fake_quantise(x, weight)

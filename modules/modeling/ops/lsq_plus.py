@@ -107,6 +107,13 @@ def _reduce_over_ranks(sw, sa, beta):
     return scales[0], scales[1], beta
 
 
+def check_bits(nbits):
+    """nbits; ValueError unless it is an int of 2..16, or 32 for off."""
+    if isinstance(nbits, bool) or not isinstance(nbits, int) or not (2 <= nbits <= 16 or nbits == OFF):
+        raise ValueError(f'{nbits!r} bits: expected 2 to 16, or {OFF} for no quantisation')
+    return nbits
+
+
 def min_max_initial(activation, weight, nbits_a, nbits_w):
     """(sw, sa, beta) that span the observed range: sw = 2 max|w|/(2^b-1), sa = (max-min)/(2^b-1), beta = min."""
     low, high = torch.aminmax(activation)
@@ -123,12 +130,19 @@ def lsq_initial(activation, weight, nbits_a, nbits_w):
 class QBase:
     """Mix-in of every quantised op: owns sw, sa, beta (shape [1]), initialises them and fake-quantises.
 
+    `initial` is how: QBase.min_max_initial (default) or QBase.lsq_initial, functions of (activation, weight,
+    nbits_a, nbits_w) that give (sw, sa, beta). Scales belong to the bits they were initialised for; after a
+    change of bits they are kept, and training has to adapt them.
+
     Whether the scales are initialised is the state `scales_initialized`. It is set by the first forward in
     quantised mode, which initialises them from what it sees, and by loading a checkpoint: our own state dicts
     carry the flag in their metadata; where that is missing (published files, prefixes renamed) an op counts as
     initialised unless all three stored values are the untouched 1, 1, 0. That is right for published fp32
-    checkpoints (1, 1, 0 everywhere) and for trained scales of which one happens to be exactly 1.
+    checkpoints (1, 1, 0 everywhere) and for trained scales of which one happens to be exactly 1. Of a partial
+    state dict (strict=False) the values it lacks are those the op has.
     """
+    min_max_initial = staticmethod(min_max_initial)
+    lsq_initial = staticmethod(lsq_initial)
 
     def _init_quantisation(self, initial=min_max_initial):
         self.sw = nn.Parameter(torch.ones(1))
@@ -140,7 +154,7 @@ class QBase:
 
     def set_quant_mode(self, nbits=8):
         """Quantise weights and activations to `nbits` bits."""
-        self.nbits_w = self.nbits_a = nbits
+        self.nbits_w = self.nbits_a = check_bits(nbits)
 
     def set_fp32_mode(self):
         """Be exactly the plain torch op."""
@@ -177,11 +191,10 @@ class QBase:
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        stored = [state_dict.get(prefix + name) for name in ('sw', 'sa', 'beta')]
-        if any(value is None for value in stored):
-            return
-        untouched = [float(value) for value in stored] == [1, 1, 0]
-        self.scales_initialized = local_metadata.get('lsq_initialized', not untouched)
+        names = [name for name in ('sw', 'sa', 'beta') if prefix + name in state_dict]
+        if names:
+            untouched = [self.sw.item(), self.sa.item(), self.beta.item()] == [1, 1, 0]
+            self.scales_initialized = local_metadata.get('lsq_initialized', not untouched)
 
 
 def quantised_ops(model):

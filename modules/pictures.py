@@ -1,0 +1,17 @@
+"""Figures without a display: matplotlib's Agg canvas, whatever backend a notebook uses; files are written whole."""
+from .files import atomic_path
+
+
+def new_figure(rows=1, columns=1, **options):
+    """(figure, axes) as pyplot.subplots gives them; options: matplotlib.figure.Figure's, such as figsize (inches)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
+
+
+def save_figure(figure, path):
+    """Write the figure to `path` (PNG)."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=120, bbox_inches='tight')
