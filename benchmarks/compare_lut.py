@@ -81,7 +81,6 @@ def main(args):
             results += [(block, sample, ours, published) for ours, published, sample in pairs]
             table.append(f'| {block} {student.block_type.name} | {len(pairs)} | {_spearman(pairs):.3f} |')
             pooled += pairs
-        cache.close()
         table.append(f'| **{stage}, pooled** | {len(pooled)} | **{_spearman(pooled):.3f}** |')
         print('\n'.join(table), flush=True)
     write_text(os.path.join(args.output, 'correlation.md'), '\n'.join(table) + '\n')

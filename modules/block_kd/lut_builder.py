@@ -5,6 +5,7 @@ The teacher's maps of the calibration and evaluation images are computed once pe
 Ranks share the rows; which rows there are depends on the seed only.
 """
 import glob
+import hashlib
 import os
 import random
 from dataclasses import dataclass
@@ -43,11 +44,12 @@ class FeatureCache:
     """The teacher's stage inputs (calibration) and inputs and outputs (evaluation), by resolution.
 
     calibration, evaluation: lists of image batches (N, 3, H, W). Maps are float32, on the job's device while
-    the cache fits `budget_gb` (GiB), else memory-mapped files in `folder` that go with the cache.
+    they fit `budget_gb` (GiB, of each rank), else memory-mapped files below `folder`, which have no name once
+    they are mapped and go with the process, however it ends.
     """
 
     def __init__(self, teacher, stage, hw_list, calibration, evaluation, job, budget_gb, folder):
-        self.batches, self._files = {}, []
+        self.batches = {}
         self._left, self._folder, self._job = budget_gb * 2 ** 30, folder, job
         for hw in dict.fromkeys(hw_list):
             with torch.no_grad():
@@ -68,10 +70,9 @@ class FeatureCache:
             self._left -= size
             return tensor
         os.makedirs(self._folder, exist_ok=True)
-        path = os.path.join(self._folder, f'.features-{os.getpid()}-{len(self._files)}.bin')
-        self._files.append(path)
-        mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        mapped = mapped.view(tensor.shape)
+        path = os.path.join(self._folder, f'.features-{os.getpid()}.bin')
+        mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        os.remove(path)
         mapped.copy_(tensor)
         return mapped
 
@@ -82,13 +83,6 @@ class FeatureCache:
     def evaluation(self, hw):
         """Batches of (stage input, stage output) on the device."""
         return ((a.to(self._job.device), b.to(self._job.device)) for a, b in self.batches[hw][1])
-
-    def close(self):
-        """Remove the memory-mapped files."""
-        self.batches = {}
-        for path in self._files:
-            os.remove(path)
-        self._files = []
 
 
 @torch.no_grad()
@@ -124,15 +118,12 @@ def build_luts(superspace, block_ids, windows, teacher, folder, output, calibrat
         for block in blocks:                    # a missing checkpoint is told before the teacher runs
             require_checkpoint(folder, block, quant=True)
         cache = FeatureCache(teacher, stage, hw_list, calibration, evaluation, job, budget_gb, output)
-        try:
-            for block in blocks:
-                student = build_student(superspace, block, teacher, folder, quant=True).to(job.device)
-                for lut_id in todo:
-                    if f'{lut_id.stage}_{lut_id.block_type}' == block:
-                        samples = sample_rows(superspace, str(lut_id), num_samples, hw_list, seed)
-                        _build(superspace, lut_id, samples, student, cache, predictor, output, job, nsr_signal)
-        finally:
-            cache.close()
+        for block in blocks:
+            student = build_student(superspace, block, teacher, folder, quant=True).to(job.device)
+            for lut_id in todo:
+                if f'{lut_id.stage}_{lut_id.block_type}' == block:
+                    samples = sample_rows(superspace, str(lut_id), num_samples, hw_list, seed)
+                    _build(superspace, lut_id, samples, student, cache, predictor, output, job, nsr_signal)
     return paths
 
 
@@ -144,7 +135,7 @@ def _build(superspace, lut_id, samples, student, cache, predictor, output, job, 
     """Measure this rank's share of the rows that are not there yet; the last step puts them in order."""
     os.makedirs(output, exist_ok=True)
     path = _path(output, lut_id)
-    header = f'{samples[0]} {len(samples)} {nsr_signal}'
+    header = f'{lut_id} {_digest(samples, student, cache, nsr_signal)}'
     have = _read_parts(path, header)
     barrier(job)                                # every rank has read before one writes
     mine = [i for i in range(job.rank, len(samples), job.world_size) if i not in have]
@@ -165,6 +156,16 @@ def _build(superspace, lut_id, samples, student, cache, predictor, output, job, 
         for part in glob.glob(f'{glob.escape(path)}.part*'):
             os.remove(part)
     barrier(job)
+
+
+def _digest(samples, student, cache, nsr_signal):
+    """12 hex digits that change with anything the rows depend on but the teacher's weights and the platform."""
+    digest = hashlib.sha256(repr((samples, nsr_signal)).encode())
+    for key, tensor in student.state_dict().items():
+        digest.update(key.encode() + tensor.cpu().numpy().tobytes())
+    for hw, (inputs, pairs) in cache.batches.items():
+        digest.update(repr((hw, [batch.shape for batch in inputs], [pair[1].shape for pair in pairs])).encode())
+    return digest.hexdigest()[:12]
 
 
 def _row(superspace, lut_id, sample, student, cache, predictor, nsr_signal):
@@ -195,7 +196,7 @@ def _read_parts(path, header):
         with open(part, encoding='ascii') as file:
             first, *rest = file.read().split('\n')[:-1] or ['']
         if first != header:
-            raise UserError(f'{part}: of a build with other settings ({first}); remove it or use those settings')
+            raise UserError(f'{part}: begun with other blocks, images or settings; use those, or remove it')
         for line in rest:
             index, _, row = line.partition(',')
             lines[int(index)] = row

@@ -62,6 +62,7 @@ class Trainee:
     path: str
     learning_rate: float
     optimizer: torch.optim.Optimizer = None
+    settings: dict = field(default_factory=dict)
     step: int = 0
     done: bool = False
     losses: dict = field(default_factory=dict)
@@ -115,9 +116,10 @@ def build_student(superspace, block_id, teacher, folder=None, quant=False):
 def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False):
     """Train blocks stage by stage into `folder`; returns {block id: {'max': NSR, 'min': NSR, 'random': NSR}}."""
     results = {}
+    steps = _steps_per_epoch(data, recipe, job)
     for stage, blocks in by_stage(block_ids).items():
-        trainees = [_trainee(superspace, block, teacher, folder, recipe, job, resume) for block in blocks]
-        _train_stage(stage, trainees, teacher, data, recipe, job)
+        trainees = [_trainee(superspace, block, teacher, folder, recipe, job, resume, steps) for block in blocks]
+        _train_stage(stage, trainees, teacher, data, recipe, job, steps)
         results.update(evaluate(stage, [(t.block_id, t.student) for t in trainees], teacher, data, recipe, job))
     return results
 
@@ -134,7 +136,30 @@ def independent_ranks(independent):
         yield
 
 
-def _trainee(superspace, block_id, teacher, folder, recipe, job, resume):
+def _steps_per_epoch(data, recipe, job):
+    steps = len(train_loader(data.train, recipe.batch_size, 0, recipe.seed, job.rank, job.world_size))
+    if steps == 0:
+        raise UserError(f'{len(data.train)} training images are fewer than one batch of {recipe.batch_size} '
+                        f'on each of {job.world_size} ranks')
+    return min(steps, recipe.max_steps or steps)
+
+
+def _settings(recipe, learning_rate, steps, job):
+    """What decides the weights, as plain values: a run is resumed with the same or not at all."""
+    return {'steps': steps * recipe.epochs, 'images a step': recipe.batch_size * job.world_size,
+            'ranks': job.world_size, 'learning rate': learning_rate, 'lr_step_size': recipe.lr_step_size,
+            'weight_decay': recipe.weight_decay, 'hw_list': list(recipe.hw_list), 'nsr_signal': recipe.nsr_signal,
+            'inplace_distill_from_teacher': recipe.from_teacher, 'seed': recipe.seed}
+
+
+def _check_settings(path, begun, settings):
+    for key, value in settings.items():
+        if begun.get(key) != value:
+            raise UserError(f'{path}: begun with {key} {begun.get(key)}, not {value}; resume with the same, '
+                            'or start anew without --resume')
+
+
+def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps):
     """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch."""
     torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
     path = checkpoint_file(folder, block_id, recipe.quant)
@@ -152,20 +177,16 @@ def _trainee(superspace, block_id, teacher, folder, recipe, job, resume):
         student.to(memory_format=torch.channels_last)
     broadcast(student, job)
     learning_rate = recipe.learning_rates[SEARCHABLE_STAGES.index(block_id.split('_')[0])]
-    trainee = Trainee(block_id, student, path, learning_rate)
+    trainee = Trainee(block_id, student, path, learning_rate, settings=_settings(recipe, learning_rate, steps, job))
     trainee.optimizer = torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate)
     if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
+        _check_settings(path, resumed.get('settings', {}), trainee.settings)
         trainee.optimizer.load_state_dict(resumed['optimizer'])
         trainee.step, trainee.done = resumed['step'], resumed.get('done', False)
     return trainee
 
 
-def _train_stage(stage, trainees, teacher, data, recipe, job):
-    steps = len(train_loader(data.train, recipe.batch_size, 0, recipe.seed, job.rank, job.world_size))
-    steps = min(steps, recipe.max_steps or steps)
-    if steps == 0:
-        raise UserError(f'{len(data.train)} training images are fewer than one batch of {recipe.batch_size} '
-                        f'on each of {job.world_size} ranks')
+def _train_stage(stage, trainees, teacher, data, recipe, job, steps):
     total = steps * recipe.epochs
     first = min((t.step for t in trainees if not t.done), default=total)
     folder = os.path.dirname(os.path.dirname(trainees[0].path))
@@ -289,6 +310,7 @@ def _save(trainees, steps_per_epoch, job):
         for trainee in trainees:
             save_checkpoint(trainee.path, {
                 'epoch': trainee.step // steps_per_epoch, 'step': trainee.step, 'done': trainee.done,
+                'settings': trainee.settings,
                 'model': trainee.student.state_dict(), 'optimizer': trainee.optimizer.state_dict()})
 
 
