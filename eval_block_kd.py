@@ -20,6 +20,7 @@ from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from modules.training.distributed import add_distributed_arguments, distributed_job
 from modules.training.losses import NSR_SIGNALS
+from modules.training.parallel import default_workers
 
 
 def get_args():
@@ -44,10 +45,22 @@ def get_args():
     p.add_argument('--nsr_signal', choices=NSR_SIGNALS, default='teacher', help='whose variance divides the loss')
     p.add_argument('--cache_budget_gb', type=positive(float), default=4.0,
                    help="GiB of the teacher's maps kept in memory; the rest is memory-mapped under output_path")
+    p.add_argument('--num_threads', type=positive(int),
+                   help='rows measured at a time by a rank, on a CPU; default: its share of the cores')
     p.add_argument('--seed', type=int, default=0, help='of the rows and the calibration images')
     add_data_arguments(p)
     add_distributed_arguments(p)
     return p.parse_args()
+
+
+class Images:
+    """The images of a loader, without the labels, each time they are asked for."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return (images for images, _ in self.loader)
 
 
 def main(args):
@@ -62,13 +75,13 @@ def main(args):
                          labelled=False, normalize=teacher.normalize, seed=args.seed)
         calibration = [images for images, *_ in calibration_batches(
             data.train, args.calib_batch_size, args.num_calib_batches, args.seed, workers=args.num_workers)]
-        evaluation = [images for images, _ in eval_loader(
-            data.valid, args.eval_batch_size, workers=args.num_workers,
-            limit=10 if args.debug else args.num_eval_batches)]
+        evaluation = Images(eval_loader(data.valid, args.eval_batch_size, workers=args.num_workers,
+                                        limit=args.num_eval_batches or (10 if args.debug else None)))
         paths = build_luts(space, blocks, args.width_window_filter, teacher.to(job.device),
                            os.path.join(args.checkpoint_path, space.name), os.path.join(args.output_path, space.name),
                            calibration, evaluation, predictor, job, args.num_samples_per_stage, hw_list,
-                           args.nsr_signal, args.seed, args.cache_budget_gb)
+                           args.nsr_signal, args.seed, args.cache_budget_gb,
+                           1 if job.device.type == 'cuda' else args.num_threads or default_workers())
         if job.is_main:
             print(f'{len(paths)} block LUTs:', *paths, sep='\n')
 

@@ -14,6 +14,7 @@ from modules.block_kd.trainer import (
     blocks_of_rank,
     build_student,
     by_stage,
+    check_map_sizes,
     evaluate,
     independent_ranks,
     select_blocks,
@@ -76,14 +77,15 @@ def train(args, job, teacher, quant=False, from_scratch=False):
     space = get_superspace(args.superspace)
     blocks = select_blocks(space, args.stage_list)
     hw_list = check_resolutions(args.hw_list or space.kd_resolutions)
+    check_map_sizes(space, blocks, hw_list)
     teacher.check_fits(space)
     data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, max(hw_list), labelled=False,
                      normalize=teacher.normalize, seed=args.seed)
     recipe = Recipe(args.num_epochs, args.train_batch_size, tuple(args.learning_rate_list), args.lr_step_size,
                     args.weight_decay, hw_list, args.inplace_distill_from_teacher, args.nsr_signal,
                     num_calib_batches=args.num_calib_batches, checkpoint_freq=args.checkpoint_freq,
-                    max_steps=10 if args.debug else args.max_steps,
-                    num_valid_batches=10 if args.debug else args.num_valid_batches,
+                    max_steps=args.max_steps or (10 if args.debug else None),
+                    num_valid_batches=args.num_valid_batches or (10 if args.debug else None),
                     amp=args.amp and job.device.type == 'cuda', channels_last=not args.no_channels_last, quant=quant,
                     from_scratch=from_scratch, seed=args.seed, workers=args.num_workers)
     independent = args.parallel == 'blocks'
@@ -94,7 +96,8 @@ def train(args, job, teacher, quant=False, from_scratch=False):
         if args.test_only:
             results = {}
             for stage, ids in by_stage(blocks).items():
-                students = [(i, build_student(space, i, teacher, args.output_path, quant).to(job.device)) for i in ids]
+                students = [build_student(space, i, teacher, args.output_path, quant, unfinished=True) for i in ids]
+                students = [(i, student.to(job.device)) for i, student in zip(ids, students)]
                 results.update(evaluate(stage, students, teacher, data, recipe, job))
         else:
             results = train_blocks(space, blocks, teacher, data, args.output_path, recipe, job, args.resume)

@@ -7,7 +7,8 @@
         --dataset_path dataset/crops --scale 0.5 --rows 10 --output checkpoints/learn/compare
 
 Takes the first --rows rows of every published file of the stages, measures our int8 NSR of those sub-stages with
-image resolutions multiplied by --scale, and writes <output>/rows.csv, <output>/correlation.md and a picture.
+image resolutions multiplied by --scale and rounded to multiples of 16, and
+writes <output>/rows.csv, <output>/correlation.md and a picture.
 """
 import os
 import sys
@@ -28,6 +29,7 @@ from modules.pictures import new_figure, save_figure
 from modules.search_space.superspace import check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
+from modules.training.losses import NSR_SIGNALS
 
 
 def get_args():
@@ -43,6 +45,8 @@ def get_args():
     p.add_argument('--batch_size', type=positive(int), default=32, help='images')
     p.add_argument('--num_calib_batches', type=positive(int), default=3, help='of batch-norm calibration')
     p.add_argument('--num_eval_batches', type=positive(int), default=4, help='of the NSR')
+    p.add_argument('--nsr_signal', choices=NSR_SIGNALS, default='teacher',
+                   help="whose variance divides; the published rows': student")
     p.add_argument('--output', required=True, help='folder of the results')
     add_data_arguments(p)
     return p.parse_args()
@@ -56,7 +60,8 @@ def published_rows(lut_path, space, blocks, count, scale):
         stage, block = lut_id.split('_')[0], lut_id.rpartition('_')[0]
         for sub_stage, cin, hw, loss in list(zip(lut.sub_stages, lut.cin, lut.hw, lut.loss))[:count]:
             resolution = int(hw) * space.input_stride(stage)
-            rows.setdefault(block, []).append((Sample(sub_stage, int(cin), round(resolution * scale)), float(loss)))
+            sample = Sample(sub_stage, int(cin), round(resolution * scale / 16) * 16)
+            rows.setdefault(block, []).append((sample, float(loss)))
     return rows
 
 
@@ -76,7 +81,7 @@ def main(args):
         pooled = []
         for block in ids:
             student = build_student(space, block, teacher, args.checkpoint_path, quant=True)
-            pairs = [(measure(student, sample, cache), published, sample)
+            pairs = [(measure(student, sample, cache, args.nsr_signal), published, sample)
                      for sample, published in tqdm(rows[block], desc=block, disable=None)]
             results += [(block, sample, ours, published) for ours, published, sample in pairs]
             table.append(f'| {block} {student.block_type.name} | {len(pairs)} | {_spearman(pairs):.3f} |')

@@ -1,4 +1,5 @@
 """Block KD and LUT building, as users run them: a pretrained teacher, real photographs, killed and resumed."""
+import contextlib
 import os
 import random
 import signal
@@ -12,11 +13,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from modules.block_kd import trainer
 from modules.block_kd.lut import read_block_lut
 from modules.block_kd.lut_builder import FeatureCache, measure, sample_rows
 from modules.block_kd.student import StudentStage
 from modules.block_kd.teacher import build_teacher
-from modules.block_kd.trainer import Recipe, evaluate, select_blocks, train_blocks
+from modules.block_kd.trainer import Recipe, build_student, evaluate, select_blocks, train_blocks
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from modules.search_space.superspace import get_superspace
@@ -70,17 +72,19 @@ def _port():
         return s.getsockname()[1]
 
 
-def _run(*command, ranks=1, kill_when=None):
+def _run(*command, ranks=1, kill_when=None, threads='1'):
     """Run a script; with `kill_when` SIGKILL all of its processes as soon as that file is there."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, 'OMP_NUM_THREADS': threads}
     with subprocess.Popen(_command(*command, ranks=ranks), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, start_new_session=True) as process:
         if kill_when:
             while process.poll() is None and not os.path.exists(kill_when):
                 time.sleep(0.01)
-            time.sleep(random.Random(kill_when).random() * 0.5)
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         output = process.communicate()[0]
+        if kill_when:
+            assert process.returncode == -signal.SIGKILL, 'it ended before it was killed'
     if not kill_when:
         assert process.returncode == 0, output
     return output
@@ -106,7 +110,10 @@ def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_p
                                ('lsq_block_kd.py', 'lsq.pth', lsq)):
         _train(script, photos, tmp_path / 'whole', *more, ranks=ranks)
         _train(script, photos, tmp_path / 'broken', *more, ranks=ranks,
-               kill_when=str(tmp_path / 'broken' / BLOCKS[1] / name))
+               kill_when=str(tmp_path / 'broken' / BLOCKS[0] / name))
+        states = [load_checkpoint(tmp_path / 'broken' / block / name) for block in BLOCKS
+                  if os.path.exists(tmp_path / 'broken' / block / name)]
+        assert states and not any(state['done'] for state in states)
         _train(script, photos, tmp_path / 'broken', *more, '--resume', ranks=ranks)
         whole, broken = _weights(tmp_path / 'whole', name), _weights(tmp_path / 'broken', name)
         assert whole.keys() == broken.keys()
@@ -123,7 +130,7 @@ def test_a_run_is_resumed_with_its_own_settings_only(photos, tmp_path):
     train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path),
                  Recipe(1, 4, (0.01,) * 6, hw_list=(64,), max_steps=2), Job())
     for changed, said in (({'batch_size': 8}, 'images a step 4, not 8'), ({'seed': 1}, 'seed 0, not 1'),
-                          ({'max_steps': 3}, 'steps 2, not 3')):
+                          ({'max_steps': 3}, 'steps an epoch 2, not 3')):
         recipe = replace(Recipe(1, 4, (0.01,) * 6, hw_list=(64,), max_steps=2), **changed)
         with pytest.raises(UserError, match=said):
             train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), recipe, Job(), resume=True)
@@ -150,16 +157,18 @@ def _build_lut(output, trained, photos, teacher_file, *more, ranks=1, kill_when=
     return _run('eval_block_kd.py', *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', output,
                 '--checkpoint_path', trained, '--teacher_checkpoint_path', teacher_file, '--stage_list', *BLOCKS,
                 '--width_window_filter', 0, 3, '--num_samples_per_stage', 5, '--calib_batch_size', 8,
-                '--num_calib_batches', 2, '--eval_batch_size', 6, '--debug', *more, ranks=ranks, kill_when=kill_when)
+                '--num_calib_batches', 2, '--eval_batch_size', 6, '--debug', *more, ranks=ranks, kill_when=kill_when,
+                threads='2')
 
 
 def test_luts_are_the_same_on_one_rank_two_ranks_and_after_a_kill(tmp_path, photos, trained, teacher_file):
     names = [f'{block}_{window}.csv' for block in BLOCKS for window in (0, 3)]
-    _build_lut(tmp_path / 'one', trained, photos, teacher_file)
+    _build_lut(tmp_path / 'one', trained, photos, teacher_file, '--num_threads', 1)
     _build_lut(tmp_path / 'two', trained, photos, teacher_file, '--cache_budget_gb', 0.0001, ranks=2)
-    first_part = str(tmp_path / 'killed' / 'onnxw' / (names[1] + '.part0'))
-    _build_lut(tmp_path / 'killed', trained, photos, teacher_file, kill_when=first_part)
-    _build_lut(tmp_path / 'killed', trained, photos, teacher_file)
+    first = str(tmp_path / 'killed' / 'onnxw' / names[0])
+    _build_lut(tmp_path / 'killed', trained, photos, teacher_file, '--num_threads', 1, kill_when=first)
+    assert names[-1] not in os.listdir(tmp_path / 'killed' / 'onnxw')
+    _build_lut(tmp_path / 'killed', trained, photos, teacher_file, '--num_threads', 2)
     for folder in ('one', 'two', 'killed'):
         assert sorted(os.listdir(tmp_path / folder / 'onnxw')) == sorted(names)
         for name in names:
@@ -167,6 +176,55 @@ def test_luts_are_the_same_on_one_rank_two_ranks_and_after_a_kill(tmp_path, phot
     for name in names:
         lut = read_block_lut(str(tmp_path / 'one' / 'onnxw' / name), 'onnxw', name[:-4])
         assert len(lut) == 5 and set(lut.hw) <= {4, 6} and (lut.loss > 0).all()
+
+
+def test_two_ranks_agree_where_training_never_reached_some_scales(tmp_path, photos, teacher_file):
+    """Down-sampling convolutions of later ResNet blocks run only where widths change."""
+    teacher = build_teacher('efficientnet-lite0', quant=True, checkpoint=teacher_file)
+    torch.manual_seed(0)
+    student = set_quant_mode(build_student(SPACE, 'stage6_3', teacher))
+    data = open_data(str(photos), valid_size=12, image_size=96, labelled=False, normalize=teacher.normalize)
+    images, _ = next(iter(eval_loader(data.valid, 12)))
+    with torch.no_grad():
+        student(teacher.forward_to_stage(images, 'stage6')[1])               # max only
+    assert not all(op.scales_initialized for op in quantised_ops(student))
+    (tmp_path / 'onnxw' / 'stage6_3').mkdir(parents=True)
+    torch.save({'model': student.state_dict()}, tmp_path / 'onnxw' / 'stage6_3' / 'lsq.pth')
+    for ranks in (1, 2):
+        _build_lut(tmp_path / f'lut{ranks}', tmp_path, photos, teacher_file, '--stage_list', 'stage6_3', '--hw_list',
+                   96, ranks=ranks)
+    names = os.listdir(tmp_path / 'lut1' / 'onnxw')
+    assert len(names) == 2 and all((tmp_path / 'lut1' / 'onnxw' / name).read_text()
+                                   == (tmp_path / 'lut2' / 'onnxw' / name).read_text() for name in names)
+
+
+def test_the_commands_of_the_readme_run_as_written(tmp_path, photos, teacher_file):
+    """Each with its paths replaced and shortened by further flags, on two ranks where it has a launcher."""
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        text = f.read().replace('\\\n', ' ')
+    commands = [line.split() for line in text.split('\n') if line.startswith('python') and '_block_kd.py' in line
+                and 'search_block_kd' not in line]
+    assert [next(word for word in command if word.endswith('.py')) for command in commands] == [
+        'train_block_kd.py', 'lsq_block_kd.py', 'eval_block_kd.py']
+    paths = {'checkpoints/block_kd/onnxw': tmp_path / 'onnxw', 'checkpoints/block_kd': tmp_path,
+             'checkpoints/block_kd/lut': tmp_path / 'lut', 'dataset': photos,
+             'checkpoints/block_kd/teacher_checkpoint/efficientnet_b5/checkpoint.pth': teacher_file}
+    short = ['--teacher_arch', 'efficientnet-lite0', '--valid_size', '12', '--device', 'cpu', '--num_workers', '0']
+    train = ['--stage_list', 'stage3_0', 'stage3_1', '--train_batch_size', '2', '--max_steps', '1',
+             '--num_valid_batches', '1', '--num_calib_batches', '1']
+    evaluate_ = ['--num_samples_per_stage', '2', '--num_eval_batches', '1', '--num_calib_batches', '1',
+                 '--calib_batch_size', '4', '--eval_batch_size', '4']
+    for command in commands:
+        words = [str(paths.get(word, word)) for word in command]
+        words[0] = sys.executable
+        words = [os.path.join(ROOT, word) if word.endswith('_block_kd.py') else word for word in words]
+        words = ['--nproc_per_node=2' if word.startswith('--nproc_per_node') else word for word in words]
+        if 'torch.distributed.launch' in words:
+            words.insert(3, f'--master_port={_port()}')
+        done = subprocess.run(words + short + (evaluate_ if 'eval_block_kd.py' in command else train),
+                              capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / 'lut' / 'onnxw')) == [f'stage3_{b}_{w}.csv' for b in (0, 1) for w in (0, 1, 2)]
 
 
 def test_evaluation_leaves_the_training_state_alone(photos):
@@ -194,14 +252,39 @@ def test_training_learns(photos, tmp_path):
     assert load_checkpoint(tmp_path / 'stage5_0' / 'checkpoint.pth')['step'] == 12
 
 
-def test_a_diverging_loss_stops_with_block_and_step_and_keeps_the_checkpoint(photos, tmp_path):
+def test_a_diverging_loss_stops_with_block_and_step_and_leaves_no_bad_checkpoint(photos, tmp_path):
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
     recipe = Recipe(1, 4, (1e12,) * 6, hw_list=(64,), checkpoint_freq=1, lr_step_size=1)
-    with pytest.raises(UserError, match=r'stage5_0: step \d+: the loss diverged .*stage5_0.checkpoint.pth'):
+    with pytest.raises(UserError, match=r'stage5_0: step 1: the loss diverged .*there is no checkpoint yet'):
         train_blocks(SPACE, ['stage5_0'], teacher, data, str(tmp_path), recipe, Job())
+    assert not os.path.exists(tmp_path / 'stage5_0' / 'checkpoint.pth')      # its first step was the bad one
+
+
+def test_a_diverging_resumed_run_keeps_the_good_checkpoint_before_it(photos, tmp_path):
+    teacher = build_teacher('efficientnet-lite0')
+    data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
+    recipe = Recipe(1, 4, (0.01,) * 6, hw_list=(64,), checkpoint_freq=1, lr_step_size=1, max_steps=4)
+    steps = []
+
+    def poison(trainee, state, job):
+        steps.append(state['step'])
+        write(trainee, state, job)
+        if state['step'] == 2:
+            with torch.no_grad():
+                trainee.student.out_proj.weight.fill_(float('nan'))
+
+    write, trainer._write = trainer._write, poison
+    try:
+        with pytest.raises(UserError, match=r'stage5_0: step [23]: the loss diverged .*stage5_0.checkpoint.pth'):
+            train_blocks(SPACE, ['stage5_0'], teacher, data, str(tmp_path), recipe, Job())
+    finally:
+        trainer._write = write
     state = load_checkpoint(tmp_path / 'stage5_0' / 'checkpoint.pth')
-    assert not state['done']
+    assert steps == [1, 2] and state['step'] == 2 and not state['done']
+    assert all(torch.isfinite(tensor).all() for tensor in state['model'].values())
+    with pytest.raises(UserError, match=r'checkpoint.pth: training is not finished \(step 2\)'):
+        build_student(SPACE, 'stage5_0', teacher, str(tmp_path))
 
 
 def test_feature_cache_gives_what_the_teacher_gives(photos, tmp_path):
@@ -280,6 +363,9 @@ def test_cosine_falls_from_base_to_zero():
 @pytest.mark.parametrize('script, args, said', [
     ('train_block_kd.py', ['--stage_list', 'stage1_9'], 'block type 9 is not one of 0 1 2 3 4 5'),
     ('train_block_kd.py', ['--hw_list', '100'], 'resolution 100 is not a positive multiple of 16'),
+    ('train_block_kd.py', ['--hw_list', '32'], 'resolution 32 leaves a single pixel at stage5'),
+    ('train_block_kd.py', ['--valid_size', '0', '--max_steps', '1', '--train_batch_size', '2'], 'no held-out images'),
+    ('eval_block_kd.py', ['--width_window_filter', '9'], 'no stage has such a width window'),
     ('train_block_kd.py', ['--teacher_weights', 'nowhere.pth'], 'nowhere.pth'),
     ('lsq_block_kd.py', ['--teacher_checkpoint_path', 'nowhere.pth'], 'nowhere.pth'),
     ('lsq_block_kd.py', [], 'no checkpoint of block stage5_0; train it first with'),
@@ -293,4 +379,4 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path, photos, teacher_file, scr
         base += ['--checkpoint_path', tmp_path, '--debug']
     done = subprocess.run(_command(script, *base, *args), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr.strip().split('\n')[-1], done.stderr
-    assert 'Traceback' not in done.stderr and not os.listdir(tmp_path)
+    assert 'Traceback' not in done.stderr and not [f for f in tmp_path.rglob('*') if f.suffix in ('.pth', '.csv')]

@@ -2,12 +2,16 @@
 
 The teacher's maps of the calibration and evaluation images are computed once per stage and resolution
 (FeatureCache) and serve every row of every block of the stage; what a row then costs is the student alone.
-Ranks share the rows; which rows there are depends on the seed only.
+Ranks share the rows. Rows depend on weights, images, settings and seed only: not on ranks, threads or order.
 """
+import copy
 import glob
 import hashlib
+import math
 import os
+import queue
 import random
+import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +23,11 @@ from ..search_space import sampling
 from ..search_space.encoding import BlockId, format_sub_stage, parse_sub_stage
 from ..training.calibrate import calibrate, kept_statistics
 from ..training.distributed import barrier
-from ..training.log import progress
+from ..training.log import note, progress
 from ..training.losses import nsr_loss
+from ..training.parallel import thread_map
 from .lut import LutRow, format_row, write_block_lut
-from .trainer import build_student, by_stage, require_checkpoint
+from .trainer import build_student, by_stage, check_map_sizes, require_checkpoint
 
 
 @dataclass(frozen=True)
@@ -43,25 +48,39 @@ def sample_rows(superspace, lut_id, num_samples, hw_list, seed):
 class FeatureCache:
     """The teacher's stage inputs (calibration) and inputs and outputs (evaluation), by resolution.
 
-    calibration, evaluation: lists of image batches (N, 3, H, W). Maps are float32, on the job's device while
-    they fit `budget_gb` (GiB, of each rank), else memory-mapped files below `folder`, which have no name once
-    they are mapped and go with the process, however it ends.
+    calibration, evaluation: iterables of image batches (N, 3, H, W), each gone through once. Maps are float32, on
+    the job's device while they fit `budget_gb` (GiB, of each rank), else memory-mapped files below `folder`, which
+    have no name once they are mapped and go with the process, however it ends. `digest` changes with the
+    images, the resolutions and the teacher's weights.
     """
 
-    def __init__(self, teacher, stage, hw_list, calibration, evaluation, job, budget_gb, folder):
-        self.batches = {}
+    def __init__(self, teacher, stage, hw_list, calibration, evaluation, job, budget_gb, folder, workers=1):
         self._left, self._folder, self._job = budget_gb * 2 ** 30, folder, job
-        for hw in dict.fromkeys(hw_list):
-            with torch.no_grad():
-                inputs = [self._keep(teacher.forward_to_stage(self._images(b, hw), stage)[1]) for b in calibration]
-                pairs = []
-                for batch in evaluation:
-                    output, stage_input = teacher.forward_to_stage(self._images(batch, hw), stage)
-                    pairs.append((self._keep(stage_input), self._keep(output)))
-            self.batches[hw] = inputs, pairs
+        self.batches = {hw: ([], []) for hw in hw_list}
+        digest = hashlib.sha256(repr((stage, list(self.batches))).encode())
+        _hash_tensors(digest, teacher.state_dict().values())
 
-    def _images(self, batch, hw):
-        return resize(batch.to(self._job.device), hw)
+        def run(item):
+            kind, images, hw = item
+            with torch.no_grad():
+                return kind, hw, teacher.forward_to_stage(resize(images.to(job.device), hw), stage)
+
+        def jobs():
+            for kind, batches in (('calibration', calibration), ('evaluation', evaluation)):
+                for images in batches:
+                    digest.update(kind.encode())
+                    _hash_tensors(digest, [images])
+                    yield from ((kind, images, hw) for hw in self.batches)
+
+        for kind, hw, (output, stage_input) in thread_map(run, jobs(), workers):
+            inputs, pairs = self.batches[hw]
+            if kind == 'calibration':
+                inputs.append(self._keep(stage_input))
+            else:
+                pairs.append((self._keep(stage_input), self._keep(output)))
+        self.digest = digest.hexdigest()
+        if not all(inputs and pairs for inputs, pairs in self.batches.values()):
+            raise UserError('no images to calibrate or to evaluate with: give more pictures, or a --valid_size')
 
     def _keep(self, tensor):
         tensor = tensor.float().contiguous()
@@ -70,11 +89,17 @@ class FeatureCache:
             self._left -= size
             return tensor
         os.makedirs(self._folder, exist_ok=True)
-        path = os.path.join(self._folder, f'.features-{os.getpid()}.bin')
-        mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-        os.remove(path)
-        mapped.copy_(tensor)
-        return mapped
+        file, path = tempfile.mkstemp(dir=self._folder, prefix='.features-')
+        try:
+            os.posix_fallocate(file, 0, size)               # a full disk is an error now, not a crash later
+            mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        except OSError as error:
+            raise UserError(f'{self._folder}: no room for the teacher\'s maps ({error.strerror}): give a larger '
+                            '--cache_budget_gb or fewer --num_eval_batches') from None
+        finally:
+            os.close(file)
+            os.remove(path)
+        return mapped.view(tensor.shape).copy_(tensor)
 
     def calibration(self, hw):
         """Batches of stage inputs on the device."""
@@ -83,6 +108,11 @@ class FeatureCache:
     def evaluation(self, hw):
         """Batches of (stage input, stage output) on the device."""
         return ((a.to(self._job.device), b.to(self._job.device)) for a, b in self.batches[hw][1])
+
+
+def _hash_tensors(digest, tensors):
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
 
 
 @torch.no_grad()
@@ -100,55 +130,88 @@ def measure(student, sample, cache, nsr_signal='teacher'):
 
 
 def build_luts(superspace, block_ids, windows, teacher, folder, output, calibration, evaluation, predictor, job,
-               num_samples=1000, hw_list=(160, 192, 224), nsr_signal='teacher', seed=0, budget_gb=4.0):
+               num_samples=1000, hw_list=(160, 192, 224), nsr_signal='teacher', seed=0, budget_gb=4.0, workers=1):
     """Write <output>/<block>_<window>.csv for every block id and width window; returns their paths.
 
     folder: of the trained blocks' lsq.pth. windows: width windows to do (those a stage has not are left out),
-    None for all. A LUT that is there is kept; one that was begun goes on.
+    None for all. calibration, evaluation: iterables of image batches that can be gone through once per stage.
+    workers: rows measured at a time by this rank. A LUT that is there is kept; one that was begun goes on.
     """
-    paths = []
-    for stage, blocks in by_stage(block_ids).items():
-        lut_ids = [BlockId(stage, int(block.split('_')[1]), window) for block in blocks
-                   for window in range(superspace.stage(stage).num_windows) if windows is None or window in windows]
-        paths += [_path(output, lut_id) for lut_id in lut_ids]
-        todo = [lut_id for lut_id in lut_ids if not os.path.exists(_path(output, lut_id))]
+    check_map_sizes(superspace, block_ids, hw_list)
+    lut_ids = {stage: [BlockId(stage, int(block.split('_')[1]), window) for block in blocks
+                       for window in range(superspace.stage(stage).num_windows) if windows is None or window in windows]
+               for stage, blocks in by_stage(block_ids).items()}
+    if not any(lut_ids.values()):
+        raise UserError(f'--width_window_filter {" ".join(map(str, windows))}: no stage has such a width window')
+    for block in block_ids:                     # a missing checkpoint is told before the teacher runs
+        require_checkpoint(folder, block, quant=True)
+    for stage, ids in lut_ids.items():
+        todo = [lut_id for lut_id in ids if not os.path.exists(_path(output, lut_id))]
+        if len(todo) < len(ids):
+            note(f'{stage}: {len(ids) - len(todo)} finished files in {output} are kept; remove them to build anew')
         barrier(job)
         if not todo:
             continue
-        for block in blocks:                    # a missing checkpoint is told before the teacher runs
-            require_checkpoint(folder, block, quant=True)
-        cache = FeatureCache(teacher, stage, hw_list, calibration, evaluation, job, budget_gb, output)
-        for block in blocks:
-            student = build_student(superspace, block, teacher, folder, quant=True).to(job.device)
+        students = {block: build_student(superspace, block, teacher, folder, quant=True)
+                    for block in dict.fromkeys(f'{lut_id.stage}_{lut_id.block_type}' for lut_id in todo)}
+        cache = FeatureCache(teacher, stage, hw_list, calibration, evaluation, job, budget_gb, output, workers)
+        for block, student in students.items():
+            student.to(job.device)
+            digest = _prepare(student, cache, seed, f'{nsr_signal} {predictor.platform}')
             for lut_id in todo:
                 if f'{lut_id.stage}_{lut_id.block_type}' == block:
                     samples = sample_rows(superspace, str(lut_id), num_samples, hw_list, seed)
-                    _build(superspace, lut_id, samples, student, cache, predictor, output, job, nsr_signal)
-    return paths
+                    _build(superspace, lut_id, samples, student, cache, predictor, output, job, nsr_signal, workers,
+                           hashlib.sha256(f'{digest} {samples}'.encode()).hexdigest()[:16])
+            student.cpu()
+    return [_path(output, lut_id) for ids in lut_ids.values() for lut_id in ids]
 
 
 def _path(output, lut_id):
     return os.path.join(output, f'{lut_id}.csv')
 
 
-def _build(superspace, lut_id, samples, student, cache, predictor, output, job, nsr_signal):
+def _prepare(student, cache, seed, settings):
+    """Initialise scales that training never reached, the same on every rank; digest of all a row depends on."""
+    digest = hashlib.sha256(f'{cache.digest} {settings}'.encode())
+    _hash_tensors(digest, student.state_dict().values())
+    stage_input = next(cache.calibration(max(cache.batches)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        student.initialize_scales(stage_input, random.Random(f'{seed} {student.block_id} scales'))
+    finally:
+        torch.set_num_threads(threads)
+    return digest.hexdigest()
+
+
+def _build(superspace, lut_id, samples, student, cache, predictor, output, job, nsr_signal, workers, digest):
     """Measure this rank's share of the rows that are not there yet; the last step puts them in order."""
     os.makedirs(output, exist_ok=True)
-    path = _path(output, lut_id)
-    header = f'{lut_id} {_digest(samples, student, cache, nsr_signal)}'
+    path, header = _path(output, lut_id), f'{lut_id} {digest}'
     have = _read_parts(path, header)
     barrier(job)                                # every rank has read before one writes
-    mine = [i for i in range(job.rank, len(samples), job.world_size) if i not in have]
+    share = range(job.rank, len(samples), job.world_size)
+    mine = [i for i in share if i not in have]
+    students = queue.SimpleQueue()
+    for _ in range(workers):
+        students.put(copy.deepcopy(student) if workers > 1 else student)
+
+    def row(i):
+        own = students.get()
+        try:
+            return i, _row(superspace, lut_id, samples[i], own, cache, predictor, nsr_signal)
+        finally:
+            students.put(own)
+
     part = f'{path}.part{job.rank}'
     _begin_part(part, header)
-    with open(part, 'a', encoding='ascii') as file:
-        share = len(range(job.rank, len(samples), job.world_size))
-        with progress(share, str(lut_id), share - len(mine), job.is_main) as bar:
-            for i in mine:
-                row = _row(superspace, lut_id, samples[i], student, cache, predictor, nsr_signal)
-                file.write(f'{i},{format_row(row)}\n')
-                file.flush()
-                bar.update()
+    with open(part, 'a', encoding='ascii') as file, \
+            progress(len(share), str(lut_id), len(share) - len(mine), job.is_main) as bar:
+        for i, measured in thread_map(row, mine, workers):
+            file.write(f'{i},{format_row(measured)}\n')
+            file.flush()
+            bar.update()
     barrier(job)
     if job.is_main:
         lines = _read_parts(path, header)
@@ -158,20 +221,13 @@ def _build(superspace, lut_id, samples, student, cache, predictor, output, job, 
     barrier(job)
 
 
-def _digest(samples, student, cache, nsr_signal):
-    """12 hex digits that change with anything the rows depend on but the teacher's weights and the platform."""
-    digest = hashlib.sha256(repr((samples, nsr_signal)).encode())
-    for key, tensor in student.state_dict().items():
-        digest.update(key.encode() + tensor.cpu().numpy().tobytes())
-    for hw, (inputs, pairs) in cache.batches.items():
-        digest.update(repr((hw, [batch.shape for batch in inputs], [pair[1].shape for pair in pairs])).encode())
-    return digest.hexdigest()[:12]
-
-
 def _row(superspace, lut_id, sample, student, cache, predictor, nsr_signal):
     hw = -(-sample.resolution // superspace.input_stride(lut_id.stage))
     shape = (1, sample.cin, hw, hw)
     loss = measure(student, sample, cache, nsr_signal)
+    if not 5e-5 <= loss < math.inf:
+        raise UserError(f'{lut_id}: {sample.sub_stage} at {sample.resolution} pixels has an NSR of {loss}: '
+                        'is its lsq.pth sound?')
     flops, params = sub_stage_complexity(superspace, str(lut_id), sample.sub_stage, shape)
     latency = predictor.predict_sub_stage(superspace, str(lut_id), sample.sub_stage, shape)
     return LutRow(sample.sub_stage, sample.cin, hw, loss, flops, params, latency)
@@ -194,7 +250,7 @@ def _read_parts(path, header):
     lines = {}
     for part in glob.glob(f'{glob.escape(path)}.part*'):
         with open(part, encoding='ascii') as file:
-            first, *rest = file.read().split('\n')[:-1] or ['']
+            first, *rest = file.read().split('\n')[:-1] or [header]     # killed before the header was whole
         if first != header:
             raise UserError(f'{part}: begun with other blocks, images or settings; use those, or remove it')
         for line in rest:

@@ -1,13 +1,16 @@
 """Student stages of block KD: teacher channels -> in_proj -> dynamic stage -> out_proj -> teacher channels."""
 import random
 
+import torch
 from torch import nn
 
 from ..modeling.dynamic_blocks import DynamicStage
 from ..modeling.ops.dynamic_op import DynamicConv
+from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
 from ..search_space import sampling
 from ..search_space.encoding import EncodingError, format_sub_stage, parse_block_id, parse_sub_stage
 from ..search_space.superspace import get_superspace
+from ..training.calibrate import kept_statistics
 
 
 class StudentStage(nn.Module):
@@ -62,6 +65,21 @@ class StudentStage(nn.Module):
         blocks, cin, _ = sampling.sample_sub_stage(self.superspace, self.block_id, rng, width_list=width_list)
         self.set_active_sub_stage(cin, blocks)
         return cin, blocks
+
+    def initialize_scales(self, x, rng, tries=1000):
+        """Initialise the scales that no forward has reached yet, on stage inputs x; changes nothing else.
+
+        Ranks that call this with the same x and rng get the same scales. The active sub-stage is then any.
+        """
+        with torch.no_grad(), local_initialisation(), kept_statistics(self):
+            self.eval()
+            self.set_max_sub_stage()
+            self(x)
+            for _ in range(tries):
+                if all(op.scales_initialized for op in quantised_ops(self)):
+                    return
+                self.sample_active_sub_stage(rng=rng)
+                self(x)
 
     def forward(self, x):
         return self.out_proj(self.stage(self.in_proj(x)))

@@ -4,6 +4,7 @@ All blocks of a stage learn from one teacher pass. Everything random in a step i
 by (seed, block, epoch, step), so that a resumed run and any number of ranks take the very same steps.
 """
 import contextlib
+import copy
 import math
 import os
 import random
@@ -66,6 +67,7 @@ class Trainee:
     step: int = 0
     done: bool = False
     losses: dict = field(default_factory=dict)
+    unproven: dict = None                   # a checkpoint that is written once the next loss is a good one
 
 
 def select_blocks(superspace, stage_list):
@@ -80,6 +82,14 @@ def select_blocks(superspace, stage_list):
                 raise EncodingError(f'{name}: block KD trains all widths at once: give {block[0]}_{block[1]}')
             chosen.append(str(block))
     return sorted(dict.fromkeys(chosen), key=superspace.block_ids().index)
+
+
+def check_map_sizes(superspace, block_ids, hw_list):
+    """UserError where a resolution leaves a stage's output a single pixel, which has no variance over space."""
+    for stage in by_stage(block_ids):
+        stride = superspace.input_stride(stage) * superspace.stage(stage).stride
+        if min(hw_list) <= stride:
+            raise UserError(f'resolution {min(hw_list)} leaves a single pixel at {stage}, which NSR cannot measure')
 
 
 def by_stage(block_ids):
@@ -104,23 +114,49 @@ def require_checkpoint(folder, block_id, quant):
     return path
 
 
-def build_student(superspace, block_id, teacher, folder=None, quant=False):
-    """StudentStage between the teacher's channels; with `folder`, with the weights of its checkpoint there."""
+def build_student(superspace, block_id, teacher, folder=None, quant=False, unfinished=False):
+    """StudentStage between the teacher's channels; with `folder`, with the weights of its checkpoint there.
+
+    A checkpoint of training that has not ended is refused unless `unfinished`.
+    """
     student = StudentStage.build(superspace, block_id, *teacher.stage_channels[block_id.split('_')[0]])
     if folder is not None:
         path = require_checkpoint(folder, block_id, quant)
-        load_weights(student, load_checkpoint(path), path)
+        checkpoint = load_checkpoint(path)
+        if not checkpoint.get('done', True) and not unfinished:
+            raise UserError(f'{path}: training is not finished (step {checkpoint["step"]}); finish it with --resume')
+        load_weights(student, checkpoint, path)
     return set_quant_mode(student) if quant else student
 
 
 def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False):
     """Train blocks stage by stage into `folder`; returns {block id: {'max': NSR, 'min': NSR, 'random': NSR}}."""
     results = {}
+    for block in block_ids:
+        if recipe.quant and not recipe.from_scratch:
+            require_checkpoint(folder, block, quant=False)
     steps = _steps_per_epoch(data, recipe, job)
     for stage, blocks in by_stage(block_ids).items():
-        trainees = [_trainee(superspace, block, teacher, folder, recipe, job, resume, steps) for block in blocks]
+        trainees = [_trainee(superspace, block, teacher, folder, recipe, job, resume, steps, len(data.train))
+                    for block in blocks]
         _train_stage(stage, trainees, teacher, data, recipe, job, steps)
-        results.update(evaluate(stage, [(t.block_id, t.student) for t in trainees], teacher, data, recipe, job))
+        results.update(_finish(stage, trainees, teacher, data, recipe, job))
+    return results
+
+
+def _finish(stage, trainees, teacher, data, recipe, job):
+    """Complete the scales, evaluate, and write the final checkpoints if the losses are good ones."""
+    if recipe.quant:
+        images, *_ = next(iter(calibration_batches(data.train, recipe.batch_size, 1, recipe.seed)))
+        stage_input, _ = _stage_features(teacher, resize(images.to(job.device), max(recipe.hw_list)), stage,
+                                         recipe.channels_last)
+        for trainee in trainees:
+            trainee.student.initialize_scales(stage_input, random.Random(f'{recipe.seed} {trainee.block_id} scales'))
+    results = evaluate(stage, [(t.block_id, t.student) for t in trainees], teacher, data, recipe, job)
+    for trainee in trainees:
+        _check_losses(trainee, results[trainee.block_id], trainee.step)
+        trainee.done = True
+        _write(trainee, _state(trainee), job)
     return results
 
 
@@ -138,15 +174,13 @@ def independent_ranks(independent):
 
 def _steps_per_epoch(data, recipe, job):
     steps = len(train_loader(data.train, recipe.batch_size, 0, recipe.seed, job.rank, job.world_size))
-    if steps == 0:
-        raise UserError(f'{len(data.train)} training images are fewer than one batch of {recipe.batch_size} '
-                        f'on each of {job.world_size} ranks')
     return min(steps, recipe.max_steps or steps)
 
 
-def _settings(recipe, learning_rate, steps, job):
+def _settings(recipe, learning_rate, steps, num_images, teacher, job):
     """What decides the weights, as plain values: a run is resumed with the same or not at all."""
-    return {'steps': steps * recipe.epochs, 'images a step': recipe.batch_size * job.world_size,
+    return {'steps an epoch': steps, 'epochs': recipe.epochs, 'training images': num_images,
+            'teacher': teacher.arch, 'images a step': recipe.batch_size * job.world_size,
             'ranks': job.world_size, 'learning rate': learning_rate, 'lr_step_size': recipe.lr_step_size,
             'weight_decay': recipe.weight_decay, 'hw_list': list(recipe.hw_list), 'nsr_signal': recipe.nsr_signal,
             'inplace_distill_from_teacher': recipe.from_teacher, 'seed': recipe.seed}
@@ -159,7 +193,7 @@ def _check_settings(path, begun, settings):
                             'or start anew without --resume')
 
 
-def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps):
+def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps, num_images):
     """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch."""
     torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
     path = checkpoint_file(folder, block_id, recipe.quant)
@@ -177,7 +211,8 @@ def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps):
         student.to(memory_format=torch.channels_last)
     broadcast(student, job)
     learning_rate = recipe.learning_rates[SEARCHABLE_STAGES.index(block_id.split('_')[0])]
-    trainee = Trainee(block_id, student, path, learning_rate, settings=_settings(recipe, learning_rate, steps, job))
+    trainee = Trainee(block_id, student, path, learning_rate,
+                      settings=_settings(recipe, learning_rate, steps, num_images, teacher, job))
     trainee.optimizer = torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate)
     if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
         _check_settings(path, resumed.get('settings', {}), trainee.settings)
@@ -190,8 +225,13 @@ def _train_stage(stage, trainees, teacher, data, recipe, job, steps):
     total = steps * recipe.epochs
     first = min((t.step for t in trainees if not t.done), default=total)
     folder = os.path.dirname(os.path.dirname(trainees[0].path))
-    writer = SummaryWriter(os.path.join(folder, 'tensorboard')) if job.is_main else None
+    writer = SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=first or None) if job.is_main else None
     bar = progress(total, f'{stage} {"lsq" if recipe.quant else "fp32"}', first, job.is_main)
+    with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
+        _take_steps(stage, trainees, teacher, data, recipe, job, steps, first, bar, writer)
+
+
+def _take_steps(stage, trainees, teacher, data, recipe, job, steps, first, bar, writer):
     for epoch in range(first // steps, recipe.epochs):
         start = max(0, first - epoch * steps)
         loader = train_loader(data.train, recipe.batch_size, epoch, recipe.seed, job.rank, job.world_size,
@@ -200,20 +240,13 @@ def _train_stage(stage, trainees, teacher, data, recipe, job, steps):
             if step >= (epoch + 1) * steps:
                 break
             active = [t for t in trainees if t.step == step and not t.done]
-            _step(stage, active, images, teacher, recipe, epoch, step, total, job)
+            _step(stage, active, images, teacher, recipe, epoch, step, steps * recipe.epochs, job)
             bar.update()
             if step % recipe.lr_step_size == 0:
-                _report(active, step, bar, writer)
-            if (step + 1) % recipe.checkpoint_freq == 0 and step + 1 < total:
-                _save(active, steps, job)
-        if epoch + 1 < recipe.epochs:
-            _save(trainees, steps, job)
-    for trainee in trainees:
-        trainee.done = True
-    _save(trainees, steps, job)
-    bar.close()
-    if writer:
-        writer.close()
+                _report(active, step, bar, writer, 'lsq' if recipe.quant else 'fp32')
+            if (step + 1) % recipe.checkpoint_freq == 0 or (step + 1) % steps == 0:
+                for trainee in active:
+                    trainee.unproven = _state(trainee)
 
 
 def _step(stage, trainees, images, teacher, recipe, epoch, step, total, job):
@@ -232,10 +265,10 @@ def _step(stage, trainees, images, teacher, recipe, epoch, step, total, job):
     for i, trainee in enumerate(trainees):
         losses = averages[i * len(hws):(i + 1) * len(hws)]
         trainee.losses = dict(zip(trainee.losses, losses))
-        if not all(math.isfinite(loss) and loss < DIVERGED for loss in losses):
-            kept = (f'the last good checkpoint is {trainee.path}' if os.path.exists(trainee.path)
-                    else 'there is no checkpoint yet')
-            raise UserError(f'{trainee.block_id}: step {step}: the loss diverged ({trainee.losses}); {kept}')
+        _check_losses(trainee, trainee.losses, step)
+        if trainee.unproven:
+            _write(trainee, trainee.unproven, job)
+            trainee.unproven = None
     parameters = [p for t in trainees for group in t.optimizer.param_groups for p in group['params']]
     average_gradients(parameters, job)
     torch.nn.utils.clip_grad_value_(parameters, 1.0)
@@ -244,6 +277,15 @@ def _step(stage, trainees, images, teacher, recipe, epoch, step, total, job):
         set_learning_rate(trainee.optimizer, cosine(trainee.learning_rate, update, total))
         trainee.optimizer.step()
         trainee.step = step + 1
+
+
+def _check_losses(trainee, losses, step):
+    if not all(math.isfinite(loss) and loss < DIVERGED for loss in losses.values()):
+        kept = (f'the last good checkpoint is {trainee.path}' if os.path.exists(trainee.path)
+                else 'there is no checkpoint yet')
+        shown = ', '.join(f'{name} {loss:.4g}' for name, loss in losses.items())
+        raise UserError(f'{trainee.block_id}: step {step}: the loss diverged ({shown}); {kept}; try a smaller '
+                        'learning rate')
 
 
 def _resolutions(recipe, stage, epoch, step):
@@ -296,22 +338,26 @@ def _autocast(recipe, job):
     return torch.autocast(job.device.type, torch.bfloat16, enabled=recipe.amp)
 
 
-def _report(trainees, step, bar, writer):
+def _report(trainees, step, bar, writer, kind):
     for trainee in trainees:
         if writer:
             for name, loss in trainee.losses.items():
-                writer.add_scalar(f'{trainee.block_id}/{name}', loss, step)
-            writer.add_scalar(f'{trainee.block_id}/learning rate', trainee.optimizer.param_groups[0]['lr'], step)
+                writer.add_scalar(f'{trainee.block_id}/{kind} {name}', loss, step)
+            writer.add_scalar(f'{trainee.block_id}/{kind} learning rate', trainee.optimizer.param_groups[0]['lr'], step)
     bar.set_postfix({t.block_id: f'{sum(t.losses.values()) / len(t.losses):.3f}' for t in trainees}, refresh=False)
 
 
-def _save(trainees, steps_per_epoch, job):
+def _state(trainee):
+    """What a checkpoint holds, copied: training goes on."""
+    return copy.deepcopy({
+        'epoch': trainee.step // trainee.settings['steps an epoch'], 'step': trainee.step, 'done': trainee.done,
+        'settings': trainee.settings, 'model': trainee.student.state_dict(),
+        'optimizer': trainee.optimizer.state_dict()})
+
+
+def _write(trainee, state, job):
     if job.is_main:
-        for trainee in trainees:
-            save_checkpoint(trainee.path, {
-                'epoch': trainee.step // steps_per_epoch, 'step': trainee.step, 'done': trainee.done,
-                'settings': trainee.settings,
-                'model': trainee.student.state_dict(), 'optimizer': trainee.optimizer.state_dict()})
+        save_checkpoint(trainee.path, state)
 
 
 @torch.no_grad()
@@ -348,5 +394,7 @@ def evaluate(stage, students, teacher, data, recipe, job):
                 total[1] += len(images)
     for (block_id, name), (loss, count) in sums.items():
         loss, count = average([loss, count], job)
-        results.setdefault(block_id, {})[name] = loss / max(count, 1e-9)
+        if count == 0:
+            raise UserError('no held-out images to evaluate on: give a --valid_size')
+        results.setdefault(block_id, {})[name] = loss / count
     return results

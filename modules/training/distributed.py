@@ -45,7 +45,8 @@ def distributed_job(local_rank=None, device='auto'):
     if 'RANK' not in os.environ:
         yield Job(device=place)
         return
-    dist.init_process_group('nccl' if use_cuda else 'gloo')
+    shared = use_cuda and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > torch.cuda.device_count()
+    dist.init_process_group('nccl' if use_cuda and not shared else 'gloo')     # NCCL wants a GPU for each rank
     try:
         yield Job(dist.get_rank(), dist.get_world_size(), place)
     finally:

@@ -1,0 +1,33 @@
+"""Work spread over threads without changing a bit of the result."""
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def default_workers():
+    """Cores of this process's share of the machine: all of them over the ranks on it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
+def thread_map(function, items, workers):
+    """function(item) for each item, in order, computed by `workers` threads.
+
+    Inside, torch uses one core per thread: sums of convolutions depend on the number of cores they are spread
+    over, so this gives the same numbers on any machine of a kind, for any number of workers and ranks. Items are
+    taken only as they are needed.
+    """
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
