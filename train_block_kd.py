@@ -21,6 +21,7 @@ from modules.block_kd.trainer import (
     train_blocks,
 )
 from modules.cli import parser, positive, run
+from modules.errors import UserError
 from modules.search_space.macro_arch import SEARCHABLE_STAGES
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, open_data
@@ -81,6 +82,8 @@ def train(args, job, teacher, quant=False, from_scratch=False):
     teacher.check_fits(space)
     data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, max(hw_list), labelled=False,
                      normalize=teacher.normalize, seed=args.seed)
+    if not len(data.valid):
+        raise UserError('no held-out images to evaluate on: give a --valid_size, or more pictures')
     recipe = Recipe(args.num_epochs, args.train_batch_size, tuple(args.learning_rate_list), args.lr_step_size,
                     args.weight_decay, hw_list, args.inplace_distill_from_teacher, args.nsr_signal,
                     num_calib_batches=args.num_calib_batches, checkpoint_freq=args.checkpoint_freq,

@@ -1,6 +1,7 @@
 """LSQ+ ops: the published figures, the definition, initialisation and its state."""
 import copy
 import math
+import pickle
 from collections import OrderedDict
 
 import numpy as np
@@ -193,6 +194,13 @@ def test_set_quant_mode_reaches_the_op_itself_and_every_depth():
     assert len(ops) == sum(key.endswith('.sw') for key in supernet.state_dict())
     assert all(o.nbits_w == o.nbits_a == 8 for o in ops)
     assert not any(o.is_quantised for o in lsq_plus.quantised_ops(set_fp32_mode(supernet)))
+
+
+def test_ops_can_be_copied_and_pickled():
+    op = set_quant_mode(QConv(3, 4, 1))
+    x = torch.randn(1, 3, 2, 2)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(op)))
+    assert torch.equal(twin(x), op(x)) and twin.initial is QBase.min_max_initial
 
 
 def test_lsq_initial_is_finite_and_used_where_asked():

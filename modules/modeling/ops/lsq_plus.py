@@ -144,12 +144,12 @@ class QBase:
     min_max_initial = staticmethod(min_max_initial)
     lsq_initial = staticmethod(lsq_initial)
 
-    def _init_quantisation(self, initial=min_max_initial):
+    def _init_quantisation(self):
         self.sw = nn.Parameter(torch.ones(1))
         self.sa = nn.Parameter(torch.ones(1))
         self.beta = nn.Parameter(torch.zeros(1))
         self.nbits_w = self.nbits_a = OFF
-        self.initial = initial
+        self.initial = QBase.min_max_initial
         self.scales_initialized = False
 
     def set_quant_mode(self, nbits=8):
