@@ -72,6 +72,16 @@ def _port():
         return s.getsockname()[1]
 
 
+def _family(pid):
+    """The process and all its descendants: a launcher's ranks are process groups of their own."""
+    try:
+        with open(f'/proc/{pid}/task/{pid}/children', encoding='ascii') as f:
+            children = f.read().split()
+    except FileNotFoundError:
+        children = []
+    return [pid] + [member for child in children for member in _family(int(child))]
+
+
 def _run(*command, ranks=1, kill_when=None, threads='1'):
     """Run a script; with `kill_when` SIGKILL all of its processes as soon as that file is there."""
     env = {**os.environ, 'OMP_NUM_THREADS': threads}
@@ -80,8 +90,9 @@ def _run(*command, ranks=1, kill_when=None, threads='1'):
         if kill_when:
             while process.poll() is None and not os.path.exists(kill_when):
                 time.sleep(0.01)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for pid in _family(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         output = process.communicate()[0]
         if kill_when:
             assert process.returncode == -signal.SIGKILL, 'it ended before it was killed'
