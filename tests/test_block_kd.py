@@ -312,7 +312,8 @@ def test_feature_cache_gives_what_the_teacher_gives(photos, tmp_path):
         results.append(measure(student, sample, cache))
         output, stage_input = teacher.forward_to_stage(batches[1], 'stage5')
         got_input, got_output = list(cache.evaluation(96))[1]
-        assert torch.equal(got_input, stage_input) and torch.equal(got_output, output)
+        torch.testing.assert_close(got_input, stage_input, rtol=1e-3, atol=1e-3)      # sums in another order
+        torch.testing.assert_close(got_output, output, rtol=1e-3, atol=1e-3)
         assert not os.listdir(tmp_path)
     assert results[0] == results[1]
 

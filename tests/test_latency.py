@@ -66,9 +66,9 @@ def test_a_sub_stage_is_the_sum_of_its_blocks():
     assert type(ms) is float
 
 
-@pytest.mark.parametrize('shape', [(1, 32, 28, 14), (32, 28, 28), None])
+@pytest.mark.parametrize('shape', [(1, 32, 28, 14), (32, 28, 28), (1, 32, 0, 0), None])
 def test_a_wrong_input_shape_is_refused(shape):
-    with pytest.raises(LatencyError, match='stage3_5: input shape .* is not'):
+    with pytest.raises(EncodingError, match='stage3_5: input shape .* is not'):
         LatencyPredictor(PIXEL4).predict_sub_stage('mobilew', 'stage3_5', '5#72#6_3#112#8', shape)
 
 

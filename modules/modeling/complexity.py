@@ -72,7 +72,8 @@ def sub_stage_config(superspace, block_id, sub_stage, input_shape):
     space = get_superspace(superspace)
     block_id = parse_block_id(space, block_id)
     blocks = parse_sub_stage(space, block_id, sub_stage)
-    if len(input_shape) != 4 or input_shape[2] != input_shape[3] or input_shape[2] < 1:
+    shape = tuple(input_shape or ())
+    if len(shape) != 4 or shape[2] != shape[3] or shape[2] < 1:
         raise EncodingError(f'{block_id}: input shape {input_shape} is not (N, C, H, W) with H = W')
     widths = space.input_widths(block_id.stage)
     if input_shape[1] not in widths:
