@@ -15,7 +15,6 @@ from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import select_blocks
 from modules.cli import parser, positive, run
 from modules.latency import LatencyPredictor
-from modules.search_space.macro_arch import SEARCHABLE_STAGES
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from modules.training.distributed import add_distributed_arguments, distributed_job
@@ -33,7 +32,7 @@ def get_args():
     p.add_argument('--checkpoint_path', default='./checkpoints/block_kd', help='folder of <superspace>/<block>/lsq.pth')
     p.add_argument('--teacher_arch', default='efficientnet-b5', help='efficientnet-b0..b7, -lite0..lite4')
     p.add_argument('--teacher_checkpoint_path', required=True, help='checkpoint of the int8 teacher')
-    p.add_argument('--stage_list', nargs='+', default=list(SEARCHABLE_STAGES), help='block ids or whole stages')
+    p.add_argument('--stage_list', nargs='+', help='block ids or whole stages; default: all')
     p.add_argument('--width_window_filter', nargs='+', type=int, help='width windows to do; default: all')
     p.add_argument('--hw_list', nargs='+', type=positive(int), help="image resolutions; default: the superspace's")
     p.add_argument('--num_samples_per_stage', type=positive(int), default=1000, help='rows of a file')
@@ -66,8 +65,8 @@ class Images:
 def main(args):
     with distributed_job(args.local_rank, args.device) as job:
         space = get_superspace(args.superspace)
-        blocks = select_blocks(space, args.stage_list)
-        hw_list = check_resolutions(args.hw_list or space.kd_resolutions)
+        blocks = select_blocks(space, args.stage_list or space.searchable_stages)
+        hw_list = check_resolutions(args.hw_list or space.kd_resolutions, space)
         predictor = LatencyPredictor(args.platform or space.platform, args.fallback, args.trust_pickles)
         teacher = build_teacher(args.teacher_arch, quant=True, checkpoint=args.teacher_checkpoint_path)
         teacher.check_fits(space)

@@ -22,7 +22,6 @@ from modules.block_kd.trainer import (
 )
 from modules.cli import parser, positive, run
 from modules.errors import UserError
-from modules.search_space.macro_arch import SEARCHABLE_STAGES
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, open_data
 from modules.training.distributed import add_distributed_arguments, distributed_job
@@ -35,7 +34,7 @@ def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES):
     p = parser(docstring)
     p.add_argument('--superspace', required=True, choices=sorted(SUPERSPACES), help='hyperspace')
     p.add_argument('--output_path', required=True, help='folder of the checkpoints, <output_path>/<block>/')
-    p.add_argument('--stage_list', nargs='+', default=list(SEARCHABLE_STAGES), help='block ids or whole stages')
+    p.add_argument('--stage_list', nargs='+', help='block ids or whole stages; default: all')
     p.add_argument('--teacher_arch', default='efficientnet-b5', help='efficientnet-b0..b7, -lite0..lite4')
     p.add_argument('--teacher_weights', help="teacher's pretrained weights file; default: package or timm's hub")
     p.add_argument('--hw_list', nargs='+', type=positive(int), help="image resolutions; default: the superspace's")
@@ -76,8 +75,8 @@ def main(args):
 def train(args, job, teacher, quant=False, from_scratch=False):
     """Train or, with --test_only, evaluate the chosen blocks."""
     space = get_superspace(args.superspace)
-    blocks = select_blocks(space, args.stage_list)
-    hw_list = check_resolutions(args.hw_list or space.kd_resolutions)
+    blocks = select_blocks(space, args.stage_list or space.searchable_stages)
+    hw_list = check_resolutions(args.hw_list or space.kd_resolutions, space)
     check_map_sizes(space, blocks, hw_list)
     teacher.check_fits(space)
     data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, max(hw_list), labelled=False,

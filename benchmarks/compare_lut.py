@@ -69,7 +69,8 @@ def main(args):
     space, job = get_superspace(args.superspace), Job()
     blocks = select_blocks(space, args.stage_list)
     rows = published_rows(args.published, space, blocks, args.rows, args.scale)
-    hw_list = check_resolutions(sorted({sample.resolution for pairs in rows.values() for sample, _ in pairs}))
+    hw_list = check_resolutions(sorted({sample.resolution for pairs in rows.values() for sample, _ in pairs}),
+                                space)
     teacher = build_teacher(args.teacher_arch, quant=True, checkpoint=args.teacher_checkpoint_path)
     data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, max(hw_list), labelled=False,
                      normalize=teacher.normalize)

@@ -32,16 +32,28 @@ VNNI = 'onnxw-151122-023231'
 
 
 def test_spaces_have_the_published_shape():
-    assert len(SUPERSPACES) == 6
+    assert len(SUPERSPACES) == 7                # six published ones and demo
     assert len(get_superspace('mobilew').block_ids()) == 42 and len(get_superspace('mobilew').lut_ids()) == 210
     assert len(get_superspace('onnxw').block_ids()) == 36 and len(get_superspace('onnxw').lut_ids()) == 132
     assert get_superspace('mobilew').stage('stage5').widths == (192, 200, 208, 216, 224, 240, 256, 272, 288)
     assert get_superspace('onnxw').stage('stage5').window_widths(1) == (208, 224, 240, 256, 272)
-    for space in SUPERSPACES.values():
+    for space in (space for space in SUPERSPACES.values() if space.name != 'demo'):
         assert [space.input_stride(f'stage{i}') for i in range(1, 7)] == [2, 4, 8, 16, 16, 32]
         assert space.resolutions == (160, 176, 192, 208, 224)
     for name in ('mobile_original', 'mobile_v1', 'onnx', 'onnx_v1'):
         assert all(stage.num_windows == 1 for stage in get_superspace(name).stages)
+
+
+def test_demo_space_has_three_searchable_stages():
+    space = get_superspace('demo')
+    assert space.searchable_stages == ('stage1', 'stage2', 'stage3') and space.resolutions == (32, 40, 48)
+    assert len(space.block_types) == 3 and space.input_stride('stage3') * space.stage('stage3').stride == 16
+    supernet = parse_supernet('demo-012-101')
+    assert str(parse_subnet(str(sampling.max_subnet(supernet)), supernet)) == str(sampling.max_subnet(supernet))
+    with pytest.raises(EncodingError, match='6 block types, expected 3, one each for stage1..stage3'):
+        parse_supernet('demo-012012')
+    with pytest.raises(EncodingError, match='8 depths, expected 5: first_conv stage0 stage1 stage2 stage3'):
+        parse_subnet(A0, supernet)
 
 
 def test_named_networks_are_the_published_ones():
@@ -124,7 +136,8 @@ def test_sub_stages_round_trip(name, seed):
     blocks, cin, resolution = sampling.sample_sub_stage(name, lut_id, rng)
     assert parse_sub_stage(name, lut_id, format_sub_stage(blocks)) == blocks
     assert str(parse_block_id(name, lut_id)) == lut_id
-    assert resolution in (160, 192, 224) and cin in get_superspace(name).input_widths(lut_id.split('_')[0])
+    space = get_superspace(name)
+    assert resolution in space.kd_resolutions and cin in space.input_widths(lut_id.split('_')[0])
 
 
 def test_sampling_reaches_every_choice():
@@ -147,7 +160,7 @@ def test_sampling_reaches_every_choice():
     ('onyx-151122-023231', None, "no superspace 'onyx'"),
     ('mobilew-151122-023231', 'onnxw', 'a supernet of mobilew, not of onnxw'),
     ('151122_02323a', 'onnxw', "stage6: 'a' in '02323a' is not a digit (width windows)"),
-    ('151122-023231-1', 'onnxw', '3 parts, expected 6 block types and 6 width windows'),
+    ('151122-023231-1', 'onnxw', '3 parts, expected block types and width windows'),
     ('151122_', 'onnxw', '0 width windows, expected 6'),
     ('', 'onnxw', '0 block types, expected 6'),
     ('١٥١١٢٢', 'onnxw', "stage1: '١' in '١٥١١٢٢' is not a digit"),

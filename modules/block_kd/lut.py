@@ -24,7 +24,6 @@ from ..search_space.superspace import get_superspace
 
 SUFFIXES = ('.csv', '.csv.gz')
 COLUMNS = ('sub-stage', 'input shape', 'NSR loss', 'FLOPs (M)', 'params (M)', 'latency (ms)')
-RESOLUTION_STEP = 16        # image resolutions are multiples of this many pixels
 _NUMBER = r'([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)'
 _ROW = re.compile(r'([^,]+),1x([1-9][0-9]{0,5})x([1-9][0-9]{0,5})x\3,' + ','.join([_NUMBER] * 4))
 
@@ -61,10 +60,10 @@ class BlockLut:
         return len(self.sub_stages)
 
 
-def resolutions_of(hw, stride):
-    """Image resolutions (multiples of 16 pixels) whose stage input is `hw` pixels after down-sampling by `stride`."""
-    first = -(-((hw - 1) * stride + 1) // RESOLUTION_STEP) * RESOLUTION_STEP
-    return range(max(first, RESOLUTION_STEP), hw * stride + 1, RESOLUTION_STEP)
+def resolutions_of(hw, stride, step=16):
+    """Image resolutions (multiples of `step` pixels) that give `hw` pixels after down-sampling by `stride`."""
+    first = -(-((hw - 1) * stride + 1) // step) * step
+    return range(max(first, step), hw * stride + 1, step)
 
 
 def _refusal(line):
@@ -93,8 +92,8 @@ def _parse_row(space, block_id, line):
     if cin not in allowed:
         raise ValueError(f'input width {cin} is not one of {" ".join(map(str, allowed))}')
     stride = space.input_stride(block_id.stage)
-    if not hw or not resolutions_of(hw, stride):
-        raise ValueError(f'input of {hw} pixels: no image resolution (a multiple of {RESOLUTION_STEP}) '
+    if not hw or not resolutions_of(hw, stride, space.resolution_step):
+        raise ValueError(f'input of {hw} pixels: no image resolution (a multiple of {space.resolution_step}) '
                          f'gives it at down-sampling {stride}')
     values = [float(value) for value in match.groups()[3:]]
     for name, value in zip(COLUMNS[2:], values):
@@ -189,10 +188,10 @@ def lut_resolutions(luts, superspace):
     for lut_id, lut in luts.items():
         stride = space.input_stride(parse_block_id(space, lut_id).stage)
         if reference is None:
-            if any(len(resolutions_of(hw, stride)) > 1 for hw in lut.hw.tolist()):
+            if any(len(resolutions_of(hw, stride, space.resolution_step)) > 1 for hw in lut.hw.tolist()):
                 raise LutError(f'{lut.path}: its rows do not tell which image resolution they are of')
             reference = lut
-            resolutions = {resolutions_of(hw, stride)[0]: int(np.argmax(lut.hw == hw)) + 1
+            resolutions = {resolutions_of(hw, stride, space.resolution_step)[0]: int(np.argmax(lut.hw == hw)) + 1
                            for hw in sorted(set(lut.hw.tolist()))}
         expected = {-(-resolution // stride) for resolution in resolutions}
         here = set(lut.hw.tolist())

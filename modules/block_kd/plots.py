@@ -4,7 +4,6 @@ import os
 import numpy as np
 
 from ..pictures import new_figure, save_figure
-from ..search_space.macro_arch import SEARCHABLE_STAGES
 from .searcher import lut_ids
 
 # one colour a block family, the variants of a family are shades of it
@@ -76,11 +75,11 @@ def plot_spaces(path, supernets, notes, title):
     """
     from matplotlib.patches import Rectangle
     figure, axis = new_figure(figsize=(16.5, 1.2 + 0.62 * len(supernets)))
-    used = {}
+    used, stages = {}, supernets[0].superspace.searchable_stages
     for row, (supernet, note) in enumerate(zip(supernets, notes)):
         axis.text(-0.08, row, f'{row + 1}.  {supernet.choice.replace("_", "-")}', ha='right', va='center',
                   family='monospace', fontsize=11)
-        for column, stage in enumerate(SEARCHABLE_STAGES):
+        for column, stage in enumerate(stages):
             name, widths = supernet.block_type(stage).name, supernet.widths(stage)
             used[supernet.block_types[column]] = name
             axis.add_patch(Rectangle((column + 0.02, row - 0.44), 0.96, 0.88, lw=0,
@@ -89,10 +88,10 @@ def plot_spaces(path, supernets, notes, title):
                       weight='bold')
             span = f'{widths[0]}–{widths[-1]}' if len(widths) > 1 else str(widths[0])
             axis.text(column + 0.5, row + 0.22, f'width {span}', ha='center', va='center', fontsize=9.5)
-        axis.text(len(SEARCHABLE_STAGES) + 0.08, row, note, ha='left', va='center', fontsize=10)
-    for column, stage in enumerate(SEARCHABLE_STAGES):
+        axis.text(len(stages) + 0.08, row, note, ha='left', va='center', fontsize=10)
+    for column, stage in enumerate(stages):
         axis.text(column + 0.5, -0.62, stage, ha='center', va='bottom', fontsize=11)
-    axis.set(xlim=(-1.6, len(SEARCHABLE_STAGES) + 2.6), ylim=(len(supernets) - 0.3, -1.1))
+    axis.set(xlim=(-1.6, len(stages) + 2.6), ylim=(len(supernets) - 0.3, -1.1))
     axis.axis('off')
     handles = [Rectangle((0, 0), 1, 1, facecolor=COLOURS.get(name, 'white'), label=f'{digit}: {name}')
                for digit, name in sorted(used.items())]

@@ -31,8 +31,9 @@ class SpaceScore(NamedTuple):
 
 def lut_ids(supernet):
     """The six block LUTs (`stage3_1_2`) of a Supernet."""
+    stages = supernet.superspace.searchable_stages
     return [f'{stage}_{block_type}_{window}'
-            for stage, block_type, window in zip(SEARCHABLE_STAGES, supernet.block_types, supernet.windows)]
+            for stage, block_type, window in zip(stages, supernet.block_types, supernet.windows)]
 
 
 def unsearched_blocks(superspace, resolution):
@@ -152,7 +153,7 @@ class BlockKDSearcher:
 def uniform_spaces(superspace):
     """Each block type x width window used everywhere (stages with fewer windows use their last)."""
     space = get_superspace(superspace)
-    counts = [space.stage(name).num_windows for name in SEARCHABLE_STAGES]
+    counts = [space.stage(name).num_windows for name in space.searchable_stages]
     return [Supernet(space, (block_type,) * len(counts), tuple(min(window, count - 1) for count in counts))
             for block_type in range(len(space.block_types)) for window in range(max(counts))]
 
@@ -160,7 +161,7 @@ def uniform_spaces(superspace):
 def num_spaces(superspace):
     """How many spaces a superspace has."""
     space, count = get_superspace(superspace), 1
-    for name in SEARCHABLE_STAGES:
+    for name in space.searchable_stages:
         count *= len(space.block_types) * space.stage(name).num_windows
     return count
 
@@ -176,7 +177,7 @@ def search_spaces(searcher, history, rng, total=5000, population_size=500, paren
         return history.get(str(supernet), lambda: searcher.evaluate(supernet).numbers())
 
     mutations = [lambda parent: sampling.mutate_block_type(parent, rng)]
-    if any(space.stage(name).num_windows > 1 for name in SEARCHABLE_STAGES):
+    if any(space.stage(name).num_windows > 1 for name in space.searchable_stages):
         mutations.append(lambda parent: sampling.mutate_window(parent, rng))
     return evolution.regularized_evolution(
         uniform_spaces(space), lambda: sampling.sample_supernet(space, rng), mutations, score, rng,

@@ -182,7 +182,8 @@ class Teacher(nn.Module):
     def check_fits(self, superspace):
         """UserError unless every stage down-samples as in the superspace: else a student cannot copy it."""
         space = get_superspace(superspace)
-        for name, stride in self.stage_strides.items():
+        for name in space.searchable_stages:
+            stride = self.stage_strides[name]
             wanted = space.input_stride(name) * space.stage(name).stride
             if stride != wanted:
                 raise UserError(f'teacher {self.arch} does not fit {space.name}: down-sampling {stride} after '

@@ -74,7 +74,7 @@ def select_blocks(superspace, stage_list):
     """Block ids of a list of block ids and whole stages ('stage1_0', 'stage3'), in order, each once."""
     chosen = []
     for name in stage_list:
-        if name in SEARCHABLE_STAGES:
+        if name in superspace.searchable_stages:
             chosen += [block for block in superspace.block_ids() if block.startswith(f'{name}_')]
         else:
             block = parse_block_id(superspace, name)

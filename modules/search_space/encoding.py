@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
-from .macro_arch import DEPTH_STAGES, HEAD_STAGES, IMAGE_CHANNELS, SEARCHABLE_STAGES
+from .macro_arch import DEPTH_STAGES, HEAD_STAGES, IMAGE_CHANNELS
 from .superspace import SUPERSPACES, SearchSpaceError, Superspace, get_superspace
 
 
@@ -50,9 +50,8 @@ class Supernet:
     def __post_init__(self):
         space = self.superspace
         for kind, values in (('block types', self.block_types), ('width windows', self.windows)):
-            _check(len(values) == len(SEARCHABLE_STAGES), space.name,
-                   f'{len(values)} {kind}, expected {len(SEARCHABLE_STAGES)}, one each for stage1..stage6')
-        for name, block_type, window in zip(SEARCHABLE_STAGES, self.block_types, self.windows):
+            _check_count(space, kind, values, space.name)
+        for name, block_type, window in zip(space.searchable_stages, self.block_types, self.windows):
             for kind, value, count in (('block type', block_type, len(space.block_types)),
                                        ('width window', window, space.stage(name).num_windows)):
                 _check(value in range(count), f'{space.name} {name}',
@@ -69,7 +68,8 @@ class Supernet:
     @cached_property
     def choices(self):
         """{stage name: (Stage, BlockType, widths)} of every stage, in order."""
-        digits, windows = (dict(zip(SEARCHABLE_STAGES, values)) for values in (self.block_types, self.windows))
+        stages = self.superspace.searchable_stages
+        digits, windows = (dict(zip(stages, values)) for values in (self.block_types, self.windows))
         return {stage.name: (stage, self.superspace.block_type(stage.name, digits.get(stage.name)),
                              stage.window_widths(windows[stage.name]) if stage.name in windows else stage.widths)
                 for stage in self.superspace.stages}
@@ -83,11 +83,16 @@ class Supernet:
         return self.choices[stage][2]
 
 
-def _digits(kind, text):
+def _check_count(space, kind, values, text):
+    stages = space.searchable_stages
+    _check(len(values) == len(stages), text,
+           f'{len(values)} {kind}, expected {len(stages)}, one each for {stages[0]}..{stages[-1]}')
+
+
+def _digits(space, kind, text):
     """One digit per searchable stage; EncodingError naming the stage of a character that is none."""
-    _check(len(text) == len(SEARCHABLE_STAGES), f'{text!r}',
-           f'{len(text)} {kind}, expected {len(SEARCHABLE_STAGES)}, one each for stage1..stage6')
-    for name, character in zip(SEARCHABLE_STAGES, text):
+    _check_count(space, kind, text, repr(text))
+    for name, character in zip(space.searchable_stages, text):
         _check(character in '0123456789', name, f'{character!r} in {text!r} is not a digit ({kind})')
     return tuple(map(int, text))
 
@@ -115,10 +120,10 @@ def parse_supernet(text, superspace=None):
     else:
         space, choice = get_superspace(superspace), text
     parts = re.split('[-_]', choice)
-    _check(len(parts) <= 2, f'{text!r}', f'{len(parts)} parts, expected 6 block types and 6 width windows')
-    types, windows = parts[0], parts[1] if len(parts) == 2 else '0' * len(SEARCHABLE_STAGES)
+    _check(len(parts) <= 2, f'{text!r}', f'{len(parts)} parts, expected block types and width windows')
+    types, windows = parts[0], parts[1] if len(parts) == 2 else '0' * len(space.searchable_stages)
     try:
-        return Supernet(space, _digits('block types', types), _digits('width windows', windows))
+        return Supernet(space, _digits(space, 'block types', types), _digits(space, 'width windows', windows))
     except EncodingError as error:
         raise EncodingError(f'{text!r}: {error}') from None
 
@@ -224,7 +229,7 @@ class Subnet:
         return cls(tuple(map(len, stages)), kernels, widths, expands, resolution)
 
     def stages(self):
-        """{stage name: [(k, w, e), …]} of the 8 stages of the encoding, in order."""
+        """{stage name: [(k, w, e), …]} of the stages of the encoding, in order."""
         blocks = iter(zip(self.kernels, self.widths, self.expands))
         return {name: [next(blocks) for _ in range(depth)] for name, depth in zip(DEPTH_STAGES, self.depths)}
 
@@ -246,8 +251,9 @@ def parse_subnet(text, supernet=None):
             raise EncodingError(f'{text}: empty or malformed number between #') from None
         subnet = Subnet(depths, kernels, widths, expands, int(match[5]))
         _check(str(subnet) == text, text, f'not as it would be printed: {subnet}')
-    _check(len(subnet.depths) == len(DEPTH_STAGES), text,
-           f'd: {len(subnet.depths)} depths, expected {len(DEPTH_STAGES)}: {_allowed(DEPTH_STAGES)}')
+    stages = DEPTH_STAGES if supernet is None else parse_supernet(supernet).superspace.depth_stages
+    _check(len(subnet.depths) == len(stages) or supernet is None and len(subnet.depths) < len(stages), text,
+           f'd: {len(subnet.depths)} depths, expected {len(stages)}: {_allowed(stages)}')
     for key, values in (('k', subnet.kernels), ('w', subnet.widths), ('e', subnet.expands)):
         _check(len(values) == sum(subnet.depths), text,
                f'{key}: {len(values)} values, expected one per block: {sum(subnet.depths)}')

@@ -1,7 +1,7 @@
 """Stage tables: which stages a network has, and the strides, widths and depths each one offers.
 
 Widths are channels. Only stages 1..6 are searched by the space search; the others are the same in every
-supernet of a hyperspace. Source: the SpaceEvo macro architecture (ICCV 2023).
+supernet of a hyperspace. Source: the SpaceEvo macro architecture (ICCV 2023), and DEMO of our own.
 """
 from dataclasses import dataclass
 
@@ -40,12 +40,11 @@ def span(first, last, step=1):
     return tuple(range(first, last + 1, step))
 
 
-def _stages(first_conv, stage0, searchable, stage0_depths=(1, 2)):
+def _stages(first_conv, stage0, searchable, stage0_depths=(1, 2), head=(1280, 1920, 1000)):
     strides = (2, 2, 2, 1, 2, 1)
     rows = [Stage('first_conv', 2, first_conv), Stage('stage0', 1, stage0, stage0_depths)]
     rows += [Stage(name, stride, *row) for name, stride, row in zip(SEARCHABLE_STAGES, strides, searchable)]
-    rows += [Stage('final_expand', 1, (1280,)), Stage('feature_mix', 1, (1920,)), Stage('logits', 1, (1000,))]
-    return tuple(rows)
+    return tuple(rows + [Stage(name, 1, (width,)) for name, width in zip(HEAD_STAGES, head)])
 
 
 MOBILE_W = _stages(span(16, 32, 8), span(16, 32, 8), [
@@ -85,3 +84,10 @@ ONNX = _stages((16, 32), (16, 32), [
     (span(192, 256, 16), span(2, 6)),
     (span(320, 432, 16), span(1, 2)),
 ])
+
+# half as many stages and narrow ones, for small pictures
+DEMO = _stages((16,), (16,), [
+    (span(16, 32, 8), (1, 2), 2),
+    (span(24, 48, 8), span(1, 3), 2),
+    (span(48, 96, 16), span(1, 3), 2),
+], stage0_depths=(1,), head=(256, 320, 10))

@@ -1,6 +1,5 @@
 """Random members of a space, mutation and crossover. Randomness is a random.Random that is passed in."""
 from .encoding import Subnet, Supernet, parse_block_id, parse_supernet
-from .macro_arch import DEPTH_STAGES, SEARCHABLE_STAGES
 from .superspace import get_superspace
 
 
@@ -18,7 +17,7 @@ def sample_subnet(supernet, rng, align=False):
     """Uniform over each choice; `align`: all blocks of a stage share the first one's k, w, e."""
     supernet = parse_supernet(supernet)
     stages = []
-    for name in DEPTH_STAGES:
+    for name in supernet.superspace.depth_stages:
         depth = rng.choice(supernet.superspace.stage(name).depths)
         stages.append(_sample_blocks(supernet.block_type(name), supernet.widths(name), depth, rng, align))
     return Subnet.from_stages(stages, rng.choice(supernet.superspace.resolutions))
@@ -27,7 +26,7 @@ def sample_subnet(supernet, rng, align=False):
 def _extreme_subnet(supernet, pick):
     supernet = parse_supernet(supernet)
     stages = []
-    for name in DEPTH_STAGES:
+    for name in supernet.superspace.depth_stages:
         block_type = supernet.block_type(name)
         block = pick(block_type.kernels), pick(supernet.widths(name)), pick(block_type.expands)
         stages.append([block] * pick(supernet.superspace.stage(name).depths))
@@ -107,8 +106,8 @@ def sample_sub_stage(superspace, block_id, rng, hw_list=None, width_list=None):
 def sample_supernet(superspace, rng):
     """A random space: block type and width window of each searchable stage."""
     space = get_superspace(superspace)
-    return Supernet(space, tuple(rng.randrange(len(space.block_types)) for _ in SEARCHABLE_STAGES),
-                    tuple(rng.randrange(space.stage(name).num_windows) for name in SEARCHABLE_STAGES))
+    return Supernet(space, tuple(rng.randrange(len(space.block_types)) for _ in space.searchable_stages),
+                    tuple(rng.randrange(space.stage(name).num_windows) for name in space.searchable_stages))
 
 
 def _change_one(values, counts, rng):
@@ -121,11 +120,11 @@ def _change_one(values, counts, rng):
 
 def mutate_block_type(supernet, rng):
     """The same space with the block type of one stage changed."""
-    counts = [len(supernet.superspace.block_types)] * len(SEARCHABLE_STAGES)
+    counts = [len(supernet.superspace.block_types)] * len(supernet.superspace.searchable_stages)
     return Supernet(supernet.superspace, _change_one(supernet.block_types, counts, rng), supernet.windows)
 
 
 def mutate_window(supernet, rng):
     """The same space with the width window of one stage changed (unchanged where no stage has a second)."""
-    counts = [supernet.superspace.stage(name).num_windows for name in SEARCHABLE_STAGES]
+    counts = [supernet.superspace.stage(name).num_windows for name in supernet.superspace.searchable_stages]
     return Supernet(supernet.superspace, supernet.block_types, _change_one(supernet.windows, counts, rng))

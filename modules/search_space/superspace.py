@@ -3,11 +3,12 @@
 A new hyperspace is one more row of `SUPERSPACES`; a new block type is one more layout function
 (modules/modeling/layout.py) and its name in a row here. Nothing else has to know.
 """
+import math
 from dataclasses import dataclass, field
 
 from ..errors import UserError
 from . import macro_arch
-from .macro_arch import SEARCHABLE_STAGES, span
+from .macro_arch import DEPTH_STAGES, SEARCHABLE_STAGES, span
 
 
 class SearchSpaceError(UserError):
@@ -43,6 +44,21 @@ class Superspace:
                 return stage
         raise SearchSpaceError(f'{self.name}: no stage {name!r}; stages: {" ".join(s.name for s in self.stages)}')
 
+    @property
+    def searchable_stages(self):
+        """Names of the stages that the space search decides on: stage1 .. stage6, or the first of them."""
+        return tuple(stage.name for stage in self.stages if stage.name in SEARCHABLE_STAGES)
+
+    @property
+    def depth_stages(self):
+        """Names of the stages that a subnet encoding speaks of."""
+        return tuple(stage.name for stage in self.stages if stage.name in DEPTH_STAGES)
+
+    @property
+    def resolution_step(self):
+        """Image resolutions are multiples of this many pixels."""
+        return math.gcd(16, *self.kd_resolutions)
+
     def previous_stage(self, name):
         """The stage before `name`, None for the first."""
         index = self.stages.index(self.stage(name))
@@ -73,7 +89,7 @@ class Superspace:
 
     def block_ids(self):
         """All block-KD stages, `stage1_0` … in order."""
-        return [f'{stage}_{digit}' for stage in SEARCHABLE_STAGES for digit in range(len(self.block_types))]
+        return [f'{stage}_{digit}' for stage in self.searchable_stages for digit in range(len(self.block_types))]
 
     def lut_ids(self):
         """All block-LUT names, `stage1_0_0` … in order."""
@@ -122,6 +138,11 @@ _MOBILE_BLOCKS = (BlockType('MobileNetV1Block', K357),
                   BlockType('ResNetSEBlock', K35, RESNET_E))
 _ONNXW_BLOCKS = _onnx_blocks(K357) + (BlockType('FusedMBConvResBlock', K357, FUSED_E, 'swish'),)
 
+# quick, slow and in between in int8 on x86, small enough for a laptop to train
+_DEMO_BLOCKS = (BlockType('MobileNetV2ResBlock', K35, (3, 6), 'relu6'),
+                BlockType('MobileNetV3ResBlock', K35, (3, 6), 'hswish'),
+                BlockType('ResNetBlock', K35, (0.5, 1.0)))
+
 PIXEL4, VNNI = 'tflite27_cpu_int8', 'onnx_lut'
 
 SUPERSPACES = {space.name: space for space in (
@@ -132,14 +153,17 @@ SUPERSPACES = {space.name: space for space in (
     Superspace('mobile_v1', macro_arch.MOBILE_V1, _MOBILE_BLOCKS, _fixed(_MOBILE_STAGE0, 'hswish'), PIXEL4),
     Superspace('onnx', macro_arch.ONNX, _onnx_blocks(K357), _fixed(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('onnx_v1', macro_arch.ONNX, _onnx_blocks(K35), _fixed(_ONNX_STAGE0, 'hswish'), VNNI),
+    Superspace('demo', macro_arch.DEMO, _DEMO_BLOCKS, _fixed(_ONNX_STAGE0, 'hswish'), VNNI,
+               resolutions=(32, 40, 48), kd_resolutions=(32, 40, 48)),
 )}
 
 
-def check_resolutions(hw_list):
-    """Image resolutions (pixels) as a tuple; SearchSpaceError for one that is not a positive multiple of 16."""
+def check_resolutions(hw_list, superspace):
+    """Image resolutions (pixels) as a tuple; SearchSpaceError for one that is no multiple of the space's step."""
+    step = get_superspace(superspace).resolution_step
     for hw in hw_list:
-        if hw <= 0 or hw % 16:
-            raise SearchSpaceError(f'resolution {hw} is not a positive multiple of 16 pixels')
+        if hw <= 0 or hw % step:
+            raise SearchSpaceError(f'resolution {hw} is not a positive multiple of {step} pixels')
     return tuple(hw_list)
 
 
