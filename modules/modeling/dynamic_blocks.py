@@ -54,6 +54,13 @@ class DynamicBlock(nn.Module):
             return unit(x, layer.cout)
         return unit(x, layer) if layer.op in DYNAMIC_UNITS else unit(x)
 
+    def last_norm(self):
+        """The batch norm before the sum, None in a block that does not always have a shortcut."""
+        if not any(layer.shortcut for layer in self.layers):
+            return None
+        last = [layer for layer in self.layers if layer.op in ('conv', 'dwconv', 'dwstack') and not layer.shortcut][-1]
+        return getattr(self, last.name).norm
+
     def get_active_block(self):
         """A static Block with copies of the active slices, which computes the same numbers.
 

@@ -1,4 +1,5 @@
 """The supernet: one weight-sharing network that holds every subnet of a space."""
+import math
 import random
 
 from torch import nn
@@ -33,6 +34,27 @@ class Supernet(nn.Module):
     def build_from_str(cls, encoding, num_classes=1000):
         """Supernet of `onnxw-151122-023231`."""
         return cls(parse_supernet(encoding), num_classes)
+
+    def initialize_weights(self, zero_last_gamma=True):
+        """Random weights from torch's generator: He's normal by fan-out, linear layers 0.01.
+
+        zero_last_gamma: the last batch norm of a block that always has a shortcut starts at 0, so that the block
+        starts as its shortcut. Source: Goyal et al. 2017, section 5.1.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1] / module.groups
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0, 0.01)
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if zero_last_gamma:
+            for stage in self.stages.values():
+                for block in stage.blocks:
+                    last = block.last_norm()
+                    if last is not None:
+                        nn.init.zeros_(last.weight)
 
     @property
     def active_resolution(self):

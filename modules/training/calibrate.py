@@ -4,6 +4,7 @@ import contextlib
 import torch
 import torch.distributed as dist
 
+from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
 from ..modeling.ops.op import is_norm
 
 
@@ -73,3 +74,25 @@ def _average_over_ranks(modules, seen, job):
     dist.all_reduce(flat)
     for buffer, part in zip(statistics, (flat[:-1] / flat[-1]).split([len(b) for b in statistics])):
         buffer.copy_(part)
+
+
+def initialize_all_scales(model, x, first, sample, patience=20):
+    """Initialise every LSQ+ scale that some subnet uses, on inputs x; changes nothing else.
+
+    first() and sample() activate the largest and a random subnet. It stops when all scales are initialised, or
+    `patience` subnets reached no new one. Ranks that call this with the same x and the same random subnets get
+    the same scales. The active subnet is then any.
+    """
+    def missing():
+        return sum(not op.scales_initialized for op in quantised_ops(model))
+
+    with torch.no_grad(), local_initialisation(), kept_statistics(model):
+        model.train()
+        first()
+        model(x)
+        left, waited = missing(), 0
+        while left and waited < patience:
+            sample()
+            model(x)
+            waited = waited + 1 if missing() == left else 0
+            left = missing()

@@ -50,7 +50,7 @@ class BrokenImage(UserError):
         return f'{self.name}: {self.reason}'
 
 
-def _seed(*parts):
+def seed_of(*parts):
     """63-bit seed that depends on all parts."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'little') >> 1
@@ -58,7 +58,7 @@ def _seed(*parts):
 
 def _permutation(n, *parts):
     """Fixed permutation of range(n) as an int64 tensor, drawn from parts alone."""
-    seed = parts[0] if len(parts) == 1 else _seed(*parts)
+    seed = parts[0] if len(parts) == 1 else seed_of(*parts)
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
@@ -69,7 +69,7 @@ def _seeded(*parts):
     Other devices' generators are not touched, which torch.manual_seed would do.
     """
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    seed = _seed(*parts)
+    seed = seed_of(*parts)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
@@ -132,13 +132,15 @@ class ImageSet(Dataset):
 class Data:
     """train is augmented; valid is held out of train and test apart from it, both with the evaluation transform.
 
-    num_classes is 0 for unlabelled pictures; broken {file: reason} holds what could not be read so far.
+    num_classes is 0 for unlabelled pictures; broken {file: reason} holds what could not be read so far. mean_std
+    of the three channels is what the images are normalised with.
     """
     train: ImageSet
     valid: ImageSet
     test: ImageSet
     num_classes: int
     broken: dict = field(default_factory=dict)
+    mean_std: tuple = NORMALIZATIONS['imagenet']
 
 
 def build_transforms(image_size=224, augment='default', normalize='imagenet', small=False, flip=True):
@@ -232,7 +234,7 @@ def open_data(path, dataset='imagenet', valid_size=50000, augment='default', ima
     order = _permutation(len(indices), SPLIT_SEED).numpy()
     train = image_set(source, np.tile(np.sort(indices[order[held_out:]]), repeat), train=True)
     valid = image_set(source, indices[order[:held_out]])
-    return Data(train, valid, valid if test is None else test, num_classes, broken)
+    return Data(train, valid, valid if test is None else test, num_classes, broken, NORMALIZATIONS[normalize])
 
 
 def _valid_size(wanted, train_size):
@@ -337,16 +339,16 @@ def eval_loader(dataset, batch_size, rank=0, world_size=1, workers=0, limit=None
     return _in_order(dataset, indices[rank::world_size], batch_size, workers, whole=world_size == 1)
 
 
-def calibration_batches(dataset, batch_size, num_batches, seed=0, workers=0):
+def calibration_batches(dataset, batch_size, num_batches, seed=0, workers=0, rank=0, world_size=1):
     """Loader of num_batches random batches with the evaluation transform: a function of the set and seed alone.
 
-    No image occurs twice; a set smaller than num_batches * batch_size gives all it has.
+    No image occurs twice; a set smaller than num_batches * batch_size gives all it has. Ranks share the batches.
     """
     dataset = dataset.evaluated()
     order = _permutation(len(dataset), seed, 'calibration').numpy()
-    return _in_order(dataset, order[:num_batches * batch_size], batch_size, workers)
+    return _in_order(dataset, order[:num_batches * batch_size], batch_size, workers, world_size == 1, rank, world_size)
 
 
-def _in_order(dataset, indices, batch_size, workers, whole=True):
-    batches = [(0, indices[start:start + batch_size]) for start in range(0, len(indices), batch_size)]
+def _in_order(dataset, indices, batch_size, workers, whole=True, first=0, step=1):
+    batches = [(0, indices[start:start + batch_size]) for start in range(0, len(indices), batch_size)][first::step]
     return Loader(dataset, batches, len(batches), workers, whole=whole)

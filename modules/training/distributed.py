@@ -1,6 +1,7 @@
 """One process or many: plain python, torchrun and torch.distributed.launch; NCCL on GPUs, gloo on CPUs."""
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,15 @@ def distributed_job(local_rank=None, device='auto'):
         return
     shared = use_cuda and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > torch.cuda.device_count()
     dist.init_process_group('nccl' if use_cuda and not shared else 'gloo')     # NCCL wants a GPU for each rank
+    rank = dist.get_rank()
     try:
-        yield Job(dist.get_rank(), dist.get_world_size(), place)
+        yield Job(rank, dist.get_world_size(), place)
+    except RuntimeError as error:               # DistBackendError is one
+        if not re.search('gloo|nccl|connection|timed out', str(error), re.IGNORECASE):
+            raise
+        reason = str(error).strip().partition('\n')[0]
+        raise UserError(f'rank {rank}: another rank is gone or does not answer ({reason[:120]}); the job ends, '
+                        '--resume goes on') from None
     finally:
         dist.destroy_process_group()
 
@@ -71,18 +79,18 @@ def average_gradients(parameters, job):
     _sum_over_ranks(gradients)
 
 
-def average(values, job):
-    """Mean over ranks of a list of plain numbers."""
+def sum_over_ranks(values, job):
+    """Sum over ranks of a list of plain numbers, exact for counts."""
     if job.world_size == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64, device=job.device)
     dist.all_reduce(tensor)
-    return (tensor / job.world_size).tolist()
+    return tensor.tolist()
 
 
-def sum_over_ranks(values, job):
-    """Sum over ranks of a list of plain numbers."""
-    return [value * job.world_size for value in average(values, job)]
+def average(values, job):
+    """Mean over ranks of a list of plain numbers."""
+    return [value / job.world_size for value in sum_over_ranks(values, job)]
 
 
 def broadcast(module, job):

@@ -25,3 +25,17 @@ def set_learning_rate(optimizer, value):
     """Give every parameter group this learning rate."""
     for group in optimizer.param_groups:
         group['lr'] = value
+
+
+def warmup_cosine(base, step, total, warmup):
+    """Learning rate of step 0, 1, … of `total`: linear up to `base` over `warmup` steps, then a half cosine to 0."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    return cosine(base, step - warmup, total - warmup)
+
+
+def warmup_linear(base, step, total, warmup):
+    """The same with a straight line down to 0 instead of the cosine."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    return base * (1 - min(step - warmup, total - warmup) / max(1, total - warmup))

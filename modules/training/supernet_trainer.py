@@ -1,0 +1,300 @@
+"""Supernet training: sandwich rule with in-place distillation, in fp32, then LSQ+ quantisation-aware training.
+
+Each step trains the largest subnet on the labels, and random ones and the smallest on the largest's answers.
+Source: AlphaNet (Wang et al., ICML 2021), BigNAS (Yu et al., ECCV 2020). Everything random in a step is a
+function of (seed, epoch, step, rank), so a resumed run takes the very same steps.
+"""
+import contextlib
+import copy
+import dataclasses
+import math
+import os
+import random
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from ..errors import UserError
+from ..search_space import sampling
+from .calibrate import initialize_all_scales
+from .checkpoint import load_checkpoint, load_weights, save_checkpoint
+from .data import calibration_batches, eval_loader, seed_of, train_loader
+from .distributed import average, average_gradients, broadcast
+from .evaluate import DecodedImages, evaluate_subnet
+from .log import note, progress
+from .losses import adaptive_alpha_loss
+from .optim import parameter_groups, set_learning_rate, warmup_cosine
+
+PROGRESS = ('step', 'done', 'best', 'learned', 'loss_sum', 'loss_count', 'results')     # of a Training, in checkpoints
+LEARNED, CHANCE = 0.9, 0.98             # of the loss of guessing: below the one it has learned, above it collapsed
+
+
+def _setting(default, help):
+    return field(default=default, metadata={'help': help})
+
+
+@dataclass(frozen=True)
+class SupernetRecipe:
+    """How to train a supernet; the keys of supernet_training_configs/*.yaml."""
+    SIGNED = ('alpha_min', 'alpha_max')
+    SECTIONS = ('quant',)               # keys under `quant:` replace the others with --quant_mode
+    epochs: int = _setting(360, 'passes over the training images')
+    warmup_epochs: float = _setting(5.0, 'epochs of linear warm-up')
+    base_lr: float = _setting(0.1, 'learning rate, times max(1, images a step // 256)')
+    momentum: float = _setting(0.9, 'of SGD, Nesterov')
+    weight_decay: float = _setting(1e-5, 'not of norms, biases and LSQ+ scales')
+    label_smoothing: float = _setting(0.1, 'of the largest subnet')
+    dropout: float = _setting(0.2, 'before the last layer of the largest subnet')
+    grad_clip_value: float = _setting(1.0, 'bound of each gradient')
+    num_arch_training: int = _setting(4, 'subnets a step: largest, random ones, smallest')
+    alpha_min: float = _setting(-1.0, 'smaller alpha of the adaptive alpha-divergence')
+    alpha_max: float = _setting(1.0, 'larger alpha')
+    iw_clip: float = _setting(5.0, 'bound of its importance weights')
+    batch_size_per_gpu: int = _setting(64, 'images a step and rank')
+    max_batch_size_per_gpu: int = _setting(0, 'larger batches are cut to this; 0: no limit')
+    augment: str = _setting('auto_augment_tf', 'default or auto_augment_tf')
+    valid_size: int = _setting(10000, 'training images held out for validation and the subnet search')
+    valid_freq: int = _setting(5, 'epochs between validations')
+    num_calib_batches: int = _setting(20, 'of batch-norm calibration')
+    checkpoint_freq: int = _setting(500, 'steps between checkpoints')
+    max_steps: int = _setting(0, 'steps of an epoch, for short runs; 0: all')
+    num_valid_images: int = _setting(0, 'of the validation, for short runs; 0: all')
+    zero_last_gamma: bool = _setting(True, "start a block's last batch norm at 0 where it always has a shortcut")
+    seed: int = _setting(0, 'of weights, subnets, dropout and augmentation')
+
+
+@dataclass
+class Training:
+    """A supernet in training; `step` counts optimiser steps, best is the best validation so far."""
+    supernet: nn.Module
+    optimizer: torch.optim.Optimizer
+    settings: dict
+    path: str
+    step: int = 0
+    done: bool = False
+    best: float = 0.0
+    learned: bool = False               # whether an epoch's loss was clearly below chance
+    loss_sum: float = 0.0               # of the largest subnet, this epoch
+    loss_count: int = 0
+    results: dict = field(default_factory=dict)     # {'max': Accuracy as a dict, …} of the last validation
+    unproven: dict = None               # a checkpoint that is written once the loss after it is good
+
+    @property
+    def loss(self):
+        """Mean loss of the largest subnet over this epoch so far."""
+        return self.loss_sum / max(1, self.loss_count)
+
+
+def checkpoint_folder(root, supernet, align_sample=False):
+    """<root>/<supernet>-align0, or -align1."""
+    return os.path.join(root, f'{supernet}-align{int(align_sample)}')
+
+
+def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=False, from_scratch=False,
+                   align_sample=False, amp=False, workers=0):
+    """Train into <folder>/checkpoint.pth, or lsq.pth with `quant`; returns {'max': {'top1': …}, 'min': …, 'random': …}.
+
+    supernet: modeling.Supernet, already in int8 mode for `quant`; data: training.data.Data at its largest
+    resolution. The best validated state is beside it as checkpoint_best.pth or lsq_best.pth.
+    """
+    steps = len(train_loader(data.train, recipe.batch_size_per_gpu, 0, recipe.seed, job.rank, job.world_size))
+    steps = min(steps, recipe.max_steps or steps)
+    training = _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps)
+    if training.done:
+        note(f'{training.path}: already trained')
+        return training.results
+    calibration = DecodedImages(calibration_batches(
+        data.train, recipe.batch_size_per_gpu, recipe.num_calib_batches, recipe.seed, workers, job.rank,
+        job.world_size), data.mean_std)
+    valid = DecodedImages(eval_loader(data.valid, recipe.batch_size_per_gpu, job.rank, job.world_size, workers,
+                                      limit_images=recipe.num_valid_images or None), data.mean_std)
+    kind = 'lsq' if quant else 'fp32'
+    writer = SummaryWriter(os.path.join(folder, 'tensorboard', kind), purge_step=training.step or None) \
+        if job.is_main else None
+    bar = progress(steps * recipe.epochs, f'supernet {kind}', training.step, job.is_main)
+    with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
+        for epoch in range(training.step // steps, recipe.epochs):
+            loader = train_loader(data.train, recipe.batch_size_per_gpu, epoch, recipe.seed, job.rank, job.world_size,
+                                  workers, training.step - epoch * steps)
+            for images, labels in loader:
+                if training.step >= (epoch + 1) * steps:
+                    break
+                _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp, job, writer)
+                bar.update()
+                bar.set_postfix(epoch=epoch, loss=f'{training.loss:.3f}', refresh=False)
+                if training.step % recipe.checkpoint_freq == 0 and training.step % steps:
+                    training.unproven = _state(training)
+            _end_epoch(training, epoch)
+            training.done = epoch + 1 == recipe.epochs
+            if training.done or (epoch + 1) % recipe.valid_freq == 0:
+                _validate(training, calibration, valid, job, epoch, writer)
+            training.unproven = _state(training)
+        _write(training, job)
+    return training.results
+
+
+def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps):
+    """The Training, from its unfinished checkpoint, the fp32 checkpoint (quant) or from scratch."""
+    path, fp32 = (os.path.join(folder, name) for name in ('lsq.pth' if quant else 'checkpoint.pth', 'checkpoint.pth'))
+    resumed = load_checkpoint(path) if resume and os.path.isfile(path) else None
+    if resumed is not None:
+        load_weights(supernet, resumed, path)
+    elif quant and not from_scratch:
+        if not os.path.isfile(fp32):
+            raise UserError(f'{fp32}: no fp32 checkpoint to start from; train it first without --quant_mode')
+        begun = load_weights(supernet, fp32, str(supernet.encoding))
+        if isinstance(begun, dict) and not begun.get('done', True):
+            note(f'{fp32}: its training is not finished (epoch {begun.get("epoch")})')
+    supernet.to(job.device, memory_format=torch.channels_last)
+    if quant and resumed is None:
+        images, *_ = next(iter(calibration_batches(data.train, recipe.batch_size_per_gpu, 1, recipe.seed)))
+        rng = random.Random(f'{recipe.seed} scales')
+        initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet,
+                              lambda: supernet.sample_active_subnet(rng))
+    broadcast(supernet, job)
+    optimizer = torch.optim.SGD(parameter_groups(supernet, recipe.weight_decay), lr=recipe.base_lr,
+                                momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    ignored = ('checkpoint_freq', 'valid_freq', 'num_calib_batches', 'num_valid_images', 'max_steps')
+    settings = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ignored}
+    settings |= {'supernet': str(supernet.encoding), 'align_sample': align_sample, 'steps an epoch': steps,
+                 'ranks': job.world_size, 'training images': len(data.train), 'classes': supernet.num_classes}
+    training = Training(supernet, optimizer, settings, path)
+    if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
+        for key, value in settings.items():
+            if resumed['settings'].get(key) != value:
+                raise UserError(f'{path}: begun with {key} {resumed["settings"].get(key)}, not {value}; resume with '
+                                'the same, or start anew without --resume')
+        optimizer.load_state_dict(resumed['optimizer'])
+        for key in PROGRESS:
+            setattr(training, key, resumed[key])
+    return training
+
+
+def _state(training):
+    """What a checkpoint holds, copied: training goes on."""
+    return copy.deepcopy({
+        'epoch': training.step // training.settings['steps an epoch'], 'settings': training.settings,
+        'state_dict': training.supernet.state_dict(), 'optimizer': training.optimizer.state_dict(),
+        **{key: getattr(training, key) for key in PROGRESS}})
+
+
+def _write(training, job):
+    """Write the state that the loss after it has shown to be good."""
+    if training.unproven and job.is_main:
+        save_checkpoint(training.path, training.unproven)
+    training.unproven = None
+
+
+def _last_good(training):
+    if os.path.exists(training.path):
+        return f'the last good checkpoint is {training.path}; try a smaller --base_lr'
+    return 'there is no checkpoint yet; try a smaller --base_lr'
+
+
+def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp, job, writer):
+    """One sandwich and one optimiser step."""
+    step, supernet = training.step, training.supernet
+    torch.manual_seed(seed_of(recipe.seed, epoch, step, job.rank))
+    scale = max(1, recipe.batch_size_per_gpu * job.world_size // 256)
+    learning_rate = warmup_cosine(recipe.base_lr * scale, step, steps * recipe.epochs,
+                                  round(recipe.warmup_epochs * steps))
+    training.optimizer.zero_grad(set_to_none=True)
+    losses = sandwich(supernet, images.to(job.device, non_blocking=True), labels.to(job.device, non_blocking=True),
+                      recipe, random.Random(f'{recipe.seed} {epoch} {step}'), align_sample, amp)
+    losses = average(torch.stack(losses).tolist(), job)
+    if not all(map(math.isfinite, losses)):
+        raise UserError(f'{supernet.encoding}: step {step} (epoch {epoch}): the loss is not finite; '
+                        + _last_good(training))
+    training.loss_sum, training.loss_count = training.loss_sum + losses[0], training.loss_count + 1
+    if not _is_collapsed(training):
+        _write(training, job)
+    average_gradients(supernet.parameters(), job)
+    torch.nn.utils.clip_grad_value_(supernet.parameters(), recipe.grad_clip_value)
+    set_learning_rate(training.optimizer, learning_rate)
+    training.optimizer.step()
+    training.step = step + 1
+    if writer and step % 20 == 0:
+        writer.add_scalar('loss/max', losses[0], step)
+        writer.add_scalar('loss/min', losses[-1], step)
+        writer.add_scalar('learning rate', learning_rate, step)
+
+
+def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False):
+    """Backward of the largest, random and the smallest subnet, gradients summed; returns their losses (tensors).
+
+    The largest learns from the labels, with dropout; the others from its answers. rng: random.Random that draws
+    the random subnets, the same on every rank.
+    """
+    supernet.train()
+    losses = []
+    for i in range(recipe.num_arch_training):
+        if i == 0:
+            supernet.set_max_subnet()
+        elif i == recipe.num_arch_training - 1:
+            supernet.set_min_subnet()
+        else:
+            supernet.sample_active_subnet(rng, align_sample)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp), \
+                _dropout(supernet, recipe.dropout if i == 0 else 0.0):
+            logits = supernet(images)
+        if i == 0:
+            answers = logits.detach()
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        else:
+            loss = adaptive_alpha_loss(logits, answers, recipe.alpha_min, recipe.alpha_max, recipe.iw_clip)
+        loss.backward()
+        losses.append(loss.detach())
+    return losses
+
+
+@contextlib.contextmanager
+def _dropout(model, probability):
+    """Inside, the model's dropout layers drop with this probability."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    before = [layer.p for layer in layers]
+    for layer in layers:
+        layer.p = probability
+    try:
+        yield
+    finally:
+        for layer, p in zip(layers, before):
+            layer.p = p
+
+
+def _is_collapsed(training):
+    """Whether a supernet that had learned is back at the loss of guessing, over this epoch so far."""
+    return training.learned and training.loss > CHANCE * math.log(training.supernet.num_classes)
+
+
+def _end_epoch(training, epoch):
+    if _is_collapsed(training):
+        raise UserError(f'{training.supernet.encoding}: epoch {epoch}: collapsed, the loss is back at guessing '
+                        f'({training.loss:.3f}); {_last_good(training)}')
+    chance = math.log(training.supernet.num_classes)
+    training.learned = training.learned or 0 < training.loss < LEARNED * chance
+    training.loss_sum, training.loss_count = 0.0, 0
+
+
+def _validate(training, calibration, valid, job, epoch, writer):
+    """Validate max, min and a random subnet; writes the best state so far beside the last one."""
+    supernet = training.supernet
+    subnets = {'max': sampling.max_subnet(supernet.encoding), 'min': sampling.min_subnet(supernet.encoding),
+               'random': sampling.sample_subnet(supernet.encoding, random.Random(training.settings['seed']))}
+    for name, subnet in subnets.items():
+        result = evaluate_subnet(supernet, subnet, calibration, valid, job)
+        if not math.isfinite(result.loss):
+            raise UserError(f'{supernet.encoding}: epoch {epoch}: the validation loss of {name} is not finite; '
+                            + _last_good(training))
+        training.results[name] = result._asdict()
+        note(f'epoch {epoch}: {name:6} {result}')
+        if writer:
+            writer.add_scalar(f'validation top-1/{name}', result.top1, training.step)
+    mean = sum(result['top1'] for result in training.results.values()) / len(subnets)
+    if mean > training.best:
+        training.best = mean
+        if job.is_main:
+            root, ending = os.path.splitext(training.path)
+            save_checkpoint(f'{root}_best{ending}', _state(training))

@@ -1,0 +1,316 @@
+"""Supernet training: losses by their definitions, exact evaluation, the script killed and resumed on 1 and 2 ranks."""
+import dataclasses
+import math
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modules.errors import UserError
+from modules.modeling.ops.lsq_plus import QBase, quantised_ops, set_quant_mode
+from modules.modeling.ops.op import is_norm
+from modules.modeling.supernet import Supernet
+from modules.search_space.sampling import min_subnet
+from modules.training import supernet_trainer
+from modules.training.calibrate import norm_statistics
+from modules.training.checkpoint import load_checkpoint
+from modules.training.config import load_config, save_config
+from modules.training.data import calibration_batches, eval_loader, open_data
+from modules.training.distributed import Job
+from modules.training.evaluate import DecodedImages, accuracy, evaluate_subnet
+from modules.training.losses import adaptive_alpha_loss, alpha_divergence
+from modules.training.optim import parameter_groups, warmup_cosine
+from modules.training.supernet_trainer import SupernetRecipe, sandwich, train_supernet
+
+from .conftest import ROOT
+from .launching import command, family, run_script
+
+DEMO = os.path.join(ROOT, 'supernet_training_configs', 'demo.yaml')
+
+
+def _logits(seed=0, images=5, classes=7):
+    rng = torch.Generator().manual_seed(seed)
+    return (torch.randn(2, images, classes, generator=rng, dtype=torch.float64) * 2).float()
+
+
+def _defined(student, teacher, alpha):
+    """D_alpha(p || q) as it is defined, differentiable; its limits from their neighbourhood."""
+    if alpha in (0, 1):
+        return (_defined(student, teacher, alpha + 1e-5) + _defined(student, teacher, alpha - 1e-5)) / 2
+    q, p = student.double().softmax(-1), teacher.double().softmax(-1)
+    return ((q * (p / q) ** alpha).sum(-1) - 1) / (alpha * (alpha - 1))
+
+
+@pytest.mark.parametrize('alpha', [-1.0, 0.5, 2.0, 1.0, 0.0])
+def test_alpha_divergence_is_its_definition_with_its_gradient(alpha):
+    student, teacher = _logits()
+    ours, reference = (student.clone().requires_grad_() for _ in range(2))
+    value = alpha_divergence(ours, teacher, alpha)
+    torch.testing.assert_close(value.double(), _defined(reference, teacher, alpha), rtol=1e-3, atol=1e-5)
+    value.sum().backward()
+    _defined(reference, teacher, alpha).sum().backward()
+    torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_importance_weights_are_clipped_in_the_gradient():
+    student, teacher = _logits(1)
+    student = student.requires_grad_()
+    alpha_divergence(student, teacher, -1.0, clip=1.5).sum().backward()
+    q, p = student.detach().softmax(-1), teacher.softmax(-1)
+    weights = q * (q / p).clamp_max(1.5)                            # of d log q_i, times -1/alpha = 1
+    expected = weights - q * weights.sum(-1, keepdim=True)
+    assert (q / p > 1.5).any()
+    torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_adaptive_loss_is_the_larger_divergence_of_each_image():
+    student, teacher = _logits(2, images=40)
+    values = torch.stack([alpha_divergence(student, teacher, alpha, 5.0) for alpha in (-1.0, 1.0)])
+    assert 0 < values.argmax(0).sum() < 40
+    torch.testing.assert_close(adaptive_alpha_loss(student, teacher), values.max(0).values.mean())
+    assert adaptive_alpha_loss(teacher, teacher).abs() < 1e-6
+
+
+def test_no_decay_of_norms_biases_and_scales():
+    supernet = Supernet.build_from_str('demo-012', 10)
+    decayed, others = parameter_groups(supernet, 0.1)
+    assert decayed['weight_decay'] == 0.1 and others['weight_decay'] == 0
+    plain = {id(p) for m in supernet.modules() if is_norm(m) for p in m.parameters()}
+    plain |= {id(p) for m in supernet.modules() if isinstance(m, QBase) for p in (m.sw, m.sa, m.beta)}
+    plain |= {id(p) for name, p in supernet.named_parameters() if name.endswith('.bias')}
+    assert {id(p) for p in others['params']} == plain
+    assert all(p.ndim > 1 for p in decayed['params'])
+
+
+def test_learning_rate_warms_up_and_goes_to_zero():
+    rates = [warmup_cosine(0.4, step, 100, 10) for step in range(100)]
+    assert rates[:3] == pytest.approx([0.04, 0.08, 0.12]) and max(rates) == pytest.approx(0.4)
+    assert rates[55] == pytest.approx(0.2, rel=0.02) and rates[-1] < 1e-3
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+def test_the_last_gamma_of_blocks_with_a_shortcut_starts_at_zero():
+    supernet = Supernet.build_from_str('demo-012', 10)
+    supernet.initialize_weights()
+    for name, last in (('stage1', 'point_conv2'), ('stage2', 'point_conv2'), ('stage3', 'conv3')):
+        for block in supernet.stages[name].blocks:
+            assert not getattr(block, last).norm.weight.any() and block.downsample.norm.weight.all()
+    assert supernet.stages['first_conv'].blocks[0].conv.norm.weight.all()
+
+
+def test_configuration(tmp_path):
+    path = tmp_path / 'c.yaml'
+    path.write_text('epochs: 7\nweight_decay: 1e-4\nnum_arch_training: 3\nquant:\n  epochs: 2\n')
+    recipe = load_config(SupernetRecipe, path)
+    assert (recipe.epochs, recipe.weight_decay, recipe.num_arch_training, recipe.base_lr) == (7, 1e-4, 3, 0.1)
+    assert load_config(SupernetRecipe, path, {'base_lr': 0.3, 'seed': None}, 'quant').epochs == 2
+    assert load_config(SupernetRecipe, path, {'epochs': 1}, 'quant').epochs == 1
+    save_config(recipe, tmp_path, 'effective.yaml')
+    assert load_config(SupernetRecipe, tmp_path / 'effective.yaml') == recipe
+    for name in ('train.yaml', 'demo.yaml'):
+        shipped = load_config(SupernetRecipe, os.path.join(ROOT, 'supernet_training_configs', name), None, 'quant')
+        assert shipped.base_lr == 0.01
+    published = load_config(SupernetRecipe, os.path.join(ROOT, 'supernet_training_configs', 'train.yaml'))
+    assert published == SupernetRecipe()
+
+
+@pytest.mark.parametrize('text, said', [
+    ('epoch: 7', "unknown key 'epoch'"), ('epochs: many', "epochs: 'many' is not of type int"),
+    ('epochs: -1', 'epochs: -1 is negative'), ('quant:\n  epoch: 7', "unknown key 'quant.epoch'"),
+    ('quart:\n  epochs: 7', "unknown section 'quart'"), ('a: [1', 'not YAML'), ('- 1', 'expected keys and values'),
+    ('seed: true', 'seed: True is not of type int')])
+def test_bad_configurations_are_one_line(tmp_path, text, said):
+    path = tmp_path / 'c.yaml'
+    path.write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        load_config(SupernetRecipe, path)
+    assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    return open_data(str(tmp_path_factory.mktemp('none')), 'digits', valid_size=100, image_size=48)
+
+
+def test_decoded_images_are_the_loaders(digits):
+    loader = eval_loader(digits.valid, 32)
+    decoded = DecodedImages(loader, digits.mean_std)
+    assert len(decoded) == 100
+    for _ in range(2):
+        for (images, labels), (kept, kept_labels) in zip(loader, decoded, strict=True):
+            assert torch.equal(images, kept) and torch.equal(labels, kept_labels)
+    assert all(pixels.dtype == torch.uint8 for pixels, _ in decoded.batches)
+    with pytest.raises(ValueError, match='8-bit'):
+        DecodedImages([(torch.randn(2, 3, 4, 4), torch.zeros(2))], digits.mean_std)
+
+
+def test_accuracy_counts_every_image():
+    logits = torch.randn(103, 10, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(103) % 10
+    batches = [(logits[i:i + 8], labels[i:i + 8]) for i in range(0, 103, 8)]
+    result = accuracy(torch.nn.Identity(), batches, Job())
+    assert result.images == 103
+    assert result.top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item(), abs=1e-12)
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    with pytest.raises(UserError, match='no images'):
+        accuracy(torch.nn.Identity(), [], Job())
+
+
+def test_evaluating_a_subnet_leaves_the_supernet_as_it_was(digits):
+    torch.manual_seed(0)
+    supernet = Supernet.build_from_str('demo-012', 10).train()
+    before = norm_statistics(supernet), supernet.active_subnet
+    calibration = DecodedImages(calibration_batches(digits.train, 32, 2), digits.mean_std)
+    test = DecodedImages(eval_loader(digits.valid, 50), digits.mean_std)
+    first = evaluate_subnet(supernet, min_subnet(supernet.encoding), calibration, test, Job())
+    assert evaluate_subnet(supernet, str(min_subnet(supernet.encoding)), calibration, test, Job()) == first
+    assert supernet.active_subnet == before[1] and supernet.training
+    assert all(torch.equal(a, b) for old, new in zip(before[0], norm_statistics(supernet)) for a, b in zip(old, new))
+    # the same numbers as a static network that was calibrated on its own
+    supernet.set_min_subnet()
+    static = supernet.get_active_subnet()
+    from modules.training.calibrate import calibrate
+    calibrate(static, (images for images, _ in calibration))
+    assert accuracy(static, test, Job()).loss == pytest.approx(first.loss, rel=1e-4)
+
+
+def test_a_sandwich_trains_max_random_and_min(digits, monkeypatch):
+    torch.manual_seed(0)
+    supernet = Supernet.build_from_str('demo-012', 10)
+    images, labels = next(iter(eval_loader(digits.valid, 16)))
+    seen = []
+    monkeypatch.setattr(Supernet, 'forward', lambda self, x, forward=Supernet.forward: (
+        seen.append((self.active_subnet, [m.p for m in self.modules() if isinstance(m, torch.nn.Dropout)])),
+        forward(self, x))[1])
+    recipe = SupernetRecipe(dropout=0.3)
+    losses = sandwich(supernet, images, labels, recipe, random.Random(0))
+    assert len(losses) == 4 and all(map(torch.isfinite, losses))
+    assert [p for _, p in seen] == [[0.3], [0.0], [0.0], [0.0]]
+    supernet.set_max_subnet()
+    assert seen[0][0] == supernet.active_subnet and seen[3][0] == min_subnet(supernet.encoding)
+    assert len({subnet for subnet, _ in seen}) == 4
+    grads = {name: p.grad for name, p in supernet.named_parameters() if p.grad is not None}
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+    assert any(name.startswith('stages.stage3.blocks.2.') for name in grads)      # only max is that deep for sure
+
+
+RECIPE = SupernetRecipe(epochs=2, warmup_epochs=0.5, batch_size_per_gpu=16, augment='default', valid_freq=1,
+                        num_calib_batches=2, max_steps=3, num_valid_images=40, checkpoint_freq=1)
+
+
+def _build(quant=False):
+    torch.manual_seed(0)
+    supernet = Supernet.build_from_str('demo-012', 10)
+    supernet.initialize_weights()
+    return set_quant_mode(supernet) if quant else supernet
+
+
+def test_divergence_stops_and_names_the_last_good_checkpoint(digits, tmp_path, monkeypatch):
+    results = train_supernet(_build(), digits, dataclasses.replace(RECIPE, epochs=1), str(tmp_path), Job())
+    assert set(results) == {'max', 'min', 'random'} and results['max']['images'] == 40
+    assert load_checkpoint(tmp_path / 'checkpoint.pth')['done'] and (tmp_path / 'checkpoint_best.pth').exists()
+    with pytest.raises(UserError, match='no checkpoint yet'):
+        train_supernet(_build(), digits, dataclasses.replace(RECIPE, base_lr=1e38, warmup_epochs=0.0),
+                       str(tmp_path / 'new'), Job())
+    calls = []
+
+    def poisoned(*args):
+        calls.append(1)
+        losses = sandwich(*args)
+        return [loss * (math.nan if len(calls) > 3 else 1) for loss in losses]
+    monkeypatch.setattr(supernet_trainer, 'sandwich', poisoned)
+    with pytest.raises(UserError, match=r'step 3 .*last good checkpoint is .*checkpoint.pth'):
+        train_supernet(_build(), digits, RECIPE, str(tmp_path / 'nan'), Job())
+    kept = load_checkpoint(tmp_path / 'nan' / 'checkpoint.pth')
+    assert kept['step'] == 2                                        # step 3's loss did not prove its weights good
+
+
+def test_collapse_to_guessing_stops(digits, tmp_path, monkeypatch):
+    calls = []
+
+    def collapsing(*args):
+        calls.append(1)
+        value = 1.0 if len(calls) <= 3 else math.log(10)            # an epoch of learning, then guessing
+        return [loss * 0 + value for loss in sandwich(*args)]
+    monkeypatch.setattr(supernet_trainer, 'sandwich', collapsing)
+    with pytest.raises(UserError, match='epoch 1: collapsed, the loss is back at guessing'):
+        train_supernet(_build(), digits, RECIPE, str(tmp_path), Job())
+    assert load_checkpoint(tmp_path / 'checkpoint.pth')['step'] <= 3
+
+
+def test_quantisation_starts_from_fp32_and_initialises_every_used_scale(digits, tmp_path):
+    with pytest.raises(UserError, match='no fp32 checkpoint to start from'):
+        train_supernet(_build(quant=True), digits, RECIPE, str(tmp_path), Job(), quant=True)
+    short = dataclasses.replace(RECIPE, epochs=1, max_steps=1)
+    train_supernet(_build(), digits, short, str(tmp_path), Job())
+    supernet = _build(quant=True)
+    train_supernet(supernet, digits, short, str(tmp_path), Job(), quant=True)
+    missing = [name for name, op in supernet.named_modules() if isinstance(op, QBase) and not op.scales_initialized]
+    # only a shortcut convolution between equal widths is never used
+    assert all('downsample' in name for name in missing), missing
+    assert len(missing) < len(list(quantised_ops(supernet))) / 10
+    with pytest.raises(UserError, match='begun with seed 0, not 1'):
+        train_supernet(_build(), digits, dataclasses.replace(short, seed=1), str(tmp_path), Job(), resume=True)
+
+
+def _train(folder, data, *more, **options):
+    return run_script('train_supernet.py', '--config-file', DEMO, '--superspace', 'demo',
+                      '--supernet_choice', '012-111',
+                      '--dataset', 'digits', '--dataset_path', data, '--output_path', folder, '--epochs', 2,
+                      '--batch_size_per_gpu', 8, '--max_steps', 4, '--checkpoint_freq', 1, '--num_calib_batches', 2,
+                      '--num_valid_images', 40, '--num_workers', 0, '--valid_size', 100, '--device', 'cpu', *more,
+                      **options)
+
+
+@pytest.mark.parametrize('ranks, launcher', [(1, None), (2, 'torch.distributed.launch')])
+def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path, ranks, launcher):
+    for name, more in (('checkpoint.pth', ()), ('lsq.pth', ('--quant_mode',))):
+        options = {'ranks': ranks, 'launcher': launcher}
+        output = _train(tmp_path / 'whole', tmp_path, '--resume', *more, **options)
+        assert 'max: top-1' in output
+        whole, broken = (tmp_path / run / 'demo-012-111-align0' / name for run in ('whole', 'broken'))
+        _train(tmp_path / 'broken', tmp_path, '--resume', *more, kill_when=str(broken), **options)
+        assert not load_checkpoint(broken)['done']
+        _train(tmp_path / 'broken', tmp_path, '--resume', *more, **options)
+        states = [load_checkpoint(path) for path in (whole, broken)]
+        assert states[0]['done'] and states[1]['done'] and states[0]['results'] == states[1]['results']
+        assert all(torch.equal(states[0]['state_dict'][key], states[1]['state_dict'][key])
+                   for key in states[0]['state_dict'])
+    assert (tmp_path / 'whole' / 'demo-012-111-align0' / 'lsq.yaml').exists()
+    assert 'already trained' in _train(tmp_path / 'whole', tmp_path, '--resume', **options)
+
+
+def test_torchrun_and_aligned_samples(tmp_path):
+    _train(tmp_path, tmp_path, '--align_sample', '--epochs', 1, '--max_steps', 1, ranks=2,
+           launcher='torch.distributed.run')
+    assert (tmp_path / 'demo-012-111-align1' / 'checkpoint.pth').exists()
+
+
+@pytest.mark.parametrize('more, said', [
+    (['--quant_mode', '--output_path', '{tmp}'], 'no fp32 checkpoint to start from'),
+    (['--config-file', 'nowhere.yaml'], 'nowhere.yaml: No such file'),
+    (['--supernet_choice', '012-119'], 'width window 9'), (['--base_lr', '-1'], 'base_lr'),
+    (['--batch_size_per_gpu', '100000'], 'fewer than one step')])
+def test_wrong_commands_are_one_line(tmp_path, more, said):
+    output = _train(tmp_path, tmp_path, *(text.replace('{tmp}', str(tmp_path)) for text in more), code=2)
+    assert said in output and 'Traceback' not in output
+
+
+def test_a_dead_rank_ends_the_job_with_a_message(tmp_path):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    arguments = command('train_supernet.py', '--config-file', DEMO, '--superspace', 'demo',
+                        '--supernet_choice', '012-111', '--dataset', 'digits', '--dataset_path', tmp_path,
+                        '--output_path', tmp_path, '--device', 'cpu', '--batch_size_per_gpu', 8,
+                        '--checkpoint_freq', 1, '--num_workers', 0, '--epochs', 1000, ranks=2)
+    with subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        while launcher.poll() is None and not (tmp_path / 'demo-012-111-align0' / 'checkpoint.pth').exists():
+            time.sleep(0.05)
+        os.kill(family(launcher.pid)[-1], signal.SIGKILL)
+        output = launcher.communicate(timeout=100)[0]
+    assert launcher.returncode not in (0, None)
+    assert 'Signal 9 (SIGKILL)' in output or 'another rank is gone' in output, output

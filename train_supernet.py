@@ -1,0 +1,78 @@
+"""Train a supernet (sandwich rule, in-place distillation), in fp32, then with LSQ+ (--quant_mode).
+
+    python -m torch.distributed.launch --nproc_per_node=4 train_supernet.py \\
+        --config-file supernet_training_configs/train.yaml --superspace mobilew --supernet_choice 123214-012321 \\
+        --batch_size_per_gpu 64 --resume
+
+Writes <output_path>/<supernet>-align0/checkpoint.pth, with --quant_mode lsq.pth from it, and beside them the best
+state so far, the effective configuration and TensorBoard's curves.
+"""
+import dataclasses
+import os
+
+import torch
+
+from modules.cli import parser, run
+from modules.modeling.ops.lsq_plus import set_quant_mode
+from modules.modeling.supernet import Supernet
+from modules.search_space.named import find_supernet
+from modules.search_space.superspace import SUPERSPACES
+from modules.training.config import add_config_arguments, load_config, save_config
+from modules.training.data import add_data_arguments, open_data, seed_of
+from modules.training.distributed import add_distributed_arguments, distributed_job
+from modules.training.evaluate import Accuracy
+from modules.training.log import note
+from modules.training.supernet_trainer import SupernetRecipe, checkpoint_folder, train_supernet
+
+
+def get_args():
+    p = parser(__doc__)
+    p.add_argument('--config-file', '--config_file', dest='config_file',
+                   default='supernet_training_configs/train.yaml', help='YAML file of the recipe')
+    p.add_argument('--superspace', choices=sorted(SUPERSPACES), help='not needed with a full supernet name')
+    p.add_argument('--supernet_choice', required=True, help='supernet, such as 121122-133333 or spaceevo@vnni')
+    p.add_argument('--quant_mode', action='store_true', help='LSQ+, from checkpoint.pth')
+    p.add_argument('--align_sample', action='store_true', help='all blocks of a stage share k, w, e')
+    p.add_argument('--output_path', default='./checkpoints/supernet_training', help='root of the checkpoints')
+    p.add_argument('--resume', action='store_true', help='go on from the checkpoint of this stage, if there is one')
+    p.add_argument('--from_scratch', action='store_true', help='--quant_mode without an fp32 checkpoint')
+    p.add_argument('--amp', action='store_true', help='bf16 autocast, for GPUs')
+    add_data_arguments(p)
+    p.set_defaults(augment=None, valid_size=None)           # keys of the configuration
+    add_config_arguments(p, SupernetRecipe, skip=('augment', 'valid_size'))
+    add_distributed_arguments(p)
+    return p.parse_args()
+
+
+def main(args):
+    supernet = find_supernet(args.supernet_choice, args.superspace)
+    overrides = {field.name: getattr(args, field.name) for field in dataclasses.fields(SupernetRecipe)}
+    recipe = load_config(SupernetRecipe, args.config_file, overrides, 'quant' if args.quant_mode else None)
+    if 0 < recipe.max_batch_size_per_gpu < recipe.batch_size_per_gpu:
+        note(f'--batch_size_per_gpu {recipe.batch_size_per_gpu} is cut to {recipe.max_batch_size_per_gpu}')
+        recipe = dataclasses.replace(recipe, batch_size_per_gpu=recipe.max_batch_size_per_gpu)
+    data = open_data(args.dataset_path, args.dataset, recipe.valid_size, recipe.augment,
+                     max(supernet.superspace.resolutions), seed=recipe.seed)
+    folder = checkpoint_folder(args.output_path, supernet, args.align_sample)
+    with distributed_job(args.local_rank, args.device) as job:
+        if job.is_main:
+            save_config(recipe, folder, 'lsq.yaml' if args.quant_mode else 'checkpoint.yaml')
+        model = build(supernet, data.num_classes, recipe, args.quant_mode)
+        results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
+                                 args.align_sample, args.amp and job.device.type == 'cuda', args.num_workers)
+    if job.is_main:
+        for name, result in results.items():
+            print(f'{supernet} {name}: {Accuracy(**result)}')
+        print(os.path.join(folder, 'lsq.pth' if args.quant_mode else 'checkpoint.pth'))
+
+
+def build(supernet, num_classes, recipe, quant):
+    """The Supernet with seeded random weights, the same on every rank."""
+    torch.manual_seed(seed_of(recipe.seed, 'weights'))
+    model = Supernet(supernet, num_classes)
+    model.initialize_weights(recipe.zero_last_gamma)
+    return set_quant_mode(model) if quant else model
+
+
+if __name__ == '__main__':
+    run(main, get_args)
