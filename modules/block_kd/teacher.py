@@ -65,9 +65,8 @@ class TeacherConv(QConv):
             sides = [width, width, height, height]
             if self.same:
                 sides = pad_same_arg(x.shape[-2:], self.kernel_size, self.stride, self.dilation)
-            x, padding = F.pad(x, sides), 0
-        x, weight = self.fake_quantise(x, self.weight)
-        return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+            x, padding = F.pad(x, sides), (0, 0)
+        return self.run(x, self.weight, self.bias, (self.stride, padding, self.dilation, self.groups))
 
 
 def _linear(layer):

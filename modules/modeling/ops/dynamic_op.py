@@ -25,16 +25,15 @@ class DynamicConv(QConv):
         depthwise, cout = self.groups > 1, cout or self.active_out_channels
         weight = take(self.weight, (cout, 1 if depthwise else x.shape[1], kernel, kernel))
         bias = None if self.bias is None else self.bias[:cout]
-        x, weight = self.fake_quantise(x, weight)
-        return F.conv2d(x, weight, bias, stride, kernel // 2, 1, cout if depthwise else 1)
+        pad = kernel // 2
+        return self.run(x, weight, bias, ((stride, stride), (pad, pad), (1, 1), cout if depthwise else 1))
 
 
 class DynamicLinear(QLinear):
     """QLinear that uses the first input features of its weight."""
 
     def forward(self, x, cout):
-        x, weight = self.fake_quantise(x, take(self.weight, (cout, x.shape[1])))
-        return F.linear(x, weight, self.bias[:cout])
+        return self.run(x, take(self.weight, (cout, x.shape[1])), self.bias[:cout])
 
 
 class DynamicBatchNorm(nn.BatchNorm2d):

@@ -7,48 +7,153 @@ signed and symmetric.
 """
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 OFF = 32                                    # bits of an op that does not quantise
 _MIN_RANGE = 1e-7                           # a scale never falls below this / (2^b - 1)
+_PIECE = 1 << 16                            # elements: four such tensors fit into a core's cache
 _local_initialisation = False
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """y = s * round(clamp((x - beta) / s, low, high)) + beta, keeping only x for the backward pass.
+class _Range(NamedTuple):
+    """Levels low..high of a quantiser, and the factor g of the gradients to its scale and offset."""
+    low: int
+    high: int
+    gradient_factor: float
 
-    With v = (x - beta) / s and q = round(clamp(v)):
-      dx    = dy where low <= v <= high, else 0                       (straight-through)
-      ds    = g * sum(dy * (q - v)) in the range, g * sum(dy * q) outside (q is low or high there)
-      dbeta = g * sum(dy) outside the range
+
+def _flat(x):
+    """1-d view of a dense tensor in the order of its memory; `x` must come from _dense()."""
+    return x.permute(0, 2, 3, 1).reshape(-1) if x.ndim == 4 and not x.is_contiguous() else x.reshape(-1)
+
+
+def _dense(x, like=None):
+    """x without gaps in memory, in the memory order of `like` (default: its own)."""
+    like = x if like is None else like
+    channels_last = like.ndim == 4 and like.stride(1) == 1 and like.shape[2:] != (1, 1) and not like.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _pieces(*tensors):
+    """Corresponding pieces of dense tensors; on a CPU so small that several passes over them stay in its cache."""
+    flat = [_flat(tensor) for tensor in tensors]
+    return zip(*(tensor.split(_PIECE) for tensor in flat)) if tensors[0].device.type == 'cpu' else [flat]
+
+
+def _quantise(x, scale, beta, levels):
+    """s * round(clamp((x - beta) / s, low, high)) + beta."""
+    x = _dense(x)
+    quantised = torch.empty_like(x)
+    for v, y in _pieces(x, quantised):
+        torch.div(v, scale, out=y) if beta is None else torch.sub(v, beta, out=y).div_(scale)
+        y.clamp_(levels.low, levels.high).round_().mul_(scale)
+        if beta is not None:
+            y.add_(beta)
+    return quantised
+
+
+def _quantise_backward(grad_y, x, scale, beta, levels):
+    """(dx, ds, dbeta) of _quantise() for dy. With v = (x - beta) / s and q = round(clamp(v)):
+
+    dx    = dy where low <= v <= high, else 0                       (straight-through)
+    ds    = g * sum(dy * (q - v)) in the range, g * sum(dy * q) outside (q is low or high there)
+    dbeta = g * sum(dy) outside the range
     """
+    x = _dense(x)
+    grad_y = _dense(grad_y.to(x.dtype), like=x)
+    grad_x = torch.empty_like(x)
+    grad_scale, grad_beta = [], []
+    for v, dy, dx in _pieces(x, grad_y, grad_x):
+        v = torch.div(v, scale) if beta is None else torch.sub(v, beta).div_(scale)
+        q = v.clamp(levels.low, levels.high)
+        dv = torch.mul(dy, scale).mul_(q == v)                   # q == v exactly where v is in the range
+        torch.div(dv, scale, out=dx)
+        # two sums, in the order autograd would take them: they nearly cancel
+        grad_scale.append(q.round_().mul_(dy).sum() - dv.mul_(v.div_(scale)).sum())
+        if beta is not None:
+            grad_beta.append(dy.sum() - dx.sum())
+    grad_scale = (levels.gradient_factor * torch.stack(grad_scale).sum()).reshape(scale.shape)
+    if beta is None:
+        return grad_x, grad_scale, None
+    return grad_x, grad_scale, (levels.gradient_factor * torch.stack(grad_beta).sum()).reshape(beta.shape)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """_quantise() of one tensor, keeping only the tensor for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, scale, beta, low, high, gradient_factor):
+    def forward(ctx, x, scale, beta, levels):
         ctx.save_for_backward(x, scale, beta)
-        ctx.low, ctx.high, ctx.gradient_factor = low, high, gradient_factor
-        shifted = x / scale if beta is None else (x - beta).div_(scale)
-        y = shifted.clamp_(low, high).round_().mul_(scale)
-        return y if beta is None else y.add_(beta)
+        ctx.levels = levels
+        return _quantise(x, scale, beta, levels)
 
     @staticmethod
     def backward(ctx, grad_y):
         x, scale, beta = ctx.saved_tensors
-        v = x / scale if beta is None else (x - beta).div_(scale)
-        q = v.clamp(ctx.low, ctx.high)
-        grad_v = (grad_y * scale).mul_(q == v)                   # q == v exactly where v is in the range
-        grad_x = grad_v / scale
-        grad_scale = grad_beta = None
-        if ctx.needs_input_grad[1]:                              # two sums, in the order autograd would take them
-            grad_scale = (grad_y * q.round_()).sum() - grad_v.mul_(v.div_(scale)).sum()
-            grad_scale = (ctx.gradient_factor * grad_scale).reshape(scale.shape).to(scale.dtype)
-        if beta is not None and ctx.needs_input_grad[2]:
-            grad_beta = ctx.gradient_factor * (grad_y.sum() - grad_x.sum())
-            grad_beta = grad_beta.reshape(beta.shape).to(beta.dtype)
-        return grad_x.to(x.dtype), grad_scale, grad_beta, None, None, None
+        return *_quantise_backward(grad_y, x, scale, beta, ctx.levels), None
+
+
+class _QuantisedOp(torch.autograd.Function):
+    """A convolution or linear layer of a fake-quantised input and weight.
+
+    Keeps the input and the weight as they came and quantises them anew for the backward pass: so int8 training
+    holds no more activations than fp32 training. levels_x, levels_w: _Range, None for off; geometry: (stride,
+    padding, dilation, groups) of a convolution, None for a linear layer.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale_x, beta, scale_w, levels_x, levels_w, geometry):
+        ctx.save_for_backward(x, weight, scale_x, beta, scale_w)
+        ctx.levels, ctx.geometry, ctx.bias_sizes = (levels_x, levels_w), geometry, None if bias is None else [len(bias)]
+        x, weight = _QuantisedOp.operands(x, weight, scale_x, beta, scale_w, levels_x, levels_w)
+        return F.linear(x, weight, bias) if geometry is None else F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def operands(x, weight, scale_x, beta, scale_w, levels_x, levels_w):
+        return (x if levels_x is None else _quantise(x, scale_x, beta, levels_x),
+                weight if levels_w is None else _quantise(weight, scale_w, None, levels_w))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale_x, beta, scale_w = ctx.saved_tensors
+        levels_x, levels_w = ctx.levels
+        wanted = ctx.needs_input_grad
+        used_x, used_weight = (tensor.to(grad.dtype) for tensor in
+                               _QuantisedOp.operands(x, weight, scale_x, beta, scale_w, levels_x, levels_w))
+        # the scales' gradients come from those of what they quantise
+        mask = [wanted[0] or levels_x is not None and (wanted[3] or wanted[4]),
+                wanted[1] or levels_w is not None and wanted[5], wanted[2]]
+        if ctx.geometry is None:
+            grad_x = grad @ used_weight if mask[0] else None
+            rows = grad.reshape(-1, grad.shape[-1])
+            grad_weight = rows.t() @ used_x.reshape(len(rows), -1) if mask[1] else None
+            grad_bias = rows.sum(0) if mask[2] else None
+        else:
+            stride, padding, dilation, groups = ctx.geometry
+            grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad, used_x, used_weight, ctx.bias_sizes, stride, padding, dilation, False, [0, 0], groups, mask)
+        grad_scale_x = grad_beta = grad_scale_w = None
+        if mask[0] and levels_x is not None:
+            grad_x, grad_scale_x, grad_beta = _quantise_backward(grad_x, x, scale_x, beta, levels_x)
+        if mask[1] and levels_w is not None:
+            grad_weight, grad_scale_w, _ = _quantise_backward(grad_weight, weight, scale_w, None, levels_w)
+        return grad_x, grad_weight, grad_bias, grad_scale_x, grad_beta, grad_scale_w, None, None, None
+
+
+def _activation_range(activation, num_bits):
+    high = 2 ** num_bits - 1
+    per_sample = activation.numel() / max(1, activation.shape[0])
+    return _Range(0, high, 1 / math.sqrt(max(1, per_sample) * high))
+
+
+def _weight_range(weight, num_bits):
+    high = 2 ** (num_bits - 1) - 1
+    return _Range(-high - 1, high, 1 / math.sqrt(weight.numel() * high))
 
 
 def _positive(scale, num_bits):
@@ -65,10 +170,7 @@ def quantize_activation(activation, scale, num_bits, beta, is_training):
         return activation
     if not is_training:
         scale, beta = scale.detach(), beta.detach()
-    high = 2 ** num_bits - 1
-    per_sample = activation.numel() / max(1, activation.shape[0])
-    factor = 1 / math.sqrt(max(1, per_sample) * high)
-    return _FakeQuantize.apply(activation, _positive(scale, num_bits), beta, 0, high, factor)
+    return _FakeQuantize.apply(activation, _positive(scale, num_bits), beta, _activation_range(activation, num_bits))
 
 
 def quantize_weight(weight, scale, num_bits, is_training):
@@ -80,9 +182,7 @@ def quantize_weight(weight, scale, num_bits, is_training):
         return weight
     if not is_training:
         scale = scale.detach()
-    high = 2 ** (num_bits - 1) - 1
-    factor = 1 / math.sqrt(weight.numel() * high)
-    return _FakeQuantize.apply(weight, _positive(scale, num_bits), None, -high - 1, high, factor)
+    return _FakeQuantize.apply(weight, _positive(scale, num_bits), None, _weight_range(weight, num_bits))
 
 
 @contextlib.contextmanager
@@ -175,14 +275,22 @@ class QBase:
             scale.clamp_(min=_MIN_RANGE / (2 ** bits - 1))
         self.scales_initialized = True
 
-    def fake_quantise(self, activation, weight):
-        """(activation, weight) as the int8 op sees them; unchanged in fp32 mode."""
+    def run(self, x, weight, bias, geometry=None):
+        """The op with this weight and bias, as the int8 device computes it; the plain op in fp32 mode.
+
+        geometry: (stride, padding, dilation, groups) of a convolution, None for a linear layer.
+        """
         if not self.is_quantised:
-            return activation, weight
+            return F.linear(x, weight, bias) if geometry is None else F.conv2d(x, weight, bias, *geometry)
         if not self.scales_initialized:
-            self.initialize_scales(activation)
-        return (quantize_activation(activation, self.sa, self.nbits_a, self.beta, self.training),
-                quantize_weight(weight, self.sw, self.nbits_w, self.training))
+            self.initialize_scales(x)
+        sa, beta, sw = self.sa, self.beta, self.sw
+        if not self.training:
+            sa, beta, sw = sa.detach(), beta.detach(), sw.detach()
+        levels_x = None if self.nbits_a == OFF else _activation_range(x, self.nbits_a)
+        levels_w = None if self.nbits_w == OFF else _weight_range(weight, self.nbits_w)
+        return _QuantisedOp.apply(x, weight, bias, _positive(sa, self.nbits_a), beta, _positive(sw, self.nbits_w),
+                                  levels_x, levels_w, geometry)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

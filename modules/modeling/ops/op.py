@@ -24,8 +24,7 @@ class QConv(QBase, nn.Conv2d):
         self._init_quantisation()
 
     def forward(self, x):
-        x, weight = self.fake_quantise(x, self.weight)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.run(x, self.weight, self.bias, (self.stride, self.padding, self.dilation, self.groups))
 
 
 QConv2d = QConv                             # the original's name
@@ -39,8 +38,7 @@ class QLinear(QBase, nn.Linear):
         self._init_quantisation()
 
     def forward(self, x):
-        x, weight = self.fake_quantise(x, self.weight)
-        return F.linear(x, weight, self.bias)
+        return self.run(x, self.weight, self.bias)
 
 
 def conv(cin, cout, kernel=1, stride=1, groups=1, bias=False, op=QConv):
