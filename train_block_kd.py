@@ -25,6 +25,7 @@ from modules.errors import UserError
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, open_data
 from modules.training.distributed import add_distributed_arguments, distributed_job
+from modules.training.log import note
 from modules.training.losses import NSR_SIGNALS
 
 LEARNING_RATES = (0.005, 0.01, 0.01, 0.01, 0.01, 0.005)
@@ -36,7 +37,6 @@ def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES):
     p.add_argument('--output_path', required=True, help='folder of the checkpoints, <output_path>/<block>/')
     p.add_argument('--stage_list', nargs='+', help='block ids or whole stages; default: all')
     p.add_argument('--teacher_arch', default='efficientnet-b5', help='efficientnet-b0..b7, -lite0..lite4')
-    p.add_argument('--teacher_weights', help="teacher's pretrained weights file; default: package or timm's hub")
     p.add_argument('--hw_list', nargs='+', type=positive(int), help="image resolutions; default: the superspace's")
     p.add_argument('--num_epochs', type=positive(int), default=num_epochs, help='passes over the training images')
     p.add_argument('--train_batch_size', type=positive(int), default=64, help='images a step and rank')
@@ -64,7 +64,9 @@ def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES):
 
 
 def get_args():
-    return get_parser().parse_args()
+    p = get_parser()
+    p.add_argument('--teacher_weights', help="teacher's pretrained weights file; default: package or timm's hub")
+    return p.parse_args()
 
 
 def main(args):
@@ -83,6 +85,8 @@ def train(args, job, teacher, quant=False, from_scratch=False):
                      normalize=teacher.normalize, seed=args.seed)
     if not len(data.valid):
         raise UserError('no held-out images to evaluate on: give a --valid_size, or more pictures')
+    if args.amp and job.device.type != 'cuda':
+        note('--amp: only on GPUs; this run computes in float32')
     recipe = Recipe(args.num_epochs, args.train_batch_size, tuple(args.learning_rate_list), args.lr_step_size,
                     args.weight_decay, hw_list, args.inplace_distill_from_teacher, args.nsr_signal,
                     num_calib_batches=args.num_calib_batches, checkpoint_freq=args.checkpoint_freq,

@@ -149,7 +149,8 @@ def test_a_run_is_resumed_with_its_own_settings_only(photos, tmp_path):
 
 def test_ranks_that_split_the_blocks_train_each_as_one_process_would(tmp_path, photos):
     output = _train('train_block_kd.py', photos, tmp_path / 'split', '--num_epochs', 1, '--parallel', 'blocks', ranks=2)
-    _train('train_block_kd.py', photos, tmp_path / 'one', '--num_epochs', 1)
+    alone = _train('train_block_kd.py', photos, tmp_path / 'one', '--num_epochs', 1, '--amp')
+    assert '\n--amp: only on GPUs' in f'\n{alone}'
     one, split = _weights(tmp_path / 'one', 'checkpoint.pth'), _weights(tmp_path / 'split', 'checkpoint.pth')
     assert all(torch.equal(one[key], split[key]) for key in one)
     assert all(block in output for block in BLOCKS)
@@ -209,19 +210,22 @@ def test_two_ranks_agree_where_training_never_reached_some_scales(tmp_path, phot
                                    == (tmp_path / 'lut2' / 'onnxw' / name).read_text() for name in names)
 
 
-def test_the_commands_of_the_readme_run_as_written(tmp_path, photos, teacher_file):
+@pytest.mark.parametrize('superspace, platform, blocks', [('onnxw', 'onnx_lut', (0, 1)),
+                                                         ('mobilew', 'tflite27_cpu_int8', (1,))])
+def test_the_commands_of_the_readme_run_as_written(tmp_path, photos, teacher_file, superspace, platform, blocks):
     """Each with its paths replaced and shortened by further flags, on two ranks where it has a launcher."""
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        text = f.read().replace('\\\n', ' ')
+        text = f.read().replace('\\\n', ' ').replace('onnxw', superspace).replace('onnx_lut', platform)
     commands = [line.split() for line in text.split('\n') if line.startswith('python') and '_block_kd.py' in line
                 and 'search_block_kd' not in line]
     assert [next(word for word in command if word.endswith('.py')) for command in commands] == [
         'train_block_kd.py', 'lsq_block_kd.py', 'eval_block_kd.py']
-    paths = {'checkpoints/block_kd/onnxw': tmp_path / 'onnxw', 'checkpoints/block_kd': tmp_path,
+    paths = {f'checkpoints/block_kd/{superspace}': tmp_path / superspace, 'checkpoints/block_kd': tmp_path,
              'checkpoints/block_kd/lut': tmp_path / 'lut', 'dataset': photos,
              'checkpoints/block_kd/teacher_checkpoint/efficientnet_b5/checkpoint.pth': teacher_file}
-    short = ['--teacher_arch', 'efficientnet-lite0', '--valid_size', '12', '--device', 'cpu', '--num_workers', '0']
-    train = ['--stage_list', 'stage3_0', 'stage3_1', '--train_batch_size', '2', '--max_steps', '1',
+    short = ['--teacher_arch', 'efficientnet-lite0', '--valid_size', '12', '--device', 'cpu', '--num_workers', '0',
+             '--stage_list', *(f'stage3_{block}' for block in blocks)]
+    train = ['--train_batch_size', '2', '--max_steps', '1',
              '--num_valid_batches', '1', '--num_calib_batches', '1']
     evaluate_ = ['--num_samples_per_stage', '2', '--num_eval_batches', '1', '--num_calib_batches', '1',
                  '--calib_batch_size', '4', '--eval_batch_size', '4']
@@ -235,7 +239,9 @@ def test_the_commands_of_the_readme_run_as_written(tmp_path, photos, teacher_fil
         done = subprocess.run(words + short + (evaluate_ if 'eval_block_kd.py' in command else train),
                               capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path / 'lut' / 'onnxw')) == [f'stage3_{b}_{w}.csv' for b in (0, 1) for w in (0, 1, 2)]
+    files = sorted(os.listdir(tmp_path / 'lut' / superspace))
+    assert files == [f'stage3_{block}_{window}.csv' for block in blocks for window in (0, 1, 2)]
+    assert len(read_block_lut(str(tmp_path / 'lut' / superspace / files[0]), superspace, files[0][:-4])) == 2
 
 
 def test_evaluation_leaves_the_training_state_alone(photos):
@@ -260,7 +266,39 @@ def test_training_learns(photos, tmp_path):
     untrained = evaluate('stage5', [('stage5_0', student)], teacher, data, recipe, Job())['stage5_0']
     after = train_blocks(SPACE, ['stage5_0'], teacher, data, str(tmp_path), recipe, Job())['stage5_0']
     assert after['max'] < 0.8 * untrained['max'] and after['min'] < 0.8 * untrained['min']
-    assert load_checkpoint(tmp_path / 'stage5_0' / 'checkpoint.pth')['step'] == 12
+    checkpoint = load_checkpoint(tmp_path / 'stage5_0' / 'checkpoint.pth')
+    assert checkpoint['step'] == 12 and checkpoint['superspace'] == 'onnxw'
+
+
+def test_a_checkpoint_of_another_superspace_is_refused(photos, tmp_path):
+    teacher = build_teacher('efficientnet-lite0')
+    path, state = tmp_path / 'stage3_1' / 'checkpoint.pth', build_student(SPACE, 'stage3_1', teacher).state_dict()
+    path.parent.mkdir()
+    torch.save({'model': state}, path)                          # as older ones are
+    build_student('onnxw', 'stage3_1', teacher, str(tmp_path))
+    torch.save({'model': state, 'superspace': 'onnxw'}, path)
+    build_student(SPACE, 'stage3_1', teacher, str(tmp_path))
+    data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
+    recipe = Recipe(1, 4, (0.01,) * 6, hw_list=(64,), max_steps=1)
+    mobilew = get_superspace('mobilew')
+    for load in (lambda: build_student('mobilew', 'stage3_1', teacher, str(tmp_path)),
+                 lambda: train_blocks(mobilew, ['stage3_1'], teacher, data, str(tmp_path), recipe, Job(), resume=True)):
+        with pytest.raises(UserError, match=r'stage3_1.checkpoint.pth: a block of superspace onnxw, not of mobilew$'):
+            load()
+
+
+def test_a_sandwich_does_not_wait_for_the_device(monkeypatch):
+    student = StudentStage.build(SPACE, 'stage5_0', 8, 8)
+    features = {64: (torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4))}
+
+    def waits(tensor):
+        raise AssertionError('the value of a tensor was asked for')
+
+    with monkeypatch.context() as patch:
+        for name in ('item', 'tolist', 'cpu', '__float__', '__bool__'):
+            patch.setattr(torch.Tensor, name, waits)
+        losses = trainer._sandwich(student, [64] * 4, features, random.Random(0), Recipe(1, 2, (0.01,) * 6), Job())
+    assert list(losses) == ['max', 'min', 'random1', 'random2'] and all(loss.item() > 0 for loss in losses.values())
 
 
 def test_a_diverging_loss_stops_with_block_and_step_and_leaves_no_bad_checkpoint(photos, tmp_path):
@@ -380,6 +418,7 @@ def test_cosine_falls_from_base_to_zero():
     ('eval_block_kd.py', ['--width_window_filter', '9'], 'no stage has such a width window'),
     ('train_block_kd.py', ['--teacher_weights', 'nowhere.pth'], 'nowhere.pth'),
     ('lsq_block_kd.py', ['--teacher_checkpoint_path', 'nowhere.pth'], 'nowhere.pth'),
+    ('lsq_block_kd.py', ['--teacher_weights', 'x.pth'], 'unrecognized arguments: --teacher_weights x.pth'),
     ('lsq_block_kd.py', [], 'no checkpoint of block stage5_0; train it first with'),
     ('eval_block_kd.py', [], 'no checkpoint of block stage5_0; train it first with lsq_block_kd.py'),
 ])

@@ -57,13 +57,15 @@ class FeatureCache:
     def __init__(self, teacher, stage, hw_list, calibration, evaluation, job, budget_gb, folder, workers=1):
         self._left, self._folder, self._job = budget_gb * 2 ** 30, folder, job
         self.batches = {hw: ([], []) for hw in hw_list}
+        teacher.to(memory_format=torch.channels_last)           # faster; students of ResNet blocks are not, here
         digest = hashlib.sha256(repr((stage, list(self.batches))).encode())
         _hash_tensors(digest, teacher.state_dict().values())
 
         def run(item):
             kind, images, hw = item
             with torch.no_grad():
-                return kind, hw, teacher.forward_to_stage(resize(images.to(job.device), hw), stage)
+                images = resize(images.to(job.device), hw).contiguous(memory_format=torch.channels_last)
+                return kind, hw, teacher.forward_to_stage(images, stage)
 
         def jobs():
             for kind, batches in (('calibration', calibration), ('evaluation', evaluation)):

@@ -18,6 +18,7 @@ from ..modeling.ops.lsq_plus import local_initialisation, set_quant_mode
 from ..modeling.ops.op import resize
 from ..search_space.encoding import EncodingError, parse_block_id
 from ..search_space.macro_arch import SEARCHABLE_STAGES
+from ..search_space.superspace import get_superspace
 from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from ..training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ..training.data import calibration_batches, eval_loader, train_loader
@@ -66,7 +67,7 @@ class Trainee:
     settings: dict = field(default_factory=dict)
     step: int = 0
     done: bool = False
-    losses: dict = field(default_factory=dict)
+    losses: dict = field(default_factory=dict)      # of the last step, plain numbers once it is over
     unproven: dict = None                   # a checkpoint that is written once the next loss is a good one
 
 
@@ -122,16 +123,25 @@ def build_student(superspace, block_id, teacher, folder=None, quant=False, unfin
     student = StudentStage.build(superspace, block_id, *teacher.stage_channels[block_id.split('_')[0]])
     if folder is not None:
         path = require_checkpoint(folder, block_id, quant)
-        checkpoint = load_checkpoint(path)
+        checkpoint = _load(path, superspace)
         if not checkpoint.get('done', True) and not unfinished:
             raise UserError(f'{path}: training is not finished (step {checkpoint["step"]}); finish it with --resume')
         load_weights(student, checkpoint, path)
     return set_quant_mode(student) if quant else student
 
 
+def _load(path, superspace):
+    """A block's checkpoint; UserError where it is one of another superspace. Old files do not say theirs."""
+    checkpoint, wanted = load_checkpoint(path), get_superspace(superspace).name
+    if checkpoint.get('superspace', wanted) != wanted:
+        raise UserError(f'{path}: a block of superspace {checkpoint["superspace"]}, not of {wanted}')
+    return checkpoint
+
+
 def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False):
     """Train blocks stage by stage into `folder`; returns {block id: {'max': NSR, 'min': NSR, 'random': NSR}}."""
     results = {}
+    teacher.to(memory_format=_memory(recipe))
     for block in block_ids:
         if recipe.quant and not recipe.from_scratch:
             require_checkpoint(folder, block, quant=False)
@@ -148,8 +158,7 @@ def _finish(stage, trainees, teacher, data, recipe, job):
     """Complete the scales, evaluate, and write the final checkpoints if the losses are good ones."""
     if recipe.quant:
         images, *_ = next(iter(calibration_batches(data.train, recipe.batch_size, 1, recipe.seed)))
-        stage_input, _ = _stage_features(teacher, resize(images.to(job.device), max(recipe.hw_list)), stage,
-                                         recipe.channels_last)
+        stage_input, _ = _stage_features(teacher, images, max(recipe.hw_list), stage, recipe, job)
         for trainee in trainees:
             trainee.student.initialize_scales(stage_input, random.Random(f'{recipe.seed} {trainee.block_id} scales'))
     results = evaluate(stage, [(t.block_id, t.student) for t in trainees], teacher, data, recipe, job)
@@ -197,7 +206,7 @@ def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps, 
     """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch."""
     torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
     path = checkpoint_file(folder, block_id, recipe.quant)
-    resumed = load_checkpoint(path) if resume and os.path.isfile(path) else None
+    resumed = _load(path, superspace) if resume and os.path.isfile(path) else None
     if recipe.quant and resumed is None and not recipe.from_scratch:
         student = build_student(superspace, block_id, teacher, folder)
     else:
@@ -207,8 +216,7 @@ def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps, 
     if resumed is not None:
         load_weights(student, resumed, path)
     student.to(job.device)
-    if recipe.channels_last:
-        student.to(memory_format=torch.channels_last)
+    student.to(memory_format=_memory(recipe))
     broadcast(student, job)
     learning_rate = recipe.learning_rates[SEARCHABLE_STAGES.index(block_id.split('_')[0])]
     trainee = Trainee(block_id, student, path, learning_rate,
@@ -254,14 +262,14 @@ def _step(stage, trainees, images, teacher, recipe, epoch, step, total, job):
     hws = _resolutions(recipe, stage, epoch, step)
     images = images.to(job.device, non_blocking=True)
     with torch.no_grad(), _autocast(recipe, job):
-        features = {hw: _stage_features(teacher, resize(images, hw), stage, recipe.channels_last)
-                    for hw in dict.fromkeys(hws)}
+        features = {hw: _stage_features(teacher, images, hw, stage, recipe, job) for hw in dict.fromkeys(hws)}
     for trainee in trainees:
         rng = random.Random(f'{recipe.seed} {trainee.block_id} {epoch} {step}')
         trainee.optimizer.zero_grad(set_to_none=True)
         trainee.student.train()
         trainee.losses = _sandwich(trainee.student, hws, features, rng, recipe, job)
-    averages = average([loss for t in trainees for loss in t.losses.values()], job)
+    losses = [loss for t in trainees for loss in t.losses.values()]
+    averages = average(torch.stack(losses).tolist() if losses else [], job)     # the one wait for the device
     for i, trainee in enumerate(trainees):
         losses = averages[i * len(hws):(i + 1) * len(hws)]
         trainee.losses = dict(zip(trainee.losses, losses))
@@ -295,16 +303,19 @@ def _resolutions(recipe, stage, epoch, step):
                                                          for _ in range(recipe.num_random)]
 
 
-def _stage_features(teacher, images, stage, channels_last):
-    """The teacher's (stage input, stage output) for images (N, 3, H, W)."""
+def _memory(recipe):
+    return torch.channels_last if recipe.channels_last else torch.contiguous_format
+
+
+def _stage_features(teacher, images, hw, stage, recipe, job):
+    """The teacher's (stage input, stage output) for images (N, 3, H, W) resized to hw."""
+    images = resize(images.to(job.device), hw).contiguous(memory_format=_memory(recipe))
     output, stage_input = teacher.forward_to_stage(images, stage)
-    if channels_last:
-        stage_input = stage_input.contiguous(memory_format=torch.channels_last)
-    return stage_input, output
+    return stage_input.contiguous(memory_format=_memory(recipe)), output
 
 
 def _sandwich(student, hws, features, rng, recipe, job):
-    """Backward of max, min and random sub-stages, gradients summed; returns their losses by name."""
+    """Backward of max, min and random sub-stages, gradients summed; returns their losses (tensors) by name."""
     losses, of_max = {}, {}
     for i, hw in enumerate(hws):
         name = _activate(student, i, rng)
@@ -315,7 +326,7 @@ def _sandwich(student, hws, features, rng, recipe, job):
             output = student(stage_input)
         loss = nsr_loss(output, target, recipe.nsr_signal)
         loss.backward()
-        losses[name] = loss.item()
+        losses[name] = loss.detach()
         if i == 0 and not recipe.from_teacher:
             with torch.no_grad(), _autocast(recipe, job):
                 of_max = {other: output.detach() if other == hw else student(features[other][0])
@@ -351,8 +362,8 @@ def _state(trainee):
     """What a checkpoint holds, copied: training goes on."""
     return copy.deepcopy({
         'epoch': trainee.step // trainee.settings['steps an epoch'], 'step': trainee.step, 'done': trainee.done,
-        'settings': trainee.settings, 'model': trainee.student.state_dict(),
-        'optimizer': trainee.optimizer.state_dict()})
+        'superspace': trainee.student.superspace.name, 'settings': trainee.settings,
+        'model': trainee.student.state_dict(), 'optimizer': trainee.optimizer.state_dict()})
 
 
 def _write(trainee, state, job):
@@ -367,20 +378,20 @@ def evaluate(stage, students, teacher, data, recipe, job):
     students: [(block id, StudentStage)]. The teacher runs once per image for all of them. Images are at the
     largest resolution. The students' training state is put back.
     """
-    hw, results = max(recipe.hw_list), {}
+    results = {}
 
     def features(images):
-        return _stage_features(teacher, resize(images.to(job.device), hw), stage, recipe.channels_last)
+        return _stage_features(teacher, images, max(recipe.hw_list), stage, recipe, job)
 
-    calibration = [features(images)[0] for images, *_ in calibration_batches(
-        data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed)]
+    calibration = [features(images)[0].cpu() for images, *_ in calibration_batches(
+        data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed)]      # of GiB: not on the device
     with contextlib.ExitStack() as stack:
         candidates = []
         for block_id, student in students:
             stack.enter_context(kept_statistics(student))
             for i, name in enumerate(SUB_STAGES):
                 _activate(student, i, random.Random(f'{recipe.seed} {block_id} evaluation'))
-                calibrate(student, calibration)
+                calibrate(student, (maps.to(job.device) for maps in calibration))
                 candidates.append((block_id, name, i, student, norm_statistics(student)))
         sums = {(block_id, name): [0.0, 0] for block_id, name, *_ in candidates}
         for images, _ in eval_loader(data.valid, recipe.batch_size, job.rank, job.world_size, recipe.workers,
