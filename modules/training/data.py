@@ -30,7 +30,7 @@ from .log import note
 from .sources import LAYOUTS, one_line, open_source, plain_name
 
 SPLIT_SEED = 2147483647         # the held-out images are the same in every run, whatever --seed says
-AUGMENTATIONS = ('default', 'auto_augment_tf')
+AUGMENTATIONS = ('default', 'auto_augment_tf', 'none')
 NORMALIZATIONS = {              # mean and std of the three channels, of pixels in 0..1
     'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     'half': ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),      # TensorFlow's EfficientNet-lite
@@ -148,7 +148,8 @@ def build_transforms(image_size=224, augment='default', normalize='imagenet', sm
 
     Evaluation: the short side resized to 256/224 image_size, centre crop, bicubic. small: the whole picture is
     stretched to image_size, and shifted by up to an eighth in training. auto_augment_tf adds timm's AutoAugment
-    ImageNet policy v0, translations of 0.45 image_size, filled with the pixel mean.
+    ImageNet policy v0, translations of 0.45 image_size, filled with the pixel mean; none is
+    the evaluation transform, for runs too short to overfit.
     """
     if augment not in AUGMENTATIONS:
         raise UserError(f'--augment {augment}: not one of {" ".join(AUGMENTATIONS)}')
@@ -164,6 +165,8 @@ def build_transforms(image_size=224, augment='default', normalize='imagenet', sm
         evaluation = [transforms.Resize(round(image_size * 256 / 224), bicubic), transforms.CenterCrop(image_size)]
         train = [transforms.RandomResizedCrop(image_size, interpolation=bicubic)]
     train += [transforms.RandomHorizontalFlip()] * flip
+    if augment == 'none':
+        train = list(evaluation)
     if augment == 'auto_augment_tf':
         train.append(_auto_augment(image_size, mean))
     return transforms.Compose(train + to_tensor), transforms.Compose(evaluation + to_tensor)

@@ -55,7 +55,7 @@ class SupernetRecipe:
     iw_clip: float = _setting(5.0, 'bound of its importance weights')
     batch_size_per_gpu: int = _setting(64, 'images a step and rank')
     max_batch_size_per_gpu: int = _setting(0, 'larger batches are cut to this; 0: no limit')
-    augment: str = _setting('auto_augment_tf', 'default or auto_augment_tf')
+    augment: str = _setting('auto_augment_tf', 'default, auto_augment_tf or none')
     valid_size: int = _setting(10000, 'training images held out for validation and the subnet search')
     valid_freq: int = _setting(5, 'epochs between validations')
     num_calib_batches: int = _setting(20, 'of batch-norm calibration')
