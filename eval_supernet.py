@@ -1,72 +1,98 @@
 """Evaluate a supernet and its subnets.
 
+    python eval_supernet.py --superspace onnxw --supernet_choice 121122-133333 --mode acc \\
+        --resume ./checkpoints/supernet_training --dataset_dir ./dataset --subnet_choice max min --quant_mode
     python eval_supernet.py --superspace onnxw --supernet_choice 121122-133333 --mode lat \\
         --subnet_choice <subnet1> <subnet2>
 
---mode lat predicts INT8 latencies: with --subnet_choice a breakdown by block of each subnet (an encoding, max or
-min), without it the distribution of random subnets, with its picture and a CSV under --output_path.
+--mode acc: test accuracy of subnets (an encoding, max or min; both without --subnet_choice), each with batch-norm
+statistics of its own. --mode lat predicts INT8 latencies: of given subnets a breakdown by block, without any the
+distribution of random subnets with its picture. Both write a CSV below --output_path.
 """
 import os
 import random
 
 from tqdm import trange
 
-from modules.cli import add_local_rank, is_main_process, parser, positive, run
+from modules.cli import is_main_process, parser, positive, run
 from modules.files import write_text
 from modules.latency import LatencyPredictor
 from modules.latency.report import breakdown, draw_cdf, percentiles
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_supernet
-from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
+from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
-
-EXTREMES = {'max': max_subnet, 'min': min_subnet}
+from modules.training.classes import fit_classes
+from modules.training.data import open_data
+from modules.training.distributed import distributed_job
+from modules.training.subnet_report import add_evaluation_arguments, complete_scales, evaluate_all, evaluation_images
+from modules.zoo import CHECKPOINTS, EXTREMES, choose_subnet, find_checkpoint, load_supernet
 
 
 def get_args():
     p = parser(__doc__)
     p.add_argument('--superspace', choices=sorted(SUPERSPACES), help='not needed with a full supernet name')
     p.add_argument('--supernet_choice', required=True, help='supernet, such as 121122-133333 or spaceevo@vnni')
-    p.add_argument('--mode', choices=['lat'], default='lat', help='what to evaluate')
+    p.add_argument('--mode', choices=['acc', 'lat'], default='lat', help='what to evaluate')
     p.add_argument('--subnet_choice', nargs='+', default=[], metavar='SUBNET', help='subnet encodings, max or min')
-    p.add_argument('--platform', help="latency platform, or a block table *.json; default: the superspace's")
-    p.add_argument('--fallback', action='store_true', help='predict the blocks that a block table lacks')
-    p.add_argument('--trust_pickles', action='store_true', help="open nn-Meter's pickles, which are code")
+    p.add_argument('--resume', '--checkpoint_path', dest='resume', default=CHECKPOINTS, metavar='PATH',
+                   help='root of the checkpoints, <root>/<supernet>-align0/, or a checkpoint file')
+    p.add_argument('--align_sample', action='store_true', help='all blocks of a stage share k, w, e; -align1')
     p.add_argument('--num_samples', type=positive(int), default=1000, help='random subnets of the distribution')
-    p.add_argument('--seed', type=int, default=0, help='of the random subnets')
     p.add_argument('--output_path', default='./checkpoints/eval_supernet', help='folder of picture and CSV')
-    add_local_rank(p)
+    add_evaluation_arguments(p)
     return p.parse_args()
 
 
 def main(args):
-    if not is_main_process():                   # latencies need one process only
-        return
     supernet = find_supernet(args.supernet_choice, args.superspace)
-    platform = args.platform or supernet.superspace.platform
-    predictor = LatencyPredictor(platform, args.fallback, args.trust_pickles)
-    if args.subnet_choice:
-        print_breakdowns(supernet, args.subnet_choice, predictor)
-    else:
-        folder = os.path.join(args.output_path, str(supernet))
-        draw_distribution(supernet, predictor, args.num_samples, random.Random(args.seed), folder)
+    predictor = LatencyPredictor(args.platform or supernet.superspace.platform, args.fallback, args.trust_pickles)
+    folder = os.path.join(args.output_path, str(supernet))
+    if args.mode == 'acc':
+        print_accuracy(supernet, predictor, folder, args)
+    elif is_main_process():                     # latencies need one process only
+        if args.subnet_choice:
+            print_breakdowns(supernet, args.subnet_choice, predictor)
+        else:
+            draw_distribution(supernet, predictor, args.num_samples, random.Random(args.seed), folder,
+                              args.align_sample)
+
+
+def print_accuracy(supernet, predictor, folder, args):
+    """Accuracy, size and predicted latency of each chosen subnet, all of them checked before the first is run."""
+    subnets = {choice: choose_subnet(supernet, choice) for choice in args.subnet_choice or EXTREMES}
+    latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
+    path = find_checkpoint(supernet, args.quant_mode, args.resume, args.align_sample)
+    model = load_supernet(supernet, path, args.quant_mode)
+    data = open_data(args.dataset_path, args.dataset, args.valid_size,
+                     image_size=max(supernet.superspace.resolutions))
+    data = fit_classes(data, model.num_classes, path)
+    kind = 'int8' if args.quant_mode else 'fp32'
+    with distributed_job(args.local_rank, args.device) as job:
+        if job.is_main:
+            print(f'{supernet} in {kind} from {path}', flush=True)
+        model.to(job.device)
+        images = evaluation_images(data, job, args.batch_size, args.num_calib_batches, args.num_eval_images,
+                                   len(subnets), args.cache_gb, args.seed, args.num_workers)
+        complete_scales(model, list(subnets.values()), data, args.batch_size, job, args.seed)
+        evaluate_all(model, subnets, images, job, latencies, os.path.join(folder, f'accuracy_{kind}.csv'))
 
 
 def print_breakdowns(supernet, choices, predictor):
     """Latency by block of each chosen subnet, all of them checked before the first is shown."""
-    subnets = [EXTREMES[choice](supernet) if choice in EXTREMES else choice for choice in choices]
+    subnets = [choose_subnet(supernet, choice) for choice in choices]
     tables = [breakdown(supernet, subnet, predictor) for subnet in subnets]
     for subnet, table in zip(subnets, tables):
         print(f'{supernet} on {predictor.platform}: {subnet}', *table, sep='\n', end='\n\n')
 
 
-def draw_distribution(supernet, predictor, num_samples, rng, folder):
+def draw_distribution(supernet, predictor, num_samples, rng, folder, align_sample=False):
     """CDF picture and CSV (subnet, ms) of random subnets, with the largest and smallest one's latency marked."""
     marks = {name: predictor.predict_subnet(subnet_config(supernet, pick(supernet)))
              for name, pick in EXTREMES.items()}
     rows = []
     for _ in trange(num_samples, desc='random subnets', leave=False, disable=None):
-        subnet = sample_subnet(supernet, rng)
+        subnet = sample_subnet(supernet, rng, align_sample)
         rows.append((str(subnet), predictor.predict_subnet(subnet_config(supernet, subnet))))
     latencies = [ms for _, ms in rows]
     platform = os.path.splitext(os.path.basename(predictor.platform))[0]

@@ -1,17 +1,77 @@
-"""Published networks as torch modules, also by timm.create_model('seqnet_vnni_a0')."""
+"""Published networks as torch modules, also by timm.create_model('seqnet_vnni_a0') once this is imported.
+
+    get_subnet('SEQnet@vnni-A0', num_classes=10, pretrained=True)    static network from its supernet's checkpoint
+    load_network('checkpoints/downstream/…/lsq.pth')                 a network that was written by save_network()
+"""
 import os
 import sys
 
-from timm.models import register_model
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import FeatureInfo, generate_default_cfgs, register_model
 
 from .errors import UserError
-from .modeling.network import Network
-from .modeling.ops.lsq_plus import set_quant_mode
+from .modeling.network import FeatureMaps, Network, feature_stages
+from .modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from .modeling.supernet import Supernet
+from .search_space.encoding import parse_subnet, parse_supernet, subnet_config
 from .search_space.named import find_subnet, find_supernet, named_subnets, named_supernets
-from .training.checkpoint import load_weights
+from .search_space.sampling import max_subnet, min_subnet
+from .training.checkpoint import load_checkpoint, load_weights, model_state, save_checkpoint
 
 CHECKPOINTS = os.path.join('checkpoints', 'supernet_training')
+EXTREMES = {'max': max_subnet, 'min': min_subnet}
+CLASSIFIER = 'stages.logits.blocks.0.linear.weight'         # of a supernet
+
+
+def checkpoint_name(quant_mode):
+    """lsq.pth (int8) or checkpoint.pth (fp32)."""
+    return 'lsq.pth' if quant_mode else 'checkpoint.pth'
+
+
+def find_checkpoint(supernet, quant_mode, root=CHECKPOINTS, align_sample=False, name=None):
+    """Path of a supernet's trained weights below `root`: lsq.pth with quant_mode, else checkpoint.pth.
+
+    Looked for in <root>/<published name>/, <root>/<supernet>-align0/ (-align1 with align_sample) and in root itself;
+    where root is a file, it is that. `name`: a published name to say in the error. UserError lists what was
+    expected where there is none.
+    """
+    if os.path.isfile(root):
+        return os.fspath(root)
+    supernet = parse_supernet(supernet)
+    names = [known for known, encoding in named_supernets().items() if encoding == str(supernet)]
+    folders = [*(names if not align_sample else []), f'{supernet}-align{int(align_sample)}']
+    file = checkpoint_name(quant_mode)
+    paths = [os.path.join(root, folder, file) for folder in folders] + [os.path.join(root, file)]
+    for path in paths:
+        if os.path.isfile(path):
+            return path
+    shown = name or (f'{names[0]} ({supernet})' if names else str(supernet))
+    raise UserError(f'no checkpoint of {shown}: expected {" or ".join(paths)}')
+
+
+def load_supernet(supernet, path, quant_mode=False):
+    """Supernet with the weights of a checkpoint file, in int8 with quant_mode; as many classes as the file has.
+
+    UserError: no such file, not this supernet's weights, or in int8 weights whose scales were never trained.
+    """
+    supernet = parse_supernet(supernet)
+    checkpoint = load_checkpoint(path)
+    try:
+        weights = model_state(checkpoint)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+    if CLASSIFIER not in weights:
+        raise UserError(f'{path}: not the weights of supernet {supernet}: no {CLASSIFIER}')
+    whole = Supernet(supernet, len(weights[CLASSIFIER]))
+    load_weights(whole, weights, f'{path}: not the weights of supernet {supernet}')
+    if quant_mode and not any(op.scales_initialized for op in quantised_ops(whole)):
+        raise UserError(f'{path}: fp32 weights, whose LSQ+ scales were never trained; int8 needs lsq.pth')
+    return set_quant_mode(whole) if quant_mode else whole
+
+
+def choose_subnet(supernet, choice):
+    """encoding.Subnet of max, min or an encoding, checked to be in the supernet."""
+    return EXTREMES[choice](supernet) if choice in EXTREMES else parse_subnet(choice, supernet)
 
 
 def get_subnet(name, num_classes=1000, pretrained=False, quant_mode=False, checkpoint_path=CHECKPOINTS):
@@ -19,28 +79,54 @@ def get_subnet(name, num_classes=1000, pretrained=False, quant_mode=False, check
 
     pretrained: with the weights of its supernet's checkpoint, <checkpoint_path>/<supernet>/checkpoint.pth, or
     lsq.pth for quant_mode (int8); <supernet> is the published name, or the encoding with -align0. A path is the
-    file itself. Else the weights are random. UserError: unknown name, no such checkpoint, weights that do not fit.
+    file itself. The head is a new one where the checkpoint has other classes. Batch-norm statistics are the
+    supernet's: calibrate them on images. Not pretrained: random weights.
+    UserError: unknown name, no such checkpoint, weights that do not fit.
     """
     supernet, subnet = find_subnet(name)
+    path = None
     if pretrained:
-        path = pretrained if isinstance(pretrained, (str, os.PathLike)) else _checkpoint(
-            named_subnets()[name][0], supernet, quant_mode, checkpoint_path)
-        whole = Supernet(supernet, num_classes)
-        load_weights(whole, path, str(supernet))
+        path = pretrained if isinstance(pretrained, (str, os.PathLike)) else find_checkpoint(
+            supernet, quant_mode, checkpoint_path, name=named_subnets()[name][0])
+    return build_network(supernet, subnet, num_classes, path, quant_mode)
+
+
+def build_network(supernet, subnet, num_classes=1000, path=None, quant_mode=False):
+    """Static Network of a subnet of a supernet; path: the supernet's checkpoint, else random. 0 classes: features."""
+    if path is None:
+        network = Network.build(supernet, subnet, num_classes)
+        if quant_mode:
+            set_quant_mode(network)
+    else:
+        whole = load_supernet(supernet, path, quant_mode)
         whole.set_active_subnet(subnet)
         network = whole.get_active_subnet()
-    else:
-        network = Network.build(supernet, subnet, num_classes)
-    return set_quant_mode(network) if quant_mode else network
+    if num_classes != network.num_classes:
+        network.reset_classifier(num_classes)
+    return network
 
 
-def _checkpoint(name, supernet, quant_mode, root):
-    file = 'lsq.pth' if quant_mode else 'checkpoint.pth'
-    paths = [os.path.join(root, folder, file) for folder in (name, f'{supernet}-align0')]
-    for path in paths:
-        if os.path.isfile(path):
-            return path
-    raise UserError(f'no checkpoint of {name}: expected {" or ".join(paths)}')
+def network_checkpoint(network, supernet, subnet, quant_mode, **more):
+    """What a file holds from which load_network() builds the network; `more` is stored beside it."""
+    return {'supernet': str(supernet), 'subnet': str(subnet), 'num_classes': network.num_classes,
+            'quant_mode': bool(quant_mode), 'state_dict': network.state_dict(), **more}
+
+
+def save_network(path, network, supernet, subnet, quant_mode, **more):
+    """Write network_checkpoint() to a file, whole or not at all."""
+    save_checkpoint(path, network_checkpoint(network, supernet, subnet, quant_mode, **more))
+
+
+def load_network(path):
+    """The static Network, in eval mode, of a file by save_network() or downstream_cls.py, in int8 if it was."""
+    state = load_checkpoint(path)
+    lacking = [key for key in ('supernet', 'subnet', 'num_classes', 'quant_mode', 'state_dict')
+               if not isinstance(state, dict) or key not in state]
+    if lacking:
+        raise UserError(f'{path}: not a network of downstream_cls.py or eval_specific_net.py: no {lacking[0]!r} in it')
+    network = build_network(state['supernet'], state['subnet'], state['num_classes'], None, state['quant_mode'])
+    load_weights(network, state['state_dict'], f'{path}: not the weights of {state["subnet"]}')
+    return network.eval()
 
 
 def timm_name(name):
@@ -48,12 +134,60 @@ def timm_name(name):
     return name.lower().replace('@', '_').replace('-', '_')
 
 
+def _default_cfg(name):
+    resolution = find_subnet(name)[1].resolution
+    return {'input_size': (3, resolution, resolution), 'pool_size': (1, 1), 'crop_pct': 0.875,
+            'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+            'num_classes': 1000, 'first_conv': 'stages.first_conv.0.conv.conv',
+            'classifier': 'stages.logits.0.linear', 'license': 'mit'}
+
+
+default_cfgs = generate_default_cfgs({timm_name(_name): _default_cfg(_name) for _name in named_subnets()})
+
+
+def _create(name, pretrained=False, num_classes=1000, quant_mode=False, drop_rate=0.0, in_chans=3, global_pool='avg',
+            features_only=False, out_indices=None, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None,
+            **unknown):
+    """A SEQnet with timm's options; pretrained: a checkpoint of its supernet below ./checkpoints, or pretrained_cfg's
+    `file`."""
+    for option in unknown:
+        raise UserError(f'{timm_name(name)}: no option {option!r}')
+    for option, value, only in (('in_chans', in_chans, 3), ('global_pool', global_pool, 'avg')):
+        if value != only:
+            raise UserError(f'{timm_name(name)}: {option} {value!r}: only {only!r} is possible')
+    if out_indices is not None and not features_only:
+        raise UserError(f'{timm_name(name)}: out_indices goes with features_only=True')
+    cfg = dict(default_cfgs[timm_name(name)].default.to_dict(), architecture=timm_name(name))
+    for given in (pretrained_cfg, pretrained_cfg_overlay):
+        if given is not None and not isinstance(given, str):
+            given = given if isinstance(given, dict) else given.to_dict()
+            cfg.update((key, value) for key, value in given.items() if value is not None)
+    network = get_subnet(name, num_classes, pretrained and (cfg.get('file') or True), quant_mode)
+    network.drop_rate = drop_rate
+    if features_only:
+        network = _feature_maps(name, network, out_indices)
+    network.pretrained_cfg = network.default_cfg = cfg
+    return network
+
+
+def _feature_maps(name, network, out_indices):
+    """FeatureMaps with timm's feature_info; out_indices: which of the maps at strides 2, 4, 8, 16, 32."""
+    infos = [{'num_chs': channels, 'reduction': reduction, 'module': f'stages.{stage}'}
+             for stage, channels, reduction in feature_stages(network.config)]
+    count = len(infos)
+    indices = range(-out_indices, 0) if isinstance(out_indices, int) else range(count) if out_indices is None \
+        else out_indices
+    if not indices or not all(-count <= i < count for i in indices):
+        raise UserError(f'{timm_name(name)}: out_indices {out_indices}: there are {count} maps, 0 to {count - 1}')
+    indices = [i % count for i in indices]
+    maps = FeatureMaps(network, [infos[i]['module'].partition('.')[2] for i in indices])
+    maps.feature_info = FeatureInfo(infos, indices)
+    return maps
+
+
 def _register(name):
-    def create(pretrained=False, num_classes=1000, quant_mode=False, **timm_options):
-        unknown = [key for key in timm_options if key not in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')]
-        if unknown:
-            raise UserError(f'{timm_name(name)}: no option {unknown[0]!r}')
-        return get_subnet(name, num_classes, pretrained, quant_mode)
+    def create(pretrained=False, **options):
+        return _create(name, pretrained, **options)
     create.__name__, create.__doc__ = timm_name(name), f'{name} of SpaceEvo (ICCV 2023).'
     create.__module__ = __name__
     setattr(sys.modules[__name__], create.__name__, register_model(create))
@@ -62,5 +196,6 @@ def _register(name):
 for _name in named_subnets():
     _register(_name)
 
-__all__ = ['find_subnet', 'find_supernet', 'get_subnet', 'named_subnets', 'named_supernets', 'timm_name',
-           *map(timm_name, named_subnets())]
+__all__ = ['EXTREMES', 'build_network', 'choose_subnet', 'find_checkpoint', 'find_subnet', 'find_supernet',
+           'get_subnet', 'load_network', 'load_supernet', 'named_subnets', 'named_supernets', 'network_checkpoint',
+           'save_network', 'subnet_config', 'timm_name', *map(timm_name, named_subnets())]

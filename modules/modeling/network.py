@@ -1,18 +1,25 @@
-"""Static networks: one concrete subnet as a plain torch module."""
+"""Static networks: one concrete subnet as a plain torch module, with the interface of timm's models."""
+import torch
 from torch import nn
 
 from ..search_space.encoding import subnet_config
 from .blocks import Block
 from .complexity import block_sizes
+from .ops.lsq_plus import quantised_ops
 from .ops.op import resize
+
+LOGITS = 'logits'
 
 
 class Network(nn.Module):
-    """A subnet (SubnetConfig); (N, 3, H, W) to (N, classes). Resizes its input to its own resolution."""
+    """A subnet (SubnetConfig); (N, 3, H, W) to (N, classes). Resizes its input to its own resolution.
+
+    Without the config's last block it has no classifier and gives its features (N, num_features).
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.resolution = config, config.resolution
+        self.config, self.resolution, self._drop_rate = config, config.resolution, 0.0
         names = dict.fromkeys(block.stage for block in config.blocks)
         self.stages = nn.ModuleDict({
             name: nn.Sequential(*(Block(block.name, block_sizes(block))
@@ -23,13 +30,100 @@ class Network(nn.Module):
         """Randomly initialised network of a subnet string of a supernet string."""
         return cls(subnet_config(supernet, subnet, num_classes))
 
+    @property
+    def num_classes(self):
+        """Outputs of the classifier, 0 without one."""
+        return self.config.blocks[-1].cout if LOGITS in self.stages else 0
+
+    @property
+    def num_features(self):
+        """Channels of the features that the classifier sees."""
+        return [block.cout for block in self.config.blocks if block.stage != LOGITS][-1]
+
+    head_hidden_size = num_features                     # timm's other name
+
+    @property
+    def drop_rate(self):
+        """Probability of the dropout before the classifier."""
+        return self._drop_rate
+
+    @drop_rate.setter
+    def drop_rate(self, probability):
+        self._drop_rate = probability
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = probability
+
+    def get_classifier(self):
+        """The linear layer at the end, nn.Identity without one."""
+        return self.stages[LOGITS][0].linear if LOGITS in self.stages else nn.Identity()
+
+    @torch.no_grad()
+    def reset_classifier(self, num_classes, global_pool='avg'):
+        """A new, random classifier of `num_classes`, quantised as the old one was; 0: none.
+
+        Its LSQ+ scales are initialised by the first batch. Pooling is the average that is part of the network.
+        """
+        if global_pool not in (None, 'avg'):
+            raise ValueError(f'global_pool {global_pool!r}: the network pools itself, by the average (avg)')
+        body = tuple(block for block in self.config.blocks if block.stage != LOGITS)
+        like, bits = next(self.parameters()), [op.nbits_w for op in quantised_ops(self)]
+        if LOGITS in self.stages:
+            del self.stages[LOGITS]
+        self.config = self.config._replace(blocks=body)
+        if num_classes:
+            block = body[-1]._replace(stage=LOGITS, name='LogitsBlock', hw=1, cin=body[-1].cout, cout=num_classes,
+                                      kernel_size=0, expand_ratio=None, stride=0, activation='relu')
+            head = Block(block.name, block_sizes(block)).to(like.device, like.dtype).train(self.training)
+            head.linear.set_quant_mode(bits[-1])
+            self.stages[LOGITS] = nn.Sequential(head).train(self.training)
+            self.config = self.config._replace(blocks=(*body, block))
+            self.drop_rate = self._drop_rate
+
     def forward_features(self, x):
         """(N, 3, H, W) to the mixed features (N, 1920, 1, 1)."""
         x = resize(x, self.resolution)
         for name, stage in self.stages.items():
-            if name != 'logits':
+            if name != LOGITS:
                 x = stage(x)
         return x
 
+    def forward_head(self, x, pre_logits=False):
+        """(N, 1920, 1, 1) to (N, classes); pre_logits: to what the linear layer sees, (N, 1920)."""
+        if LOGITS not in self.stages:
+            return x.flatten(1)
+        head = self.stages[LOGITS]
+        return head[0].dropout(head[0].flatten(x)) if pre_logits else head(x)
+
     def forward(self, x):
-        return self.stages['logits'](self.forward_features(x))
+        return self.forward_head(self.forward_features(x))
+
+
+class FeatureMaps(nn.Module):
+    """The maps of a Network's stages `names`; (N, 3, H, W) to a list of (N, C, H/r, W/r), rounded up.
+
+    Unlike the network it does not resize its input: the maps fit any image. Its weights have the network's names.
+    """
+
+    def __init__(self, network, names):
+        super().__init__()
+        last = max(list(network.stages).index(name) for name in names)
+        self.names, self.config = tuple(names), network.config
+        self.stages = nn.ModuleDict(list(network.stages.items())[:last + 1])
+
+    def forward(self, x):
+        maps = {}
+        for name, stage in self.stages.items():
+            maps[name] = x = stage(x)
+        return [maps[name] for name in self.names]
+
+
+def feature_stages(config):
+    """[(stage, channels, reduction)] of a SubnetConfig: the last stage at each size of the map, the head left out."""
+    last, reduction = {}, 1
+    for block in config.blocks:
+        if block.stage in ('final_expand', 'feature_mix', LOGITS):
+            break
+        reduction *= block.stride
+        last[reduction] = (block.stage, block.cout, reduction)
+    return list(last.values())

@@ -101,6 +101,15 @@ def broadcast(module, job):
                 dist.broadcast(tensor, 0)
 
 
+def share(value, job):
+    """Rank 0's value (anything that can be pickled) on every rank."""
+    if job.world_size == 1:
+        return value
+    box = [value if job.is_main else None]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
 def barrier(job):
     """Wait for every rank."""
     if job.world_size > 1:

@@ -42,6 +42,12 @@ class DecodedImages:
     def _floats(self, pixels):
         return (pixels.to(torch.float32) / 255 - self.mean) / self.std
 
+    def to(self, device):
+        """Keep the bytes on a device, where each pass turns them into floats; returns itself."""
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        self.batches = [(pixels.to(device), labels.to(device)) for pixels, labels in self.batches]
+        return self
+
     def __len__(self):
         return sum(len(labels) for _, labels in self.batches)
 

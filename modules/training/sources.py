@@ -57,8 +57,9 @@ class Pictures:
 
     names are relative to root; labels class numbers; where, for a tar, (N, 2) offsets and sizes in bytes.
     min_side: JPEGs may be decoded smaller, their sides at least this many pixels (None: as they are).
+    classes: the names behind the labels, None without any.
     """
-    small = False
+    small, classes = False, None
 
     def __init__(self, root, names, labels, where=None, min_side=None):
         self.root, self.where, self.min_side = root, where, min_side
@@ -202,7 +203,13 @@ def _open_class_folders(train, val):
             raise UserError(f'{folder}: expected pictures in class folders; found none in {_found(folder)}')
         files = [os.path.relpath(name, folder) for name, _ in samples]
         sources.append(Pictures(folder, files, [label for _, label in samples]))
-    return *sources, len(classes)
+    return *_with_classes(sources, classes), len(classes)
+
+
+def _with_classes(sources, classes):
+    for source in sources:
+        source.classes = tuple(classes)
+    return sources
 
 
 def _check_classes(where, names, classes, train):
@@ -230,7 +237,7 @@ def _open_tars(train, val, labelled):
             labels = [numbers[member[0]] for member in members]
         where = np.array([member[2:] for member in members], dtype=np.int64)
         sources.append(Pictures(path, [member[1] for member in members], labels, where))
-    return *sources, len(classes)
+    return *_with_classes(sources, classes), len(classes)
 
 
 def _tar_index(path):

@@ -1,0 +1,413 @@
+"""Subnet search: evolution over a trained supernet's subnets whose predicted latency lies in a window.
+
+Latencies come before accuracies: a subnet outside the window is never run. One that was scored is never run
+again, whatever constraint it was scored for. Everything is a function of the seed and the scores, so a killed
+search is resumed by replaying it (evolution.py), and any number of ranks takes the same decisions.
+"""
+import contextlib
+import csv
+import hashlib
+import io
+import math
+import os
+import random
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .errors import UserError
+from .evolution import History
+from .files import write_text
+from .modeling.complexity import config_complexity
+from .modeling.ops.lsq_plus import local_initialisation, quantised_ops
+from .pictures import new_figure, save_figure
+from .search_space import sampling
+from .search_space.encoding import Subnet, parse_subnet, subnet_config
+from .training.calibrate import calibrate, initialize_all_scales
+from .training.data import calibration_batches, seed_of
+from .training.distributed import broadcast, share, sum_over_ranks
+from .training.evaluate import accuracy, images_of, kept_subnet
+from .training.log import note, progress
+from .training.parallel import thread_map
+from .training.subnet_report import calibrated_network
+
+COLUMNS = ('top1', 'top5', 'loss')          # scores: percent, percent, mean cross-entropy
+DRAWS, STEPS = 8, 100                       # a member: the nearest of 8 random subnets, walked into the window
+STRENGTHS = (1.0, 0.3, 0.1)                 # of a walk's mutations: far leaps, and steps small enough to arrive
+PATIENCE, ROUND_PATIENCE = 100, 20          # vain walks before a window, or a round, is given up
+BEST = 10
+
+
+class Window(NamedTuple):
+    """Predicted latencies from `low` to `high` ms, both included."""
+    low: float
+    high: float
+
+    def distance(self, ms):
+        """ms to the window, 0 inside."""
+        return max(self.low - ms, ms - self.high, 0.0)
+
+    def __str__(self):
+        return f'{self.low:g} to {self.high:g} ms'
+
+
+class Member(NamedTuple):
+    """A scored subnet; scores as COLUMNS. round: of the search, 0 for its random start, None of an earlier search."""
+    subnet: Subnet
+    ms: float
+    scores: tuple
+    round: int | None = None
+
+    def rank(self):
+        """Sorts the best first: by top-1 accuracy, of equal ones the faster."""
+        return -self.scores[0], self.ms, str(self.subnet)
+
+
+@dataclass(frozen=True)
+class SearchRecipe:
+    """Sizes of the evolution; a child has max_tries, then it is a mutation that walks on."""
+    population_size: int = 512
+    num_rounds: int = 20
+    num_mutations: int = 128
+    num_crossovers: int = 128
+    max_tries: int = 50
+
+
+class SubnetSpace:
+    """Subnets of a supernet (encoding.Supernet) with their predicted latencies; `reached`: smallest and largest, ms."""
+
+    def __init__(self, supernet, predictor, arch_mutate_prob=0.1, resolution_mutate_prob=0.1, align=False):
+        self.supernet, self.predictor, self.align = supernet, predictor, align
+        self.probabilities = arch_mutate_prob, resolution_mutate_prob
+        self.reached, self.count = (math.inf, -math.inf), 0
+        self.extremes = [sampling.min_subnet(supernet), sampling.max_subnet(supernet)]
+        for subnet in self.extremes:
+            self.ms(subnet)
+
+    def ms(self, subnet):
+        """Predicted latency, ms."""
+        ms = float(self.predictor.predict_subnet(subnet_config(self.supernet, subnet)))
+        self.reached, self.count = (min(ms, self.reached[0]), max(ms, self.reached[1])), self.count + 1
+        return ms
+
+    def draw(self, rng):
+        return sampling.sample_subnet(self.supernet, rng, self.align)
+
+    def mutate(self, subnet, rng, strength=1.0):
+        return sampling.mutate_subnet(self.supernet, subnet, rng, *(p * strength for p in self.probabilities),
+                                      self.align)
+
+    def cross(self, first, second, rng):
+        return sampling.crossover_subnets(first, second, rng, self.align)
+
+
+def walk(space, window, start, seen, rng, steps):
+    """A subnet in the window whose string is not in `seen`: the first on a path from `start`, else None.
+
+    The path takes mutations, at most `steps`, that are not further from the window than what they come from.
+    """
+    member, distance = start, window.distance(space.ms(start))
+    for _ in range(steps):
+        if not distance and str(member) not in seen:
+            return member
+        child = space.mutate(member, rng, rng.choice(STRENGTHS))
+        child_distance = window.distance(space.ms(child))
+        if child_distance <= distance:
+            member, distance = child, child_distance
+    return member if not distance and str(member) not in seen else None
+
+
+def initial_population(space, window, size, rng):
+    """Up to `size` different subnets in the window; fewer where there are hardly more. UserError: none found.
+
+    Every member is the nearest of a few random subnets, walked into the window. After failures walks also start
+    at members, or at the smallest and the largest subnet.
+    """
+    found, failures = {}, 0
+    while len(found) < size and failures < PATIENCE:
+        if failures % 2:
+            start = rng.choice(list(found.values()) or space.extremes)
+        else:
+            start = min((space.draw(rng) for _ in range(DRAWS)),
+                        key=lambda subnet: (window.distance(space.ms(subnet)), str(subnet) in found))
+        member = walk(space, window, start, found, rng, STEPS)
+        if member is None:
+            failures += 1
+        else:
+            found[str(member)] = member
+    if not found:
+        raise UserError(f'{space.supernet}: found no subnet of {window} (predicted on {space.predictor.platform}); '
+                        f'reachable: {space.reached[0]:.4g} to {space.reached[1]:.4g} ms, by the smallest, the largest '
+                        f'and {space.count - 2} more subnets; change --latency_constraint or --latency_delta')
+    return list(found.values())
+
+
+def offspring(space, window, parents, seen, rng, recipe):
+    """New subnets in the window: mutations, then crossovers of parents; fewer where nothing new is found."""
+    children, seen, failures = [], set(seen), 0
+
+    def mutation():
+        return space.mutate(rng.choice(parents), rng)
+
+    def crossover():
+        return space.cross(*(rng.sample(parents, 2) if len(parents) > 1 else parents * 2), rng)
+
+    for make in [mutation] * recipe.num_mutations + [crossover] * recipe.num_crossovers:
+        tries = (make() for _ in range(recipe.max_tries))
+        child = next((child for child in tries if str(child) not in seen and not window.distance(space.ms(child))),
+                     None) or walk(space, window, rng.choice(parents), seen, rng, recipe.max_tries)
+        if child is not None:
+            seen.add(str(child))
+            children.append(child)
+            continue
+        failures += 1
+        if failures == ROUND_PATIENCE:
+            break
+    return children
+
+
+def evolve(space, window, initial, score, rng, recipe):
+    """Yields (round, [Member, …]) of the initial population (round 0) and of each round's children, all scored.
+
+    score([Subnet, …]) gives their scores in order. Parents are the better half of the population, which is the
+    best that was found so far. Ends early where a round finds no new subnet. rng: random.Random.
+    """
+    population, seen, batch = [], set(), initial
+    for number in range(recipe.num_rounds + 1):
+        if number:
+            parents = [member.subnet for member in population[:max(1, len(population) // 2)]]
+            batch = offspring(space, window, parents, seen, rng, recipe)
+        if not batch:
+            return
+        seen.update(map(str, batch))
+        members = [Member(subnet, space.ms(subnet), tuple(scores), number)
+                   for subnet, scores in zip(batch, score(batch))]
+        population = sorted(population + members, key=Member.rank)[:recipe.population_size]
+        yield number, members
+
+
+class SharedHistory:
+    """Scores by encoding, the same on every rank; the first rank keeps them in `folder` (evolution.History)."""
+
+    def __init__(self, folder, settings, job, resume=False):
+        path = os.path.join(folder, 'history.csv')
+        if job.is_main and not resume and os.path.exists(path):
+            old = os.path.join(folder, 'history_old.csv')
+            os.replace(path, old)
+            note(f'without --resume the search starts anew; the scores so far are kept as {old}')
+        self.history = History(folder, COLUMNS, settings, resume) if job.is_main else None
+        self.entries = dict(share(self.history.entries if job.is_main else None, job))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.history is not None:
+            self.history.close()
+
+    def add(self, encoding, scores):
+        self.entries[encoding] = scores
+        if self.history is not None:
+            self.history.get(encoding, lambda: scores)
+
+
+def score_subnets(subnets, measure, history, job, at_once=1, tick=lambda count: None):
+    """Scores of subnets in order; those that the history lacks are measured, each by one rank.
+
+    measure([Subnet, …]) iterates over the scores of this rank's share, `at_once` subnets at most. tick(count) is
+    called as scores come. Alike sizes are measured side by side, so that ranks wait little for each other.
+    """
+    keys = [str(subnet) for subnet in subnets]
+    digest = seed_of(*keys) % 2 ** 32
+    if sum_over_ranks([digest], job)[0] != digest * job.world_size:
+        raise UserError(f'rank {job.rank}: ranks propose different subnets; are their machines and packages the same?')
+    new = sorted((subnet for key, subnet in zip(keys, subnets) if key not in history.entries),
+                 key=lambda subnet: (subnet.resolution, sum(subnet.depths)))
+    tick(len(keys) - len(new))
+    step, width = job.world_size * at_once, len(COLUMNS)
+    for first in range(0, len(new), step):
+        together = new[first:first + step]
+        values = [0.0] * (width * len(together))
+        for i, scores in enumerate(measure(together[job.rank::job.world_size])):
+            place = width * (job.rank + i * job.world_size)
+            values[place:place + width] = scores
+        values = sum_over_ranks(values, job)
+        for i, subnet in enumerate(together):
+            history.add(str(subnet), tuple(values[width * i:width * (i + 1)]))
+        tick(len(together))
+    return [history.entries[key] for key in keys]
+
+
+def measure_with(model, calibration, valid, job, threads=1):
+    """measure() for score_subnets(): accuracy of static copies, which batch norm is calibrated for.
+
+    calibration, valid: all the images, on every rank (DecodedImages). A copy's scores depend on nothing else, and
+    on a CPU each is computed on one core, `threads` at a time: they are the same on any number of ranks.
+    """
+    def copy(subnet):
+        with kept_subnet(model):
+            model.set_active_subnet(subnet)
+            return model.get_active_subnet().to(job.device)
+
+    def run(network):
+        calibrate(network, images_of(calibration, job.device))
+        return accuracy(network, valid, job.alone())[:len(COLUMNS)]
+
+    def measure(subnets):
+        with local_initialisation():
+            yield from thread_map(run, map(copy, subnets), threads)
+
+    return measure
+
+
+def initialise_scales(model, data, batch_size, job, seed=0, align=False):
+    """Initialise the LSQ+ scales that training never reached, the same on every rank."""
+    if all(op.scales_initialized for op in quantised_ops(model) if op.is_quantised):
+        return
+    images, _ = next(iter(calibration_batches(data.train, batch_size, 1, seed)))
+    rng = random.Random(f'{seed} scales')
+    with kept_subnet(model):
+        initialize_all_scales(model, images.to(job.device), model.set_max_subnet,
+                              lambda: model.sample_active_subnet(rng, align), patience=10)
+    broadcast(model, job)
+
+
+def search_windows(space, starts, score, recipe, seed, job, say):
+    """Members of one search for each {Window: initial population}; score(subnets, tick) gives their scores.
+
+    say(line) hears of each round. Every search has random numbers of its own, whatever else is searched.
+    """
+    found = []
+    children = recipe.num_rounds * (recipe.num_mutations + recipe.num_crossovers)
+    total = sum(map(len, starts.values())) + children * len(starts)
+    with contextlib.closing(progress(total, 'subnets', enabled=job.is_main)) as bar:
+        for window, initial in starts.items():
+            if len(initial) < recipe.population_size:
+                say(f'{window}: only {len(initial)} subnets found to start with, not {recipe.population_size}; '
+                    'the search goes on with them')
+            mine, number = [], -1
+            for number, members in evolve(space, window, initial, lambda subnets: score(subnets, bar.update),
+                                          random.Random(f'{seed} search {window}'), recipe):
+                mine += members
+                top = best_members(mine, window, 1)[0]
+                say(f'{window}: round {number}/{recipe.num_rounds}: {len(members)} subnets, mean '
+                    f'{sum(m.scores[0] for m in members) / len(members):.2f}%, best so far {top.scores[0]:.2f}% at '
+                    f'{top.ms:.4g} ms: {top.subnet}')
+            if number < recipe.num_rounds:
+                say(f'{window}: round {number + 1} found no new subnet: the search ends with {len(mine)}')
+            found += mine
+    return found
+
+
+def file_digest(path):
+    """First 16 hex digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def all_members(space, history, found):
+    """Member of every entry of the history, the fastest first; found: Members of this search."""
+    rounds = {}
+    for member in found:
+        rounds.setdefault(str(member.subnet), member.round)
+    subnets = [(key, parse_subnet(key, space.supernet)) for key in history.entries]
+    members = [Member(subnet, space.ms(subnet), history.entries[key], rounds.get(key)) for key, subnet in subnets]
+    return sorted(members, key=lambda member: (member.ms, *member.rank()))
+
+
+def best_members(members, window, count=BEST):
+    """The best Members in the window, best first."""
+    return sorted((m for m in members if not window.distance(m.ms)), key=Member.rank)[:count]
+
+
+def pareto_front(members):
+    """Members of which none faster is as accurate, the fastest first."""
+    front = []
+    for member in sorted(members, key=lambda member: (member.ms, *member.rank())):
+        if not front or member.scores[0] > front[-1].scores[0]:
+            front.append(member)
+    return front
+
+
+def evaluate_best(model, best, calibration, test, job):
+    """{encoding: Accuracy} on the test set of {Window: [Member, …]}, each tested once.
+
+    test: this rank's share; calibration: all images, on every rank.
+    """
+    subnets = {str(member.subnet): member.subnet for members in best.values() for member in members}
+    return {key: accuracy(calibrated_network(model, subnet, calibration, job.alone()), test, job)
+            for key, subnet in subnets.items()}
+
+
+def open_log(path, resume):
+    """Function that prints a line and writes it to the log file, which with `resume` is continued."""
+    log, started = open(path, 'a' if resume else 'w', buffering=1, encoding='utf-8'), time.perf_counter()
+
+    def say(line):
+        line = f'[{time.perf_counter() - started:8.1f} s] {line}'
+        print(line, flush=True)
+        print(line, file=log)
+
+    return say
+
+
+def write_results(folder, space, members, best, tested, kind, say):
+    """search.png, scored.csv and best_c…_d….csv of each window; the best are also said."""
+    files = [os.path.join(folder, name) for name in ('search.png', 'scored.csv')]
+    draw_search(files[0], members, best, f'{space.supernet}: {len(members)} {kind} subnets, {space.predictor.platform}')
+    write_scored(files[1], members)
+    for window, chosen in best.items():
+        files.append(os.path.join(folder, f'best_c{window.high:g}_d{window.high - window.low:g}.csv'))
+        write_best(files[-1], space, chosen, tested)
+        for member in chosen:
+            say(f'{window}: {member.ms:.4g} ms  held-out {member.scores[0]:.2f}%  test {tested[str(member.subnet)]}  '
+                f'{member.subnet}')
+    say('\n  '.join(['written:', *files]))
+
+
+def write_scored(path, members):
+    """CSV of all Members: subnet, ms, top1, top5, loss, round, and pareto (1 on the front, else 0)."""
+    front = {str(member.subnet) for member in pareto_front(members)}
+    _write_csv(path, ('subnet', 'ms', *COLUMNS, 'round', 'pareto'),
+               [(m.subnet, f'{m.ms:.4f}', *(f'{value:.4f}' for value in m.scores), m.round, int(str(m.subnet) in front))
+                for m in members])
+
+
+def write_best(path, space, members, tested):
+    """CSV of the best Members with what evaluate_best() gave, best first."""
+    rows = []
+    for member in members:
+        complexity = config_complexity(subnet_config(space.supernet, member.subnet).blocks)
+        numbers = member.ms, *complexity, member.scores[0], *tested[str(member.subnet)][:3]
+        rows.append((member.subnet, *(f'{value:.4f}' for value in numbers)))
+    _write_csv(path, ('subnet', 'ms', 'MFLOPs', 'Mparams', 'valid_top1', 'test_top1', 'test_top5', 'test_loss'), rows)
+
+
+def _write_csv(path, columns, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([columns, *rows])
+    write_text(path, text.getvalue())
+
+
+def draw_search(path, members, best, title):
+    """Picture of accuracy over latency: all Members, the Pareto front, and {Window: best Members} of each window."""
+    figure, axes = new_figure(figsize=(8, 5), layout='constrained')
+    for label, colour, part in (('evolved', '#1f6f8b', [m for m in members if m.round != 0]),
+                                ('random start', '#b8b8b8', [m for m in members if m.round == 0])):
+        if part:
+            axes.scatter([m.ms for m in part], [m.scores[0] for m in part], s=9, alpha=0.6, color=colour,
+                         linewidths=0, label=f'{label}: {len(part)} subnets')
+    front = pareto_front(members)
+    axes.plot([m.ms for m in front], [m.scores[0] for m in front], color='#d1495b', marker='.', linewidth=1.2,
+              label=f'Pareto front: {len(front)}')
+    for i, (window, chosen) in enumerate(best.items()):
+        axes.axvspan(*window, color='#edae49', alpha=0.15, label='latency windows' if i == 0 else None)
+        axes.scatter([m.ms for m in chosen], [m.scores[0] for m in chosen], s=45, facecolors='none',
+                     edgecolors='#d1495b', label='tested on the test set' if i == 0 else None)
+    axes.set(xlabel='predicted INT8 latency (ms)', ylabel='top-1 on held-out training images (%)', title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc='lower right', fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,260 @@
+"""Fine-tuning of a static network on another data set, in int8 (LSQ+) or fp32.
+
+Everything random in a step is a function of (seed, epoch, step, rank), so a resumed run takes the very same steps.
+"""
+import contextlib
+import copy
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from ..errors import UserError
+from ..modeling.ops.lsq_plus import local_initialisation
+from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
+from .checkpoint import load_checkpoint, load_weights, save_checkpoint
+from .data import calibration_batches, eval_loader, seed_of, train_loader
+from .distributed import average, average_gradients, broadcast
+from .evaluate import accuracy, images_of
+from .log import note, progress
+from .optim import parameter_groups, set_learning_rate, warmup_linear
+
+# {data set: (learning rate, weight decay)} of the published fine-tuning
+RECIPES = {'CIFAR10': (0.0125, 4e-5), 'CIFAR100': (0.0125, 4e-5), 'Flowers102': (0.15, 4e-6),
+           'OxfordIIITPet': (0.00375, 4e-6), 'Food101': (0.15, 4e-8), 'StanfordCars': (0.15, 0.0),
+           'FGVCAircraft': (0.075, 4e-8)}
+PROGRESS = ('step', 'done', 'best', 'results')          # of a FineTuning, in checkpoints
+
+
+@dataclass(frozen=True)
+class DownstreamRecipe:
+    """How to fine-tune: SGD with Nesterov momentum, a linear decay after the warm-up."""
+    learning_rate: float
+    weight_decay: float                     # not of norms, biases and scales
+    epochs: int = 200
+    warmup_epochs: float = 2.0
+    batch_size: int = 128                   # images a step and rank
+    momentum: float = 0.9
+    label_smoothing: float = 0.1
+    grad_clip_norm: float = 1.0
+    only_train_head: bool = False
+    num_calib_batches: int = 20             # of the batch-norm calibration before the first step
+    eval_freq: int = 10                     # epochs
+    checkpoint_freq: int = 200              # steps
+    max_steps: int = 0                      # of an epoch, for short runs; 0: all
+    num_eval_images: int = 0                # 0: all
+    seed: int = 0
+
+
+@dataclass
+class FineTuning:
+    """A network in fine-tuning; `step` counts optimiser steps, best is the best top-1 so far."""
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    settings: dict
+    identity: dict                          # what the network is; see finetune()
+    path: str
+    step: int = 0
+    done: bool = False
+    best: float = -1.0
+    results: dict = field(default_factory=dict)         # Accuracy as a dict: 'valid' of the last one, 'test'
+    unproven: dict = None                   # a checkpoint that is written once the loss after it is finite
+
+    @property
+    def best_path(self):
+        root, ending = os.path.splitext(self.path)
+        return f'{root}_best{ending}'
+
+    def state(self):
+        """What a checkpoint holds, copied: training goes on."""
+        return copy.deepcopy({
+            **self.identity, 'state_dict': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'settings': self.settings, 'epoch': self.step // self.settings['steps an epoch'],
+            **{key: getattr(self, key) for key in PROGRESS}})
+
+    def write(self, job):
+        """Write the state that the loss after it has shown to be good."""
+        if self.unproven and job.is_main:
+            save_checkpoint(self.path, self.unproven)
+        self.unproven = None
+
+    def stop(self, where):
+        """The UserError of a loss that is not finite."""
+        kept = f'the last good checkpoint is {self.path}' if os.path.exists(self.path) else 'there is no checkpoint yet'
+        return UserError(f'{where}: the loss is not finite; {kept}; try a smaller --learning_rate')
+
+
+def find_recipe(dataset, learning_rate=None, weight_decay=None):
+    """(learning rate, weight decay) of a data set, given ones first; UserError where there is none."""
+    recipe = {plain(name): values for name, values in RECIPES.items()}.get(plain(dataset), (None, None))
+    values = [known if given is None else given for given, known in zip((learning_rate, weight_decay), recipe)]
+    if None in values:
+        raise UserError(f'--dataset {dataset}: no published recipe (there are {" ".join(RECIPES)}); give '
+                        '--learning_rate and --weight_decay')
+    return values
+
+
+def plain(name):
+    """A data set's name as it is compared: cifar10 of CIFAR-10."""
+    return name.replace('-', '').replace('_', '').lower()
+
+
+def finetune(network, data, recipe, path, job, identity, resume=False, workers=0):
+    """Fine-tune `network` (modeling.Network with a head for the data) into `path`; returns its test Accuracy dict.
+
+    identity: plain values that are stored with the weights and from which the network can be built again. The best
+    state by the held-out images (by the test images where none are held out) is beside `path` as …_best.pth.
+    UserError: a loss that is not finite, or a run that was begun with other settings.
+    """
+    steps = len(train_loader(data.train, recipe.batch_size, 0, recipe.seed, job.rank, job.world_size))
+    steps = min(steps, recipe.max_steps or steps)
+    tuning = _start(network, data, recipe, path, job, identity, resume, steps, workers)
+    if tuning.done:
+        note(f'{path}: already fine-tuned')
+        return tuning.results['test']
+    valid = eval_loader(data.valid if len(data.valid) else data.test, recipe.batch_size, job.rank, job.world_size,
+                        workers, limit_images=recipe.num_eval_images or None)
+    folder, kind = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
+    writer = SummaryWriter(os.path.join(folder, 'tensorboard', kind), purge_step=tuning.step or None) \
+        if job.is_main else None
+    bar = progress(steps * recipe.epochs, f'fine-tuning {identity.get("subnet_name", "")}', tuning.step, job.is_main)
+    with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
+        for epoch in range(tuning.step // steps, recipe.epochs):
+            loader = train_loader(data.train, recipe.batch_size, epoch, recipe.seed, job.rank, job.world_size, workers,
+                                  tuning.step - epoch * steps)
+            for images, labels in loader:
+                if tuning.step >= (epoch + 1) * steps:
+                    break
+                loss = _take_step(tuning, images, labels, recipe, epoch, steps, job, writer)
+                bar.update()
+                bar.set_postfix(epoch=epoch, loss=f'{loss:.3f}', refresh=False)
+                if tuning.step % recipe.checkpoint_freq == 0 and tuning.step % steps:
+                    tuning.unproven = tuning.state()
+            last = epoch + 1 == recipe.epochs
+            if last or (epoch + 1) % recipe.eval_freq == 0:
+                _evaluate(tuning, valid, job, epoch, writer)
+            if last:
+                _finish(tuning, data, valid, recipe, job, workers)
+            tuning.unproven = tuning.state()
+        tuning.write(job)
+    return tuning.results['test']
+
+
+def _start(network, data, recipe, path, job, identity, resume, steps, workers):
+    """The FineTuning, from its unfinished checkpoint or from the network as it is, calibrated on the images."""
+    resumed = load_checkpoint(path) if resume and os.path.isfile(path) else None
+    settings = _settings(data, recipe, job, identity, steps)
+    if resumed is not None:
+        for key, value in settings.items():
+            if resumed.get('settings', {}).get(key) != value:
+                raise UserError(f'{path}: begun with {key} {resumed.get("settings", {}).get(key)}, not {value}; '
+                                'resume with the same, or start anew without --resume')
+        load_weights(network, resumed['state_dict'], path)
+    network.to(job.device, memory_format=torch.channels_last)
+    if resumed is None:
+        _prepare(network, data, recipe, workers, job)
+    broadcast(network, job)
+    part = network.get_classifier() if recipe.only_train_head else network
+    network.requires_grad_(not recipe.only_train_head)
+    part.requires_grad_(True)
+    optimizer = torch.optim.SGD(parameter_groups(part, recipe.weight_decay), lr=recipe.learning_rate,
+                                momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    tuning = FineTuning(network, optimizer, settings, identity, path)
+    if resumed is not None:
+        optimizer.load_state_dict(resumed['optimizer'])
+        for key in PROGRESS:
+            setattr(tuning, key, resumed[key])
+    return tuning
+
+
+def _settings(data, recipe, job, identity, steps):
+    """What decides the weights, as plain values: a run is resumed with the same or not at all."""
+    ignored = ('checkpoint_freq', 'eval_freq', 'num_eval_images', 'max_steps')
+    values = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ignored}
+    return {**values, **identity, 'steps an epoch': steps, 'ranks': job.world_size, 'training images': len(data.train)}
+
+
+def _prepare(network, data, recipe, workers, job):
+    """Batch-norm statistics of the new images, and LSQ+ scales that have none yet: the head's, or from scratch all.
+
+    A subnet of a supernet has no statistics of its own. Every rank takes the same images.
+    """
+    batches = calibration_batches(data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed, workers)
+    with local_initialisation(), kept_statistics(network):
+        calibrate(network, images_of(batches, job.device))
+        statistics = norm_statistics(network)
+    set_norm_statistics(network, statistics)
+
+
+def _take_step(tuning, images, labels, recipe, epoch, steps, job, writer):
+    """One optimiser step; returns the loss."""
+    step, network = tuning.step, tuning.network
+    torch.manual_seed(seed_of(recipe.seed, epoch, step, job.rank))
+    network.train(not recipe.only_train_head)           # a frozen body keeps its statistics too
+    tuning.optimizer.zero_grad(set_to_none=True)
+    with _training_scales(network) if recipe.only_train_head else contextlib.nullcontext():
+        logits = network(images.to(job.device, non_blocking=True))
+    loss = F.cross_entropy(logits.float(), labels.to(job.device, non_blocking=True),
+                           label_smoothing=recipe.label_smoothing)
+    loss.backward()
+    loss, = average([loss.item()], job)
+    if not math.isfinite(loss):
+        raise tuning.stop(f'step {step} (epoch {epoch})')
+    tuning.write(job)
+    parameters = [p for group in tuning.optimizer.param_groups for p in group['params']]
+    average_gradients(parameters, job)
+    norm = float(nn.utils.clip_grad_norm_(parameters, recipe.grad_clip_norm))
+    if not math.isfinite(norm):
+        raise tuning.stop(f'step {step} (epoch {epoch})')
+    learning_rate = warmup_linear(recipe.learning_rate, step, steps * recipe.epochs,
+                                  round(recipe.warmup_epochs * steps))
+    set_learning_rate(tuning.optimizer, learning_rate)
+    tuning.optimizer.step()
+    tuning.step = step + 1
+    if writer and step % 20 == 0:
+        for name, value in (('loss', loss), ('gradient norm', norm), ('learning rate', learning_rate)):
+            writer.add_scalar(f'train/{name}', value, step)
+    return loss
+
+
+@contextlib.contextmanager
+def _training_scales(network):
+    """Inside, the head is in training mode, in which its LSQ+ scales and its dropout learn and drop."""
+    head = network.stages['logits']
+    head.train()
+    try:
+        yield
+    finally:
+        head.eval()
+
+
+def _evaluate(tuning, images, job, epoch, writer):
+    """Accuracy after an epoch; the best state so far is written."""
+    broadcast(tuning.network, job)                      # batch-norm statistics are each rank's own
+    result = accuracy(tuning.network, images, job)
+    if not math.isfinite(result.loss):
+        raise tuning.stop(f'evaluation of epoch {epoch}')
+    tuning.results['valid'] = result._asdict()
+    note(f'epoch {epoch}: {result}')
+    if writer:
+        writer.add_scalar('evaluation/top-1', result.top1, tuning.step)
+    if result.top1 > tuning.best:
+        tuning.best = result.top1
+        if job.is_main:
+            save_checkpoint(tuning.best_path, tuning.state())
+
+
+def _finish(tuning, data, valid, recipe, job, workers):
+    """The test accuracy of the last state."""
+    tuning.done = True
+    if not len(data.valid):
+        tuning.results['test'] = tuning.results['valid']
+        return
+    test = eval_loader(data.test, recipe.batch_size, job.rank, job.world_size, workers,
+                       limit_images=recipe.num_eval_images or None)
+    tuning.results['test'] = accuracy(tuning.network, test, job)._asdict()

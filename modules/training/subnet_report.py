@@ -1,0 +1,116 @@
+"""What eval_supernet.py and eval_specific_net.py share: images for several subnets, and their table."""
+import contextlib
+import csv
+import io
+import itertools
+
+from ..cli import positive
+from ..files import write_text
+from ..modeling.complexity import config_complexity
+from ..modeling.ops.lsq_plus import quantised_ops
+from .calibrate import calibrate, initialize_all_scales, kept_statistics
+from .data import add_data_arguments, calibration_batches, eval_loader
+from .distributed import add_distributed_arguments
+from .evaluate import DecodedImages, accuracy, evaluate_subnet, images_of, kept_subnet
+from .log import note, progress
+
+COLUMNS = ('subnet', 'top1', 'top5', 'loss', 'MFLOPs', 'Mparams', 'ms')
+
+
+def add_evaluation_arguments(parser):
+    """--quant_mode, batches of calibration and evaluation, latency platform, data and launcher."""
+    parser.add_argument('--quant_mode', action='store_true', help='int8: lsq.pth instead of checkpoint.pth')
+    parser.add_argument('--batch_size', type=positive(int), default=64, help='images a batch and rank')
+    parser.add_argument('--num_calib_batches', type=positive(int), default=20,
+                        help='of training images, for batch-norm calibration; ranks share them')
+    parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
+    parser.add_argument('--cache_gb', type=positive(float), default=8.0,
+                        help='GiB a rank for test images that several subnets share; above it they are decoded anew')
+    parser.add_argument('--platform', help="latency platform, or a block table *.json; default: the superspace's")
+    parser.add_argument('--fallback', action='store_true', help='predict the blocks that a block table lacks')
+    parser.add_argument('--trust_pickles', action='store_true', help="open nn-Meter's pickles, which are code")
+    parser.add_argument('--seed', type=int, default=0, help='of the calibration images')
+    add_data_arguments(parser)
+    add_distributed_arguments(parser)
+
+
+class _Watched:
+    """Batches with a progress bar around each pass over them."""
+
+    def __init__(self, batches, total, job):
+        self.batches, self.total, self.job = batches, total, job
+
+    def __iter__(self):
+        with contextlib.closing(progress(self.total, 'evaluation', enabled=self.job.is_main)) as bar:
+            for batch in self.batches:
+                yield batch
+                bar.update()
+
+
+def evaluation_images(data, job, batch_size, num_calib_batches, limit_images=None, passes=1, cache_gb=8.0, seed=0,
+                      workers=0):
+    """(calibration, test) batches of this rank's share; decoded once for several `passes` if they fit in cache_gb."""
+    calibration = DecodedImages(calibration_batches(data.train, batch_size, num_calib_batches, seed, workers, job.rank,
+                                                    job.world_size), data.mean_std)
+    test = eval_loader(data.test, batch_size, job.rank, job.world_size, workers, limit_images=limit_images)
+    total = len(test)
+    if passes > 1:
+        size = total * batch_size * data.test[0][0].numel() / 2 ** 30
+        if size <= cache_gb:
+            test = DecodedImages(test, data.mean_std)
+        else:
+            note(f'the test images take {size:.1f} GiB a rank, more than --cache_gb {cache_gb:g}: decoded per subnet')
+    return calibration, _Watched(test, total, job)
+
+
+def complete_scales(supernet, subnets, data, batch_size, job, seed=0):
+    """Initialise LSQ+ scales of the subnets that training never reached, on one batch, the same on every rank."""
+    def untrained(subnet):
+        supernet.set_active_subnet(subnet)
+        return sum(op.is_quantised and not op.scales_initialized for op in quantised_ops(supernet.get_active_subnet()))
+
+    with kept_subnet(supernet):
+        most = max(map(untrained, subnets))
+        if most:
+            note(f'the LSQ+ scales of {most} ops were never trained: initialised on {batch_size} training images')
+            images, _ = next(iter(calibration_batches(data.train, batch_size, 1, seed)))
+            again = itertools.cycle(subnets)
+            initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet,
+                                  lambda: supernet.set_active_subnet(next(again)), patience=len(subnets))
+
+
+def calibrated_network(supernet, subnet, calibration, job):
+    """The static Network of a subnet with batch-norm statistics of its own; the supernet stays as it was."""
+    with kept_subnet(supernet), kept_statistics(supernet):
+        supernet.set_active_subnet(subnet)
+        calibrate(supernet, images_of(calibration, job.device), job)
+        return supernet.get_active_subnet()
+
+
+def evaluate_static(supernet, subnet, calibration, test, job):
+    """evaluate_subnet() by the extracted static network, which is what is deployed."""
+    return accuracy(calibrated_network(supernet, subnet, calibration, job), test, job)
+
+
+def evaluate_all(supernet, subnets, images, job, milliseconds, path, measure=evaluate_subnet):
+    """Accuracy of each of {name: Subnet}, printed and in a CSV at `path`; returns [Accuracy, …].
+
+    images: of evaluation_images(); milliseconds: {name: predicted latency}.
+    """
+    rows, results = [], []
+    for name, subnet in subnets.items():
+        result = measure(supernet, subnet, *images, job)
+        with kept_subnet(supernet):
+            supernet.set_active_subnet(subnet)
+            mflops, mparams = config_complexity(supernet.get_active_subnet_config().blocks)
+        rows.append([subnet, *(f'{value:.4f}' for value in (*result[:3], mflops, mparams, milliseconds[name]))])
+        results.append(result)
+        if job.is_main:
+            print(f'{name}: {result}\n  {mflops:.1f} MFLOPs  {mparams:.2f} Mparams  '
+                  f'{milliseconds[name]:.2f} ms predicted', flush=True)
+            text = io.StringIO()
+            csv.writer(text, lineterminator='\n').writerows([COLUMNS, *rows])
+            write_text(path, text.getvalue())
+    if job.is_main:
+        print(path)
+    return results

@@ -1,0 +1,121 @@
+"""Search a trained LSQ+ supernet for the most accurate subnets of a predicted int8 latency.
+
+    python -m torch.distributed.launch --nproc_per_node=4 search_subnet.py --superspace onnxw \\
+        --supernet_choice 121122-133333 --dataset_path ./dataset --output_path checkpoints/search_subnet \\
+        --checkpoint_path checkpoints/supernet_training --latency_constraint 15 --latency_delta 2 --batch_size 32 \\
+        --num_calib_batches 20
+
+Evolution over the subnets of c - d to c ms by their int8 accuracy on held-out training images; the ten best are
+tested on the test set. Writes to <output_path>/<supernet>/: history.csv (every score as it comes), scored.csv,
+best_c15_d2.csv, search.png and search.log. A killed search goes on with --resume. docs/subnet_search.md has more.
+"""
+import os
+import random
+
+from modules.cli import parser, positive, run
+from modules.errors import UserError
+from modules.latency import LatencyPredictor
+from modules.search_space.named import find_supernet
+from modules.search_space.superspace import SUPERSPACES
+from modules.subnet_search import (
+    BEST,
+    SearchRecipe,
+    SharedHistory,
+    SubnetSpace,
+    Window,
+    all_members,
+    best_members,
+    evaluate_best,
+    file_digest,
+    initial_population,
+    initialise_scales,
+    measure_with,
+    open_log,
+    score_subnets,
+    search_windows,
+    write_results,
+)
+from modules.training.classes import fit_classes
+from modules.training.data import calibration_batches, eval_loader, open_data
+from modules.training.distributed import distributed_job
+from modules.training.evaluate import DecodedImages
+from modules.training.parallel import default_workers
+from modules.training.subnet_report import add_evaluation_arguments, evaluation_images
+from modules.zoo import CHECKPOINTS, find_checkpoint, load_supernet
+
+
+def get_args():
+    p = parser(__doc__)
+    p.add_argument('--superspace', choices=sorted(SUPERSPACES), help='not needed with a full supernet name')
+    p.add_argument('--supernet_choice', required=True, help='supernet, such as 121122-133333 or spaceevo@vnni')
+    p.add_argument('--latency_constraint', type=positive(float), nargs='+', required=True,
+                   help='c in ms: largest latency, one search each; they share what is scored')
+    p.add_argument('--latency_delta', type=positive(float), default=2.0, help='d in ms: smallest latency is c - d')
+    p.add_argument('--checkpoint_path', default=CHECKPOINTS,
+                   help='root of the checkpoints, <root>/<supernet>-align0/lsq.pth, or a checkpoint file')
+    p.add_argument('--output_path', default='./checkpoints/search_subnet', help='folder of the results')
+    p.add_argument('--population_size', type=positive(int), default=512, help='parents are the better half')
+    p.add_argument('--num_rounds', type=positive(int), default=20, help='generations after the random start')
+    p.add_argument('--num_mutations', type=positive(int), default=128, help='a round')
+    p.add_argument('--num_crossovers', type=positive(int), default=128, help='a round')
+    p.add_argument('--arch_mutate_prob', type=positive(float), default=0.1, help='of each depth, k, w, e')
+    p.add_argument('--resolution_mutate_prob', type=positive(float), default=0.1, help='of the resolution')
+    p.add_argument('--align_sample', action='store_true', help='all blocks of a stage share k, w, e; -align1')
+    p.add_argument('--num_valid_images', type=positive(int), help='of the held-out images; default: all of them')
+    p.add_argument('--num_threads', type=positive(int),
+                   help='subnets measured at a time by a rank, on a CPU; default: its share of the cores')
+    p.add_argument('--resume', action='store_true', help='go on with the history in the output directory')
+    add_evaluation_arguments(p)
+    p.add_argument('--fp32', dest='quant_mode', action='store_false', help='fp32 accuracy, of checkpoint.pth')
+    p.set_defaults(quant_mode=True, valid_size=10000)
+    return p.parse_args()
+
+
+def main(args):
+    supernet = find_supernet(args.supernet_choice, args.superspace)
+    predictor = LatencyPredictor(args.platform or supernet.superspace.platform, args.fallback, args.trust_pickles)
+    path = find_checkpoint(supernet, args.quant_mode, args.checkpoint_path, args.align_sample)
+    space = SubnetSpace(supernet, predictor, args.arch_mutate_prob, args.resolution_mutate_prob, args.align_sample)
+    recipe = SearchRecipe(args.population_size, args.num_rounds, args.num_mutations, args.num_crossovers)
+    windows = [Window(c - args.latency_delta, c) for c in sorted(set(args.latency_constraint))]
+    starts = {window: initial_population(space, window, recipe.population_size,
+                                         random.Random(f'{args.seed} start {window}')) for window in windows}
+    model = load_supernet(supernet, path, args.quant_mode)
+    data = open_data(args.dataset_path, args.dataset, args.valid_size, image_size=max(supernet.superspace.resolutions))
+    data = fit_classes(data, model.num_classes, path)
+    if not len(data.valid):
+        raise UserError(f'--valid_size {args.valid_size}: no held-out images to search with')
+    kind = 'int8' if args.quant_mode else 'fp32'
+    settings = {'supernet': str(supernet), 'checkpoint': file_digest(path), 'numbers': kind, 'seed': args.seed,
+                'data set': args.dataset, 'training images': len(data.train), 'align_sample': args.align_sample,
+                'valid images': min(len(data.valid), args.num_valid_images or len(data.valid)),
+                'calibration images': args.batch_size * args.num_calib_batches, 'batch_size': args.batch_size}
+    folder = os.path.join(args.output_path, str(supernet) + '-align1' * args.align_sample
+                          + '-fp32' * (not args.quant_mode))
+    with distributed_job(args.local_rank, args.device) as job, \
+            SharedHistory(folder, settings, job, args.resume) as history:
+        say = open_log(os.path.join(folder, 'search.log'), args.resume) if job.is_main else lambda line: None
+        say(f'{supernet} in {kind} from {path}; {recipe}; {len(history.entries)} subnets scored before; {settings}')
+        model.to(job.device)
+        calibration = DecodedImages(calibration_batches(data.train, args.batch_size, args.num_calib_batches, args.seed,
+                                                        args.num_workers), data.mean_std).to(job.device)
+        valid = DecodedImages(eval_loader(data.valid, args.batch_size, workers=args.num_workers,
+                                          limit_images=args.num_valid_images), data.mean_std).to(job.device)
+        initialise_scales(model, data, args.batch_size, job, args.seed, args.align_sample)
+        threads = 1 if job.device.type == 'cuda' else args.num_threads or default_workers()
+        measure = measure_with(model, calibration, valid, job, threads)
+        found = search_windows(space, starts, lambda subnets, tick: score_subnets(subnets, measure, history, job,
+                                                                                  threads, tick),
+                               recipe, args.seed, job, say)
+        members = all_members(space, history, found)
+        best = {window: best_members(members, window) for window in windows}
+        say(f'testing the best {BEST} of each window')
+        _, test = evaluation_images(data, job, args.batch_size, 1, args.num_eval_images, BEST * len(best),
+                                    args.cache_gb, args.seed, args.num_workers)
+        tested = evaluate_best(model, best, calibration, test, job)
+        if job.is_main:
+            write_results(folder, space, members, best, tested, kind, say)
+
+
+if __name__ == '__main__':
+    run(main, get_args)

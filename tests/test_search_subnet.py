@@ -1,0 +1,277 @@
+"""Subnet search: the evolution with a fake accuracy, and search_subnet.py as users run it, killed and resumed."""
+import csv
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import search_subnet
+from modules.errors import UserError
+from modules.latency import LatencyPredictor
+from modules.modeling.ops.lsq_plus import set_quant_mode
+from modules.modeling.supernet import Supernet
+from modules.search_space.encoding import parse_supernet
+from modules.subnet_search import (
+    Member,
+    SearchRecipe,
+    SharedHistory,
+    SubnetSpace,
+    Window,
+    all_members,
+    best_members,
+    evolve,
+    initial_population,
+    pareto_front,
+    score_subnets,
+    search_windows,
+)
+from modules.training.calibrate import initialize_all_scales
+from modules.training.distributed import Job
+
+from .checkpoints import call, fails
+from .launching import command, family
+
+RECIPE = SearchRecipe(population_size=20, num_rounds=4, num_mutations=5, num_crossovers=5)
+WINDOW = Window(0.9, 1.1)
+
+
+@pytest.fixture(scope='module')
+def space():
+    return SubnetSpace(parse_supernet('demo-012-111'), LatencyPredictor('onnx_lut'))
+
+
+class Fake:
+    """Accuracies of subnets by `value`, and a list of what was measured; it is killed at measurement `die_at`."""
+
+    def __init__(self, value=lambda subnet, count: sum(subnet.widths) + subnet.resolution / 100, die_at=None):
+        self.value, self.die_at, self.measured = value, die_at, []
+
+    def __call__(self, subnets):
+        for subnet in subnets:
+            if len(self.measured) == self.die_at:
+                raise KeyboardInterrupt
+            self.measured.append(str(subnet))
+            yield self.value(subnet, len(self.measured)), 0.0, 0.0
+
+
+def _search(space, folder, windows, fake, recipe=RECIPE, seed=0, resume=False):
+    """(found Members, all Members, lines said) of a search with a fake accuracy."""
+    said = []
+    starts = {w: initial_population(space, w, recipe.population_size, random.Random(f'{seed} {w}')) for w in windows}
+    with SharedHistory(str(folder), {'seed': seed}, Job(), resume) as history:
+        found = search_windows(space, starts, lambda subnets, tick: score_subnets(subnets, fake, history, Job(), 3, tick),
+                               recipe, seed, Job(), said.append)
+        return found, all_members(space, history, found), said
+
+
+def test_nothing_is_measured_twice_and_the_window_is_kept(space, tmp_path):
+    fake = Fake()
+    found, members, said = _search(space, tmp_path, [WINDOW], fake)
+    assert len(found) == len(members) == len(fake.measured) == len(set(fake.measured)) == 20 + 4 * 10
+    assert all(WINDOW.low <= member.ms <= WINDOW.high for member in found)
+    assert [sum(member.round == i for member in found) for i in range(5)] == [20, 10, 10, 10, 10]
+    assert len(said) == 5 and 'round 4/4: 10 subnets' in said[-1]
+    start = [member for member in found if member.round == 0]
+    assert best_members(found, WINDOW, 1)[0].scores > best_members(start, WINDOW, 1)[0].scores
+
+
+def test_the_last_generation_counts(space, tmp_path):
+    found, members, _ = _search(space, tmp_path, [WINDOW], Fake(lambda subnet, count: count))
+    assert {member.round for member in best_members(members, WINDOW)} == {4}
+
+
+def test_parents_are_the_better_half_of_the_best_so_far(space, monkeypatch):
+    parents = []
+    mutate = SubnetSpace.mutate
+    monkeypatch.setattr(SubnetSpace, 'mutate',
+                        lambda self, subnet, *more: parents.append(str(subnet)) or mutate(self, subnet, *more))
+    initial = initial_population(space, WINDOW, 10, random.Random(0))
+    values = {str(subnet): i for i, subnet in enumerate(initial)}
+    recipe = SearchRecipe(10, 1, 40, 0)
+    rounds = evolve(space, WINDOW, initial, lambda subnets: [(values.get(str(s), -1), 0, 0) for s in subnets],
+                    random.Random(0), recipe)
+    next(rounds)
+    parents.clear()
+    next(rounds)
+    # a walk goes on from children, which are no members
+    assert {values[parent] for parent in parents if parent in values} == {5, 6, 7, 8, 9}
+
+
+def test_an_empty_window_says_what_can_be_reached(space):
+    with pytest.raises(UserError, match=r'demo-012-111: found no subnet of 7.5 to 8 ms .*reachable: 0\.\d+ to 1\.\d+ ms'):
+        initial_population(space, Window(7.5, 8), 5, random.Random(0))
+
+
+def test_a_tiny_window_is_searched_all_the_same(space, tmp_path):
+    """Around the largest subnet there are a few others only."""
+    largest = space.ms(space.extremes[1])
+    fake, window = Fake(), Window(largest - 0.005, largest)
+    found, _, said = _search(space, tmp_path, [window], fake)
+    assert 1 <= len(found) < 20 and len(set(fake.measured)) == len(fake.measured) == len(found)
+    assert 'to start with, not 20' in said[0] and 'found no new subnet' in said[-1]
+
+
+def test_a_narrow_window_of_a_large_space_is_filled():
+    onnxw = SubnetSpace(parse_supernet('onnxw-121122-133333'), LatencyPredictor('onnx_lut'))
+    for window in (Window(9.9, 10), Window(69.9, 70)):              # neither holds one of 1000 random subnets
+        population = initial_population(onnxw, window, 30, random.Random(0))
+        assert len(set(map(str, population))) == 30
+        assert not any(window.distance(onnxw.ms(subnet)) for subnet in population)
+
+
+def test_aligned_samples_stay_aligned():
+    aligned = SubnetSpace(parse_supernet('demo-012-111'), LatencyPredictor('onnx_lut'), align=True)
+    rounds = evolve(aligned, WINDOW, initial_population(aligned, WINDOW, 10, random.Random(0)),
+                    lambda subnets: [(0, 0, 0)] * len(subnets), random.Random(0), RECIPE)
+    for _, members in rounds:
+        assert all(len(set(blocks)) == 1 for member in members for blocks in member.subnet.stages().values())
+
+
+def test_constraints_share_what_is_scored_and_do_not_change_each_other(space, tmp_path):
+    windows = [Window(0.9, 1.05), WINDOW]
+    both, alone = Fake(), Fake()
+    found, members, _ = _search(space, tmp_path / 'both', windows, both)
+    assert len(set(both.measured)) == len(both.measured) == len(members) < len(found)
+    single, _, _ = _search(space, tmp_path / 'one', [WINDOW], alone)
+    assert [str(m.subnet) for m in found[-len(single):]] == [str(m.subnet) for m in single]
+
+
+@pytest.mark.parametrize('die_at', [0, 7, 20, 33])
+def test_a_broken_search_resumes_to_the_unbroken_ones_end(space, tmp_path, die_at):
+    whole, broken, rest = Fake(), Fake(die_at=die_at), Fake()
+    expected = _search(space, tmp_path / 'whole', [WINDOW], whole)
+    with pytest.raises(KeyboardInterrupt):
+        _search(space, tmp_path / 'broken', [WINDOW], broken)
+    assert _search(space, tmp_path / 'broken', [WINDOW], rest, resume=True)[:2] == expected[:2]
+    kept = die_at // 3 * 3                                          # three at a time
+    assert rest.measured == whole.measured[kept:]
+    assert (tmp_path / 'broken' / 'history.csv').read_text() == (tmp_path / 'whole' / 'history.csv').read_text()
+
+
+def test_other_settings_are_refused_and_an_old_history_is_kept_aside(space, tmp_path):
+    _search(space, tmp_path, [WINDOW], Fake())
+    before = (tmp_path / 'history.csv').read_text()
+    with pytest.raises(UserError, match='made with seed 0, not 1'):
+        _search(space, tmp_path, [WINDOW], Fake(), seed=1, resume=True)
+    _search(space, tmp_path, [WINDOW], Fake(), seed=1)
+    assert (tmp_path / 'history_old.csv').read_text() == before
+
+
+def test_scores_of_an_earlier_search_count_among_the_best(space, tmp_path):
+    found, _, _ = _search(space, tmp_path, [Window(0.9, 1.0)], Fake())
+    _, members, _ = _search(space, tmp_path, [Window(0.95, 1.1)], Fake(lambda *_: 0.0), resume=True)
+    best = best_members(members, Window(0.95, 1.1))
+    assert best and all(member.scores[0] > 0 for member in best)
+    assert {member.round for member in members} >= {None, 0, 4} and len(members) > len(found)
+
+
+def test_pareto_front(space):
+    members = [Member(space.extremes[0], ms, (top1, 0, 0)) for ms, top1 in [(2, 50), (1, 40), (3, 50), (4, 60), (2, 45)]]
+    assert [(m.ms, m.scores[0]) for m in pareto_front(members)] == [(1, 40), (2, 50), (4, 60)]
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    """Root of the checkpoints: LSQ+ supernets of the demo space with random weights."""
+    root, rng = tmp_path_factory.mktemp('supernet_training'), random.Random(0)
+    for encoding, classes, side in (('demo-012-111', 10, 48), ('demo-000-111', 7, 48), ('onnxw-121122-133333', 2, 64)):
+        torch.manual_seed(0)
+        supernet = set_quant_mode(Supernet.build_from_str(encoding, classes))
+        initialize_all_scales(supernet, torch.randn(2, 3, side, side), supernet.set_max_subnet,
+                              lambda: supernet.sample_active_subnet(rng), patience=4)
+        (root / f'{encoding}-align0').mkdir()
+        torch.save({'epoch': 1, 'state_dict': supernet.state_dict()}, root / f'{encoding}-align0' / 'lsq.pth')
+    return root
+
+
+def _arguments(root, output, *more):
+    return ['--superspace', 'demo', '--supernet_choice', '012-111', '--dataset', 'digits', '--dataset_path', root,
+            '--valid_size', 40, '--output_path', output, '--checkpoint_path', root, '--latency_constraint', 0.9, 1.0,
+            '--latency_delta', 0.15, '--batch_size', 10, '--num_calib_batches', 2, '--population_size', 8,
+            '--num_rounds', 2, '--num_mutations', 3, '--num_crossovers', 3, '--num_eval_images', 20,
+            '--num_workers', 0, '--device', 'cpu', *more]
+
+
+def _lines(path):
+    return path.read_text().count('\n') if path.exists() else 0
+
+
+def _killed(history, count, *args, victims=slice(None), **options):
+    """Output of search_subnet.py, of whose processes the `victims` are SIGKILLed once `count` subnets are scored."""
+    with subprocess.Popen(command('search_subnet.py', *args, **options), env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while process.poll() is None and _lines(history) <= count:
+            time.sleep(0.01)
+        for pid in family(process.pid)[victims]:
+            os.kill(pid, signal.SIGKILL)
+        output = process.communicate(timeout=100)[0]
+    assert process.returncode not in (0, None), output
+    return output
+
+
+def test_killed_and_resumed_on_one_and_two_ranks_it_ends_as_the_unbroken_search(root, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                        # for the test images, of which each rank sums its share
+    try:
+        assert call(search_subnet, monkeypatch, *_arguments(root, tmp_path / 'whole')) == 0
+    finally:
+        torch.set_num_threads(threads)
+    whole = tmp_path / 'whole' / 'demo-012-111'
+    for name, count, options in (('one', 5, {}), ('two', 11, {'ranks': 2, 'victims': slice(-1, None)})):
+        folder = tmp_path / name / 'demo-012-111'
+        output = _killed(folder / 'history.csv', count, *_arguments(root, tmp_path / name), **options)
+        assert count <= _lines(folder / 'history.csv') < _lines(whole / 'history.csv')
+        assert name == 'one' or 'Signal 9 (SIGKILL)' in output or 'another rank is gone' in output, output
+        done = subprocess.run(command('search_subnet.py', *_arguments(root, tmp_path / name, '--resume'),
+                                      ranks=options.get('ranks', 1), launcher='torch.distributed.run'),
+                              env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        for file in ('scored.csv', 'best_c0.9_d0.15.csv', 'best_c1_d0.15.csv', 'settings.json'):
+            assert (folder / file).read_text() == (whole / file).read_text()
+        assert sorted((folder / 'history.csv').read_text().split()) == sorted((whole / 'history.csv').read_text().split())
+        assert (folder / 'search.png').read_bytes().startswith(b'\x89PNG')
+    with open(whole / 'best_c1_d0.15.csv', newline='', encoding='utf-8') as file:
+        best = list(csv.DictReader(file))
+    assert len(best) == 10 and all(0.85 <= float(row['ms']) <= 1.0 for row in best)
+    accuracies = [float(row['valid_top1']) for row in best]
+    assert accuracies == sorted(accuracies, reverse=True) and all(row['test_top1'] for row in best)
+    log = (whole / 'search.log').read_text()
+    assert 'round 2/2' in log and best[0]['subnet'] in log
+
+
+def test_the_published_command_runs_as_written(root, tmp_path, monkeypatch):
+    for number, name in enumerate(('n01440764', 'n01443537')):
+        for part, count in (('train', 8), ('val', 2)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                photo = Image.fromarray(load_sample_images().images[number])
+                photo.crop((30 * i, 30 * i, 30 * i + 100, 30 * i + 100)).save(tmp_path / part / name / f'{i}.png')
+    written = ('--superspace onnxw --supernet_choice 121122-133333 --dataset_path {IN} --output_path {C}/search_subnet '
+               '--checkpoint_path {ROOT} --latency_constraint 15 --latency_delta 2 --batch_size 32 '
+               '--num_calib_batches 20').format(IN=tmp_path, C=tmp_path, ROOT=root).split()
+    short = ['--population_size', 2, '--num_rounds', 1, '--num_mutations', 1, '--num_crossovers', 1, '--device', 'cpu',
+             '--num_valid_images', 2, '--num_eval_images', 2, '--batch_size', 4, '--num_calib_batches', 1,
+             '--num_workers', 0]
+    assert call(search_subnet, monkeypatch, *written, *short) == 0
+    assert (tmp_path / 'search_subnet' / 'onnxw-121122-133333' / 'search.log').exists()
+    assert _lines(tmp_path / 'search_subnet' / 'onnxw-121122-133333' / 'scored.csv') == 5
+
+
+@pytest.mark.parametrize('more, said', [
+    (['--latency_constraint', '9'], 'found no subnet of 8.85 to 9 ms'),
+    (['--checkpoint_path', 'nowhere'], 'no checkpoint of demo-012-111: expected nowhere/demo-012-111-align0/lsq.pth'),
+    (['--align_sample'], 'demo-012-111-align1/lsq.pth'),
+    (['--fp32'], 'demo-012-111-align0/checkpoint.pth'),
+    (['--supernet_choice', '000-111'], 'the data set has 10 classes'),
+    (['--valid_size', '0'], '--valid_size 0: no held-out images'),
+    (['--platform', 'nowhere.json'], 'nowhere.json'),
+    (['--supernet_choice', '012-119'], 'width window 9')])
+def test_mistakes_end_in_one_line(root, tmp_path, monkeypatch, capsys, more, said):
+    fails(search_subnet, monkeypatch, capsys, said, *_arguments(root, tmp_path, *more))
+    assert not os.listdir(tmp_path)
