@@ -22,7 +22,7 @@ $(VENV)/core.done: requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/dev.done: requirements-dev.txt requirements.txt requirements-nn-meter.txt | $(VENV)/bin/python
+$(VENV)/dev.done: requirements-dev.txt requirements.txt requirements-nn-meter.txt requirements-onnx.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

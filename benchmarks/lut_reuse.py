@@ -5,10 +5,10 @@
 The protocol is eval_block_kd.py --debug (4 calibration batches of 64, 10 evaluation batches of 50), the numbers of
 images multiplied by --scale, in batches as large as they can be. For each stage and block type random rows are
 measured both ways, one after the other, on one core, as each of the builder's threads does it, in CPU seconds, which
-other processes disturb least. "anew": decodes the
-images (500 x 375 JPEGs), runs the int8 teacher and the int8 student. "reused": runs the student on the cached maps;
-building the cache (decoding, teacher at all resolutions) is shown apart and its share, 1 of the rows of all LUT files
-of the stage, is part of the row's time. Teachers and students have random weights, which do not change the time.
+other processes disturb least. "anew": decodes the images (500 x 375 JPEGs), runs the int8 teacher and the int8
+student. "reused": runs the student on the cached maps; building the cache (decoding, teacher at all resolutions) is
+shown apart, and a row's share of it is part of the row's time. "all" adds the stages up: a row of each. Teachers and
+students have random weights, which do not change the time.
 """
 import copy
 import os
@@ -102,10 +102,15 @@ def main(args):
             data = open_data(folder, valid_size=0, image_size=max(space.kd_resolutions), labelled=False,
                              normalize=teacher.normalize).train.evaluated()
             images = (Images(data, 0, counts[0], CALIBRATION[1]), Images(data, *counts, EVALUATION[1]))
-            times = [time_stage(space, stage, teacher, images, args) for stage in args.stage_list]
-            for stage, (anew, reused, cache) in zip([*args.stage_list, 'all'], [*times, map(sum, zip(*times))]):
-                print(f'| {arch} | {stage} | {anew:.2f} | {reused:.2f} | {anew / reused:.1f} | {cache:.1f} |',
-                      flush=True)
+            times = []
+            for stage in args.stage_list:
+                times.append(time_stage(space, stage, teacher, images, args))
+                print_row(arch, stage, *times[-1])
+            print_row(arch, 'all', *map(sum, zip(*times)))
+
+
+def print_row(arch, stage, anew, reused, cache):
+    print(f'| {arch} | {stage} | {anew:.2f} | {reused:.2f} | {anew / reused:.1f} | {cache:.1f} |', flush=True)
 
 
 @torch.no_grad()

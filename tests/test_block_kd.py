@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_superspace_is_refused(photos, tmp_path):
 
 def test_a_sandwich_does_not_wait_for_the_device(monkeypatch):
     student = StudentStage.build(SPACE, 'stage5_0', 8, 8)
-    features = {64: (torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4))}
+    features = {64: (torch.randn(2, 8, 8, 8), torch.randn(2, 8, 4, 4))}
 
     def waits(tensor):
         raise AssertionError('the value of a tensor was asked for')

@@ -24,6 +24,7 @@ from modules.zoo import build_network, load_network
 from .checkpoints import call, fails, one_thread, published_root, write_supernet  # noqa: F401
 from .launching import run_script
 
+pytestmark = pytest.mark.usefixtures('one_thread')         # also: spinning threads are slow on a busy machine
 DEMO = 'demo-012-111'
 IDENTITY = {'subnet_name': 'min', 'supernet': DEMO, 'subnet': str(min_subnet(DEMO)), 'num_classes': 10,
             'quant_mode': True}
@@ -57,7 +58,6 @@ def _args(lsq, output, *more):
             '--drop_rate', 0.2, '--num_workers', 0, '--device', 'cpu', '--output_path', output, *more]
 
 
-@pytest.mark.usefixtures('one_thread')
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_a_killed_and_resumed_run_ends_with_the_unbroken_runs_weights(tmp_path, lsq, monkeypatch, capsys, ranks):
     def run(output, *more):
@@ -87,7 +87,7 @@ def test_a_killed_and_resumed_run_ends_with_the_unbroken_runs_weights(tmp_path, 
 
 def test_it_learns_and_its_file_is_the_network(tmp_path, lsq, digits, monkeypatch, capsys):
     assert call(downstream_cls, monkeypatch, *_args(
-        lsq, tmp_path, '--num_epochs', 5, '--max_steps', 20, '--batch_size', 64, '--num_eval_images', 300,
+        lsq, tmp_path, '--num_epochs', 5, '--max_steps', 20, '--batch_size', 32, '--num_eval_images', 300,
         '--eval_freq', 5, '--checkpoint_freq', 100)) == 0
     capsys.readouterr()
     path = tmp_path / FOLDER / 'lsq.pth'
@@ -107,7 +107,6 @@ def _after_one_step(network, digits, path, **changes):
     return before, network.state_dict()
 
 
-@pytest.mark.usefixtures('one_thread')
 def test_weight_decay_is_applied_to_weights_and_to_nothing_else(tmp_path, lsq, digits):
     networks = []
     for weight_decay in (0.0, 0.5):
@@ -124,7 +123,6 @@ def test_weight_decay_is_applied_to_weights_and_to_nothing_else(tmp_path, lsq, d
             assert torch.equal(plain[key], decayed[key]), key
 
 
-@pytest.mark.usefixtures('one_thread')
 def test_the_gradient_norm_is_clipped(tmp_path, network, digits):
     before, after = _after_one_step(network, digits, tmp_path / 'x.pth', weight_decay=0.0, grad_clip_norm=1e-3,
                                     momentum=0.0)
@@ -191,7 +189,8 @@ def cifar10(tmp_path, monkeypatch):
     for number, (name, _) in enumerate(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list):
         part = (pixels[20 * number:20 * number + 20].reshape(-1, 8, 8) * 15.9).astype(np.uint8)
         rows = np.tile(part.repeat(4, 1).repeat(4, 2).reshape(20, -1), 3)
-        (folder / name).write_bytes(pickle.dumps({'data': rows, 'labels': labels[20 * number:20 * number + 20].tolist()}))
+        content = {'data': rows, 'labels': labels[20 * number:20 * number + 20].tolist()}
+        (folder / name).write_bytes(pickle.dumps(content))
     (folder / 'batches.meta').write_bytes(pickle.dumps({'label_names': [f'class{i}' for i in range(10)]}))
     monkeypatch.setattr('torchvision.datasets.cifar.check_integrity', lambda path, md5: os.path.isfile(path))
     return tmp_path / 'data'

@@ -23,6 +23,8 @@ from .checkpoints import call, fails, one_thread, random_supernet, write_superne
 from .conftest import ROOT
 from .launching import run_script
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 def _run(folder, *args):
     return subprocess.run([sys.executable, os.path.join(ROOT, 'eval_supernet.py'), *args], cwd=folder,
@@ -90,7 +92,6 @@ def _accuracies(folder, kind):
 
 
 @pytest.mark.parametrize('kind, launcher', [('fp32', 'torch.distributed.launch'), ('int8', 'torch.distributed.run')])
-@pytest.mark.usefixtures('one_thread')
 def test_accuracy_is_the_same_on_one_rank_and_two(tmp_path, root, monkeypatch, kind, launcher):
     args = ['--superspace', 'demo', '--supernet_choice', '012-111', '--mode', 'acc', '--resume', root,
             '--subnet_choice', 'max', SUBNET, *SHORT, *(['--quant_mode'] if kind == 'int8' else [])]

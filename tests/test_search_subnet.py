@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 import search_subnet
 from modules.errors import UserError
 from modules.latency import LatencyPredictor
-from modules.modeling.ops.lsq_plus import set_quant_mode
+from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.search_space.encoding import parse_supernet
 from modules.subnet_search import (
@@ -41,6 +41,15 @@ RECIPE = SearchRecipe(population_size=20, num_rounds=4, num_mutations=5, num_cro
 WINDOW = Window(0.9, 1.1)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """As the scripts below run, with OMP_NUM_THREADS=1."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='module')
 def space():
     return SubnetSpace(parse_supernet('demo-012-111'), LatencyPredictor('onnx_lut'))
@@ -65,8 +74,9 @@ def _search(space, folder, windows, fake, recipe=RECIPE, seed=0, resume=False):
     said = []
     starts = {w: initial_population(space, w, recipe.population_size, random.Random(f'{seed} {w}')) for w in windows}
     with SharedHistory(str(folder), {'seed': seed}, Job(), resume) as history:
-        found = search_windows(space, starts, lambda subnets, tick: score_subnets(subnets, fake, history, Job(), 3, tick),
-                               recipe, seed, Job(), said.append)
+        def score(subnets, tick):
+            return score_subnets(subnets, fake, history, Job(), 3, tick)
+        found = search_windows(space, starts, score, recipe, seed, Job(), said.append)
         return found, all_members(space, history, found), said
 
 
@@ -104,7 +114,7 @@ def test_parents_are_the_better_half_of_the_best_so_far(space, monkeypatch):
 
 
 def test_an_empty_window_says_what_can_be_reached(space):
-    with pytest.raises(UserError, match=r'demo-012-111: found no subnet of 7.5 to 8 ms .*reachable: 0\.\d+ to 1\.\d+ ms'):
+    with pytest.raises(UserError, match=r'found no subnet of 7.5 to 8 ms .*reachable: 0\.\d+ to 1\.\d+ ms'):
         initial_population(space, Window(7.5, 8), 5, random.Random(0))
 
 
@@ -134,11 +144,12 @@ def test_aligned_samples_stay_aligned():
 
 
 def test_constraints_share_what_is_scored_and_do_not_change_each_other(space, tmp_path):
-    windows = [Window(0.9, 1.05), WINDOW]
+    largest = space.ms(space.extremes[1])
+    windows = [Window(largest - 0.02, largest - 0.001), Window(largest - 0.02, largest)]
     both, alone = Fake(), Fake()
     found, members, _ = _search(space, tmp_path / 'both', windows, both)
     assert len(set(both.measured)) == len(both.measured) == len(members) < len(found)
-    single, _, _ = _search(space, tmp_path / 'one', [WINDOW], alone)
+    single, _, _ = _search(space, tmp_path / 'one', windows[1:], alone)
     assert [str(m.subnet) for m in found[-len(single):]] == [str(m.subnet) for m in single]
 
 
@@ -148,8 +159,9 @@ def test_a_broken_search_resumes_to_the_unbroken_ones_end(space, tmp_path, die_a
     expected = _search(space, tmp_path / 'whole', [WINDOW], whole)
     with pytest.raises(KeyboardInterrupt):
         _search(space, tmp_path / 'broken', [WINDOW], broken)
+    kept = _lines(tmp_path / 'broken' / 'history.csv') - 1
+    assert die_at - 3 < kept <= die_at                              # three are measured at a time
     assert _search(space, tmp_path / 'broken', [WINDOW], rest, resume=True)[:2] == expected[:2]
-    kept = die_at // 3 * 3                                          # three at a time
     assert rest.measured == whole.measured[kept:]
     assert (tmp_path / 'broken' / 'history.csv').read_text() == (tmp_path / 'whole' / 'history.csv').read_text()
 
@@ -172,7 +184,8 @@ def test_scores_of_an_earlier_search_count_among_the_best(space, tmp_path):
 
 
 def test_pareto_front(space):
-    members = [Member(space.extremes[0], ms, (top1, 0, 0)) for ms, top1 in [(2, 50), (1, 40), (3, 50), (4, 60), (2, 45)]]
+    points = [(2, 50), (1, 40), (3, 50), (4, 60), (2, 45)]
+    members = [Member(space.extremes[0], ms, (top1, 0, 0)) for ms, top1 in points]
     assert [(m.ms, m.scores[0]) for m in pareto_front(members)] == [(1, 40), (2, 50), (4, 60)]
 
 
@@ -180,11 +193,15 @@ def test_pareto_front(space):
 def root(tmp_path_factory):
     """Root of the checkpoints: LSQ+ supernets of the demo space with random weights."""
     root, rng = tmp_path_factory.mktemp('supernet_training'), random.Random(0)
-    for encoding, classes, side in (('demo-012-111', 10, 48), ('demo-000-111', 7, 48), ('onnxw-121122-133333', 2, 64)):
+    for encoding, classes in (('demo-012-111', 10), ('demo-000-111', 7), ('onnxw-121122-133333', 2)):
         torch.manual_seed(0)
         supernet = set_quant_mode(Supernet.build_from_str(encoding, classes))
-        initialize_all_scales(supernet, torch.randn(2, 3, side, side), supernet.set_max_subnet,
-                              lambda: supernet.sample_active_subnet(rng), patience=4)
+        if encoding == 'demo-012-111':
+            initialize_all_scales(supernet, torch.randn(4, 3, 48, 48), supernet.set_max_subnet,
+                                  lambda: supernet.sample_active_subnet(rng))
+        else:
+            for op in quantised_ops(supernet):
+                op.initialize_scales(torch.tensor([-1.0, 5.0]))
         (root / f'{encoding}-align0').mkdir()
         torch.save({'epoch': 1, 'state_dict': supernet.state_dict()}, root / f'{encoding}-align0' / 'lsq.pth')
     return root
@@ -196,6 +213,10 @@ def _arguments(root, output, *more):
             '--latency_delta', 0.15, '--batch_size', 10, '--num_calib_batches', 2, '--population_size', 8,
             '--num_rounds', 2, '--num_mutations', 3, '--num_crossovers', 3, '--num_eval_images', 20,
             '--num_workers', 0, '--device', 'cpu', *more]
+
+
+def _entries(folder):
+    return (folder / 'history.csv').read_text().splitlines()
 
 
 def _lines(path):
@@ -216,12 +237,7 @@ def _killed(history, count, *args, victims=slice(None), **options):
 
 
 def test_killed_and_resumed_on_one_and_two_ranks_it_ends_as_the_unbroken_search(root, tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                        # for the test images, of which each rank sums its share
-    try:
-        assert call(search_subnet, monkeypatch, *_arguments(root, tmp_path / 'whole')) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert call(search_subnet, monkeypatch, *_arguments(root, tmp_path / 'whole')) == 0
     whole = tmp_path / 'whole' / 'demo-012-111'
     for name, count, options in (('one', 5, {}), ('two', 11, {'ranks': 2, 'victims': slice(-1, None)})):
         folder = tmp_path / name / 'demo-012-111'
@@ -234,7 +250,7 @@ def test_killed_and_resumed_on_one_and_two_ranks_it_ends_as_the_unbroken_search(
         assert done.returncode == 0, done.stderr
         for file in ('scored.csv', 'best_c0.9_d0.15.csv', 'best_c1_d0.15.csv', 'settings.json'):
             assert (folder / file).read_text() == (whole / file).read_text()
-        assert sorted((folder / 'history.csv').read_text().split()) == sorted((whole / 'history.csv').read_text().split())
+        assert len({*_entries(folder), *_entries(whole)}) == len(_entries(folder)) == len(_entries(whole))
         assert (folder / 'search.png').read_bytes().startswith(b'\x89PNG')
     with open(whole / 'best_c1_d0.15.csv', newline='', encoding='utf-8') as file:
         best = list(csv.DictReader(file))
@@ -252,9 +268,9 @@ def test_the_published_command_runs_as_written(root, tmp_path, monkeypatch):
             for i in range(count):
                 photo = Image.fromarray(load_sample_images().images[number])
                 photo.crop((30 * i, 30 * i, 30 * i + 100, 30 * i + 100)).save(tmp_path / part / name / f'{i}.png')
-    written = ('--superspace onnxw --supernet_choice 121122-133333 --dataset_path {IN} --output_path {C}/search_subnet '
-               '--checkpoint_path {ROOT} --latency_constraint 15 --latency_delta 2 --batch_size 32 '
-               '--num_calib_batches 20').format(IN=tmp_path, C=tmp_path, ROOT=root).split()
+    written = (f'--superspace onnxw --supernet_choice 121122-133333 --dataset_path {tmp_path} --output_path {tmp_path}/search_subnet '
+               f'--checkpoint_path {root} --latency_constraint 15 --latency_delta 2 --batch_size 32 '
+               '--num_calib_batches 20').split()
     short = ['--population_size', 2, '--num_rounds', 1, '--num_mutations', 1, '--num_crossovers', 1, '--device', 'cpu',
              '--num_valid_images', 2, '--num_eval_images', 2, '--batch_size', 4, '--num_calib_batches', 1,
              '--num_workers', 0]

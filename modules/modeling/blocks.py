@@ -10,12 +10,16 @@ UNITS = {'conv': ConvNormAct, 'dwconv': DepthConvNormAct, 'dwstack': DepthStackN
          'dropout': lambda layer: nn.Dropout(0.0), 'linear': lambda layer: QLinear(layer.cin, layer.cout)}
 
 
-def run_layers(layers, apply, x):
-    """Output of a layout for input x; apply(layer, x) runs one layer."""
+def _add(y, shortcut, activation):
+    return ACTIVATION_FUNCTIONS[activation](y + shortcut)
+
+
+def run_layers(layers, apply, x, add=_add):
+    """Output of a layout for input x; apply(layer, x) runs one layer, add(y, shortcut, activation) the sum."""
     y = shortcut = x
     for layer in layers:
         if layer.op == 'add':
-            y = ACTIVATION_FUNCTIONS[layer.activation](y + shortcut)
+            y = add(y, shortcut, layer.activation)
         elif layer.shortcut:
             shortcut = apply(layer, x)
         else:

@@ -1,0 +1,45 @@
+"""Batch norm folded into convolutions, and LSQ+ weights as integers."""
+import numpy as np
+
+
+def _array(tensor):
+    return tensor.detach().cpu().double().numpy()
+
+
+def affine(op, norm):
+    """(factor, bias) by output channel of what follows a convolution's sum: its bias, then batch norm (or None)."""
+    bias = np.zeros(op.out_channels) if op.bias is None else _array(op.bias)
+    if norm is None:
+        return np.ones(op.out_channels), bias
+    factor = _array(norm.weight) / np.sqrt(_array(norm.running_var) + norm.eps)
+    return factor, _array(norm.bias) + factor * (bias - _array(norm.running_mean))
+
+
+def folded(op, norm):
+    """(weight, bias) of the convolution that does what convolution and batch norm do."""
+    factor, bias = affine(op, norm)
+    return _array(op.weight) * factor[:, None, None, None], bias
+
+
+def weight_codes(op):
+    """(integers of -128..127 as float64, scale) of an op's LSQ+ weights, exactly as torch rounds them in float32."""
+    scale = op.sw.detach().abs().clamp_min(1e-7 / (2 ** op.nbits_w - 1))
+    return _array((op.weight.detach() / scale).clamp(-128, 127).round()), float(scale)
+
+
+def activation_scale(op):
+    """(sa, beta) of an op's input as LSQ+ uses them."""
+    return float(op.sa.detach().abs().clamp_min(1e-7 / (2 ** op.nbits_a - 1))), float(op.beta.detach())
+
+
+def tap_sums(op, taps, hw):
+    """(C', H', W'): the sum of `taps` (C', kh, kw) that lie inside the map at each output pixel.
+
+    hw: input (height, width). It is what a constant 1 in every pixel of the input, padded with zeros, adds up to.
+    """
+    inside = []
+    for size, kernel, stride, padding in zip(hw, op.kernel_size, op.stride, op.padding):
+        positions = np.arange((size + 2 * padding - kernel) // stride + 1)[:, None] * stride - padding
+        positions = positions + np.arange(kernel)
+        inside.append(((positions >= 0) & (positions < size)).astype(float))
+    return np.einsum('ckl,hk,wl->chw', taps, *inside)

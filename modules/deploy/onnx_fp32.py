@@ -1,0 +1,93 @@
+"""A static Network as fp32 ONNX: batch norm folded into the convolutions, one graph node per operation."""
+from ..modeling.blocks import run_layers
+from ..modeling.layout import out_size
+from .folding import folded
+from .graph import IMAGE, Graph
+
+
+def write_activation(graph, x, kind, name):
+    """Float tensor: an activation (layout.Layer's) of a float tensor."""
+    if kind is None:
+        return x
+    if kind == 'relu':
+        return graph.add('Relu', [x], name)
+    if kind == 'relu6':
+        return graph.add('Clip', [x, graph.constant('zero', 0.0), graph.constant('six', 6.0)], name)
+    if kind == 'hswish':
+        return graph.add('HardSwish', [x], name)
+    return graph.add('Mul', [x, graph.add('Sigmoid', [x], name + '.gate')], name)
+
+
+class FloatExporter:
+    """Writes a Network into self.graph."""
+
+    def __init__(self):
+        self.graph = Graph()
+
+    def conv(self, x, op, norm, name):
+        weight, bias = folded(op, norm)
+        inputs = [x, self.graph.constant(name + '.weight', weight), self.graph.constant(name + '.bias', bias)]
+        return self.graph.add('Conv', inputs, name, **conv_attributes(op))
+
+    def unit(self, x, layer, unit, name):
+        """A layer of a layout (layout.Layer) applied to x; unit: its torch module."""
+        if layer.op in ('conv', 'dwconv'):
+            op = unit.conv if layer.op == 'conv' else unit.dwconv
+            return write_activation(self.graph, self.conv(x, op, unit.norm, name + '.conv'), layer.activation, name)
+        if layer.op == 'dwstack':
+            for i, op in enumerate(unit.dwconv):
+                x = self.conv(x, op, unit.norm if i == len(unit.dwconv) - 1 else None, f'{name}.dwconv.{i}')
+            return write_activation(self.graph, x, layer.activation, name)
+        if layer.op == 'se':
+            mean = self.graph.add('GlobalAveragePool', [x], name + '.mean')
+            gate = self.graph.add('Relu', [self.conv(mean, unit.fc.reduce, None, name + '.reduce')], name + '.relu')
+            gate = self.conv(gate, unit.fc.expand, None, name + '.expand')
+            gate = self.graph.add('HardSigmoid', [gate], name + '.gate', alpha=1 / 6, beta=0.5)
+            return self.graph.add('Mul', [x, gate], name)
+        if layer.op == 'mean':
+            return self.graph.add('GlobalAveragePool', [x], name)
+        if layer.op == 'flatten':
+            return self.graph.add('Flatten', [x], name)
+        if layer.op == 'linear':
+            inputs = [x, self.graph.constant(name + '.weight', unit.weight.detach().numpy()),
+                      self.graph.constant(name + '.bias', unit.bias.detach().numpy())]
+            return self.graph.add('Gemm', inputs, name, transB=1)
+        return x                                            # dropout
+
+    def block(self, x, block, name):
+        def add(y, shortcut, activation):
+            return write_activation(self.graph, self.graph.add('Add', [y, shortcut], name + '.add'), activation, name)
+        return run_layers(block.layers, lambda layer, v: self.unit(v, layer, getattr(block, layer.name),
+                                                                   f'{name}.{layer.name}'), x, add)
+
+
+def conv_attributes(op):
+    """Attributes of ONNX's Conv of a torch convolution."""
+    return {'kernel_shape': list(op.kernel_size), 'strides': list(op.stride), 'pads': list(op.padding) * 2,
+            'group': op.groups}
+
+
+def named_blocks(network):
+    """(name, Block) of a Network in order; the name is the prefix of the block's state-dict keys."""
+    for stage, blocks in network.stages.items():
+        for i, block in enumerate(blocks):
+            yield f'stages.{stage}.{i}', block
+
+
+def io_sizes(network):
+    """((C, r, r) of a Network's images, outputs): classes, or all features of one without a classifier."""
+    blocks, hw = network.config.blocks, network.resolution
+    for block in blocks:
+        hw = 1 if block.name in ('FeatureMixBlock', 'LogitsBlock') else out_size(hw, block.stride)
+    return (blocks[0].cin, network.resolution, network.resolution), blocks[-1].cout * hw * hw
+
+
+def export_fp32(network, metadata=None):
+    """ModelProto of a Network in eval mode on the CPU: images (N, 3, r, r) to logits (N, classes), or to features."""
+    exporter, x = FloatExporter(), IMAGE
+    for name, block in named_blocks(network):
+        x = exporter.block(x, block, name)
+    if not network.num_classes:
+        x = exporter.graph.add('Flatten', [x], 'features')
+    shape, outputs = io_sizes(network)
+    return exporter.graph.model(shape, x, outputs, metadata or {})

@@ -1,0 +1,128 @@
+"""From a line of input.csv, a checkpoint or a network file to exported ONNX models: what the onnx_tools share."""
+import os
+from typing import NamedTuple
+
+import torch
+
+from .. import ROOT
+from ..cli import positive
+from ..errors import UserError
+from ..modeling.network import Network
+from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
+from ..search_space.encoding import parse_subnet, parse_supernet
+from ..training.calibrate import calibrate
+from ..training.checkpoint import load_checkpoint
+from ..training.classes import fit_classes
+from ..training.data import add_data_arguments, calibration_batches, open_data, seed_of
+from ..training.distributed import Job
+from ..training.evaluate import DecodedImages, images_of
+from ..training.subnet_report import calibrated_network, complete_scales
+from ..zoo import CHECKPOINTS, find_checkpoint, load_network, load_supernet
+from .onnx_fp32 import export_fp32
+from .onnx_int8 import export_int8
+from .store import Entry, fingerprint, model_path, read_entries, read_model, write_model
+from .trace import observe
+
+INPUT = os.path.join(ROOT, 'onnx_tools', 'input.csv')
+MODELS = os.path.join('checkpoints', 'models', 'onnx_model')
+RANGE_BATCHES = 8           # of the calibration batches, for the ranges of tensors without an LSQ+ scale
+RANDOM_IMAGES = 8           # pictures of noise for random weights
+
+
+class Subject(NamedTuple):
+    """What is exported: a torch Network in eval mode, calibration batches of images, and what both came from."""
+    entry: Entry
+    network: Network
+    batches: list
+    origin: str
+
+
+def add_export_arguments(parser):
+    """Which subnets, which weights, where the models go, calibration images."""
+    parser.add_argument('--input', default=INPUT, help='csv of <superspace>,<supernet_choice>,<subnet_choice> lines')
+    parser.add_argument('--network', metavar='FILE', help='instead of --input: a network of downstream_cls.py or '
+                        'eval_specific_net.py --save_network, as it is')
+    parser.add_argument('--skip_weights', action='store_true', help='random weights: for latencies, no checkpoint')
+    parser.add_argument('--checkpoint_path', default=CHECKPOINTS,
+                        help="root of the supernets' checkpoints, or a checkpoint file")
+    parser.add_argument('--model_path', default=MODELS, help='folder of the models')
+    parser.add_argument('--batch_size', type=positive(int), default=64, help='images a batch')
+    parser.add_argument('--num_calib_batches', type=positive(int), default=20,
+                        help='of training images, for batch-norm statistics and ranges')
+    parser.add_argument('--seed', type=int, default=0, help='of the random weights and the calibration images')
+    add_data_arguments(parser)
+
+
+def entries_of(args):
+    """[Entry] that the arguments name, checked before anything is exported."""
+    if args.network is None:
+        return read_entries(args.input)
+    state = load_checkpoint(args.network)
+    if not isinstance(state, dict) or not {'supernet', 'subnet'} <= set(state):
+        load_network(args.network)              # its error says what lacks
+        raise UserError(f'{args.network}: names no subnet')
+    supernet = parse_supernet(state['supernet'])
+    return [Entry(supernet, parse_subnet(state['subnet'], supernet))]
+
+
+def subject(entry, args, quant_mode, data=None):
+    """Subject of an Entry as the arguments say; data: Data of images_for(), None with --skip_weights."""
+    if args.skip_weights:
+        return random_subject(entry, quant_mode, args.seed)
+    batches = DecodedImages(calibration_batches(data.train, args.batch_size, args.num_calib_batches, args.seed,
+                                                args.num_workers), data.mean_std)
+    if args.network is not None:
+        network = load_network(args.network)
+        if quant_mode and not any(op.is_quantised for op in quantised_ops(network)):
+            raise UserError(f'{args.network}: an fp32 network, without LSQ+ scales')
+        if not quant_mode:
+            set_fp32_mode(network)
+        fit_classes(data, network.num_classes, args.network)
+        return Subject(entry, network, batches, args.network)
+    path = find_checkpoint(entry.supernet, quant_mode, args.checkpoint_path)
+    supernet = load_supernet(entry.supernet, path, quant_mode)
+    fit_classes(data, supernet.num_classes, path)
+    complete_scales(supernet, [entry.subnet], data, args.batch_size, Job(), args.seed)
+    return Subject(entry, calibrated_network(supernet, entry.subnet, batches, Job()).eval(), batches, path)
+
+
+def images_for(entries, args):
+    """Data for calibration and evaluation, None where random weights need none."""
+    if args.skip_weights:
+        return None
+    size = max(max(entry.supernet.superspace.resolutions) for entry in entries)
+    return open_data(args.dataset_path, args.dataset, args.valid_size, image_size=size)
+
+
+def random_subject(entry, quant_mode, seed=0):
+    """Subject with random weights, their batch norm calibrated on noise: the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed_of(seed, 'noise'))
+    images = torch.randn(RANDOM_IMAGES, 3, entry.subnet.resolution, entry.subnet.resolution, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, str(entry.supernet), str(entry.subnet)))
+        network = Network.build(entry.supernet, entry.subnet, None)
+    calibrate(network, [images])
+    if quant_mode:
+        set_quant_mode(network)
+    return Subject(entry, network.eval(), [(images, None)], f'random weights, seed {seed}')
+
+
+def export(subject, folder, quant_mode):
+    """(path, ModelProto, whether it was written now): a model of the same subnet and weights is used again."""
+    entry, network = subject.entry, subject.network
+    path = model_path(folder, entry, quant_mode)
+    calibration = [images for images, _ in zip(images_of(subject.batches), range(RANGE_BATCHES))] if quant_mode else []
+    key = fingerprint(network, entry.supernet, entry.subnet, quant_mode, *map(_digest, calibration))
+    model = read_model(path, key)
+    if model is not None:
+        return path, model, False
+    facts = {'fingerprint': key, 'supernet': str(entry.supernet), 'subnet': str(entry.subnet),
+             'weights': subject.origin}
+    model = export_int8(network, observe(network, calibration), facts) if quant_mode else export_fp32(network, facts)
+    write_model(path, model)
+    return path, model, True
+
+
+def _digest(images):
+    """What tells calibration images apart, near enough: their sum and that of their squares."""
+    return tuple(images.shape), float(images.double().sum()), float(images.double().square().sum())

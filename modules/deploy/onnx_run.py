@@ -1,0 +1,137 @@
+"""ONNX models run: sessions, latencies, accuracy beside torch's, and the error report by layer."""
+import os
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from .graph import need
+from .store import metadata
+from .trace import op_inputs
+
+
+def open_session(model, threads=1):
+    """ONNX Runtime session of a file or a ModelProto on `threads` threads of the CPU."""
+    ort = need('onnxruntime')
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    if not isinstance(model, (str, os.PathLike)):
+        model = model.SerializeToString()
+    try:
+        return ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+    except Exception as error:                  # ONNX Runtime raises classes of its own
+        name = model if isinstance(model, (str, os.PathLike)) else 'the model'
+        raise UserError(f'{name}: ONNX Runtime cannot open it ({str(error)[:120]})') from None
+
+
+def run_session(session, images):
+    """Logits (N, classes) of images (N, 3, r, r) as an array."""
+    return session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(images, np.float32)})[0]
+
+
+class Latency(NamedTuple):
+    """Milliseconds of one image over all timed runs."""
+    mean: float
+    median: float
+    p5: float
+    p95: float
+
+    def __str__(self):
+        return f'mean {self.mean:.3f} ms, median {self.median:.3f}, p5 {self.p5:.3f}, p95 {self.p95:.3f}'
+
+
+def latencies(sessions, warmup=100, runs=100, rounds=10):
+    """{name: Latency} of {name: session}, one image, taken in turns: a busy moment of the machine meets them all."""
+    rng, inputs = np.random.default_rng(0), {}
+    for name, session in sessions.items():
+        given = session.get_inputs()[0]
+        inputs[name] = {given.name: rng.standard_normal((1, *given.shape[1:]), np.float32)}
+        for _ in range(warmup):
+            session.run(None, inputs[name])
+    times = {name: [] for name in sessions}
+    while min(map(len, times.values())) < runs:
+        for name, session in sessions.items():
+            for _ in range(min(max(1, runs // rounds), runs - len(times[name]))):
+                start = time.perf_counter()
+                session.run(None, inputs[name])
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: Latency(float(np.mean(ms)), *map(float, np.percentile(ms, (50, 5, 95))))
+            for name, ms in times.items()}
+
+
+class Agreement(NamedTuple):
+    """Percent right by torch and by ONNX Runtime, percent of images of the same first class; rms of the difference
+    of the logits over their standard deviation."""
+    torch: float
+    onnx: float
+    agree: float
+    error: float
+    images: int
+
+    def __str__(self):
+        return (f'torch {self.torch:.2f}%  ONNX Runtime {self.onnx:.2f}%  agreement {self.agree:.2f}%  '
+                f'logit error {self.error:.4f}  ({self.images} images)')
+
+
+@torch.no_grad()
+def agreement(network, session, batches, resize):
+    """Agreement of a torch Network and a session on batches (images, labels); resize(images): to its resolution."""
+    ours, theirs, labels = [], [], []
+    network.eval()
+    for images, truth in batches:
+        images = resize(images, network.resolution)
+        ours.append(network(images).numpy())
+        theirs.append(run_session(session, images.numpy()))
+        labels.append(truth.numpy())
+    if not labels:
+        raise UserError('no images to evaluate on')
+    ours, theirs, labels = map(np.concatenate, (ours, theirs, labels))
+    first, second = ours.argmax(1), theirs.argmax(1)
+    error = np.sqrt(np.mean((ours - theirs) ** 2)) / max(ours.std(), 1e-12)
+    return Agreement(*(100 * float(np.mean(right)) for right in (first == labels, second == labels, first == second)),
+                     float(error), len(labels))
+
+
+class LayerError(NamedTuple):
+    """How far the input of a quantised op is from torch's: rms over the standard deviation, mean over its scale;
+    added: the part of rms that is more than the op before had."""
+    name: str
+    rms: float
+    bias: float
+    added: float
+
+    def __str__(self):
+        return f'{self.name:<44} {self.rms:8.4f} {self.added:8.4f} {self.bias:+8.3f}'
+
+
+def layer_errors(network, model, images):
+    """[LayerError] of the inputs of all quantised ops in order, and of the logits; model: ModelProto of the Network.
+
+    images (N, 3, r, r). The graph is run with every quantised tensor as an output.
+    """
+    onnx = need('onnx')
+    tensors = metadata(model)['tensors']
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    have = {output.name for output in model.graph.output}
+    wanted = dict.fromkeys(entry[0] for entry in tensors.values() if entry[0] not in have)
+    watched.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None)
+                                for name in wanted)
+    values = open_session(watched).run([model.graph.output[0].name, *wanted], {'image': images.numpy()})
+    logits, codes = values[0], dict(zip(wanted, values[1:]))
+    inputs, expected = op_inputs(network, images)
+    errors = []
+    for name, (tensor, scale, zero, shift) in tensors.items():
+        ours, theirs = inputs[name].numpy(), scale * (codes[tensor].astype(np.float32) - zero) + shift
+        difference = theirs.reshape(ours.shape) - ours
+        errors.append(_layer_error(name, difference, ours.std(), scale, errors))
+    expected = expected.numpy()
+    return [*errors, _layer_error('logits', logits - expected, expected.std(), expected.std(), errors)]
+
+
+def _layer_error(name, difference, deviation, step, before):
+    rms = float(np.sqrt(np.mean(difference ** 2)) / max(deviation, 1e-12))
+    last = before[-1].rms if before else 0.0
+    return LayerError(name, rms, float(difference.mean() / max(step, 1e-12)), max(0.0, rms ** 2 - last ** 2) ** 0.5)

@@ -1,0 +1,65 @@
+"""Export subnets to ONNX: fp32, and with --quant_mode INT8 on their trained LSQ+ scales.
+
+    python onnx_tools/export_onnx.py --skip_weights
+    python onnx_tools/export_onnx.py --quant_mode --checkpoint_path checkpoints/supernet_training \\
+        --dataset_path ./dataset --report
+    python onnx_tools/export_onnx.py --quant_mode --network checkpoints/downstream/net.pth --dataset CIFAR10
+
+onnx_tools/input.csv holds one `<superspace>,<supernet_choice>,<subnet_choice>` a line. Writes
+<model_path>/<superspace>_<choice>_<6 hex of sha256(subnet)>{,_quant_int8}.onnx; a model of the same subnet and weights
+that is there already is used again. fp32 weights are those of checkpoint.pth, INT8 ones those of lsq.pth, both with
+batch-norm statistics of --num_calib_batches training batches. Images go in as the network's resolution asks,
+normalised; logits come out. --skip_weights: random weights, for latencies; both models. --report: per layer, how far
+the INT8 model's tensors are from torch's. docs/onnx.md explains the INT8 graph.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from modules.cli import parser, positive, run
+from modules.deploy.graph import need
+from modules.deploy.onnx_jobs import add_export_arguments, entries_of, export, images_for, subject
+from modules.deploy.onnx_run import layer_errors
+from modules.deploy.trace import observe
+from modules.modeling.ops.op import resize
+from modules.training.evaluate import images_of
+
+
+def get_args():
+    p = parser(__doc__)
+    add_export_arguments(p)
+    p.add_argument('--quant_mode', action='store_true', help='INT8 models too (always with --skip_weights)')
+    p.add_argument('--report', action='store_true', help='print the error of each layer of the INT8 models')
+    p.add_argument('--report_images', type=positive(int), default=32, help='images of the report')
+    return p.parse_args()
+
+
+def main(args):
+    need('onnx')
+    if args.report:
+        need('onnxruntime')
+    entries = entries_of(args)
+    data = images_for(entries, args)
+    for entry in entries:
+        for quant_mode in (False, True)[:1 + (args.quant_mode or args.skip_weights)]:
+            source = subject(entry, args, quant_mode, data)
+            path, model, written = export(source, args.model_path, quant_mode)
+            print(f'{path}  ({source.origin}{"" if written else "; as it was"})', flush=True)
+            if args.report and quant_mode:
+                print_report(source, model, args.report_images)
+
+
+def print_report(source, model, count):
+    """The layers' errors, the worst ones marked."""
+    images = resize(next(images_of(source.batches))[:count], source.network.resolution)
+    observe(source.network, [images])               # initialises scales that random weights do not have yet
+    errors = layer_errors(source.network, model, images)
+    worst = sorted(errors[:-1], key=lambda error: -error.added)[:5]
+    print(f'{"input of":<43} rms / std    added  mean / step')
+    for error in errors:
+        print(f'{error}{"  <- worst" if error in worst else ""}')
+
+
+if __name__ == '__main__':
+    run(main, get_args)
