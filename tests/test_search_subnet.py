@@ -35,7 +35,7 @@ from modules.training.calibrate import initialize_all_scales
 from modules.training.distributed import Job
 
 from .checkpoints import call, fails
-from .launching import command, family
+from .launching import command, family, run_script
 
 RECIPE = SearchRecipe(population_size=20, num_rounds=4, num_mutations=5, num_crossovers=5)
 WINDOW = Window(0.9, 1.1)
@@ -87,8 +87,8 @@ def test_nothing_is_measured_twice_and_the_window_is_kept(space, tmp_path):
     assert all(WINDOW.low <= member.ms <= WINDOW.high for member in found)
     assert [sum(member.round == i for member in found) for i in range(5)] == [20, 10, 10, 10, 10]
     assert len(said) == 5 and 'round 4/4: 10 subnets' in said[-1]
-    start = [member for member in found if member.round == 0]
-    assert best_members(found, WINDOW, 1)[0].scores > best_members(start, WINDOW, 1)[0].scores
+    means = [sum(m.scores[0] for m in found if m.round == i) / (20 if i == 0 else 10) for i in range(5)]
+    assert means[4] > means[2] > means[0]
 
 
 def test_the_last_generation_counts(space, tmp_path):
@@ -121,7 +121,7 @@ def test_an_empty_window_says_what_can_be_reached(space):
 def test_a_tiny_window_is_searched_all_the_same(space, tmp_path):
     """Around the largest subnet there are a few others only."""
     largest = space.ms(space.extremes[1])
-    fake, window = Fake(), Window(largest - 0.005, largest)
+    fake, window = Fake(), Window(largest - 0.001, largest)
     found, _, said = _search(space, tmp_path, [window], fake)
     assert 1 <= len(found) < 20 and len(set(fake.measured)) == len(fake.measured) == len(found)
     assert 'to start with, not 20' in said[0] and 'found no new subnet' in said[-1]
@@ -145,7 +145,7 @@ def test_aligned_samples_stay_aligned():
 
 def test_constraints_share_what_is_scored_and_do_not_change_each_other(space, tmp_path):
     largest = space.ms(space.extremes[1])
-    windows = [Window(largest - 0.02, largest - 0.001), Window(largest - 0.02, largest)]
+    windows = [Window(largest - 0.003, largest), Window(largest - 0.002, largest)]
     both, alone = Fake(), Fake()
     found, members, _ = _search(space, tmp_path / 'both', windows, both)
     assert len(set(both.measured)) == len(both.measured) == len(members) < len(found)
@@ -211,7 +211,7 @@ def _arguments(root, output, *more):
     return ['--superspace', 'demo', '--supernet_choice', '012-111', '--dataset', 'digits', '--dataset_path', root,
             '--valid_size', 40, '--output_path', output, '--checkpoint_path', root, '--latency_constraint', 0.9, 1.0,
             '--latency_delta', 0.15, '--batch_size', 10, '--num_calib_batches', 2, '--population_size', 8,
-            '--num_rounds', 2, '--num_mutations', 3, '--num_crossovers', 3, '--num_eval_images', 20,
+            '--num_rounds', 2, '--num_mutations', 2, '--num_crossovers', 2, '--num_eval_images', 20,
             '--num_workers', 0, '--device', 'cpu', *more]
 
 
@@ -237,21 +237,19 @@ def _killed(history, count, *args, victims=slice(None), **options):
 
 
 def test_killed_and_resumed_on_one_and_two_ranks_it_ends_as_the_unbroken_search(root, tmp_path, monkeypatch):
+    """Killed plain, resumed on two ranks of which one is killed, resumed under torchrun; against one process."""
     assert call(search_subnet, monkeypatch, *_arguments(root, tmp_path / 'whole')) == 0
-    whole = tmp_path / 'whole' / 'demo-012-111'
-    for name, count, options in (('one', 5, {}), ('two', 11, {'ranks': 2, 'victims': slice(-1, None)})):
-        folder = tmp_path / name / 'demo-012-111'
-        output = _killed(folder / 'history.csv', count, *_arguments(root, tmp_path / name), **options)
-        assert count <= _lines(folder / 'history.csv') < _lines(whole / 'history.csv')
-        assert name == 'one' or 'Signal 9 (SIGKILL)' in output or 'another rank is gone' in output, output
-        done = subprocess.run(command('search_subnet.py', *_arguments(root, tmp_path / name, '--resume'),
-                                      ranks=options.get('ranks', 1), launcher='torch.distributed.run'),
-                              env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        for file in ('scored.csv', 'best_c0.9_d0.15.csv', 'best_c1_d0.15.csv', 'settings.json'):
-            assert (folder / file).read_text() == (whole / file).read_text()
-        assert len({*_entries(folder), *_entries(whole)}) == len(_entries(folder)) == len(_entries(whole))
-        assert (folder / 'search.png').read_bytes().startswith(b'\x89PNG')
+    whole, folder = (tmp_path / run / 'demo-012-111' for run in ('whole', 'broken'))
+    arguments, history = _arguments(root, tmp_path / 'broken'), folder / 'history.csv'
+    _killed(history, 4, *arguments)
+    assert 4 < len(_entries(folder)) < len(_entries(whole))
+    output = _killed(history, 13, *arguments, '--resume', ranks=2, victims=slice(-1, None))
+    assert 'Signal 9 (SIGKILL)' in output or 'another rank is gone' in output, output
+    assert 13 < len(_entries(folder)) < len(_entries(whole))
+    run_script('search_subnet.py', *arguments, '--resume', ranks=2, launcher='torch.distributed.run')
+    for file in ('scored.csv', 'best_c0.9_d0.15.csv', 'best_c1_d0.15.csv', 'settings.json', 'search.png'):
+        assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+    assert sorted(_entries(folder)) == sorted(_entries(whole))
     with open(whole / 'best_c1_d0.15.csv', newline='', encoding='utf-8') as file:
         best = list(csv.DictReader(file))
     assert len(best) == 10 and all(0.85 <= float(row['ms']) <= 1.0 for row in best)
@@ -268,9 +266,11 @@ def test_the_published_command_runs_as_written(root, tmp_path, monkeypatch):
             for i in range(count):
                 photo = Image.fromarray(load_sample_images().images[number])
                 photo.crop((30 * i, 30 * i, 30 * i + 100, 30 * i + 100)).save(tmp_path / part / name / f'{i}.png')
-    written = (f'--superspace onnxw --supernet_choice 121122-133333 --dataset_path {tmp_path} --output_path {tmp_path}/search_subnet '
-               f'--checkpoint_path {root} --latency_constraint 15 --latency_delta 2 --batch_size 32 '
-               '--num_calib_batches 20').split()
+    (tmp_path / 'supernet_training').symlink_to(root)
+    written = ('--superspace onnxw --supernet_choice 121122-133333 --dataset_path ${IN} --output_path ${C}/search_subnet '
+               '--checkpoint_path ${C}/supernet_training --latency_constraint 15 --latency_delta 2 --batch_size 32 '
+               '--num_calib_batches 20')
+    written = written.replace('${IN}', str(tmp_path)).replace('${C}', str(tmp_path)).split()
     short = ['--population_size', 2, '--num_rounds', 1, '--num_mutations', 1, '--num_crossovers', 1, '--device', 'cpu',
              '--num_valid_images', 2, '--num_eval_images', 2, '--batch_size', 4, '--num_calib_batches', 1,
              '--num_workers', 0]

@@ -17,7 +17,7 @@ from .onnx_fp32 import conv_attributes, io_sizes, named_blocks, write_activation
 TOPS = {'relu': np.inf, 'relu6': 6.0}           # activations that saturation computes, and their upper ends
 SWISH_ZERO = -7.0                               # swish is within 0.007 of 0 below this
 CLIPPED = 0.1                                   # share of a scale's span that a shortcut may lose to it
-HSWISH_SLACK = 0.5                              # x - hswish(x) and x - swish(x) are less than this where x > 2
+HSWISH_SLACK = 0.5                              # x - hswish(x) and x - swish(x) are less than this
 LEFT = 1.0                                      # steps of the output: what a bias leaves is added where it is more
 GATE = 1 / 256                                  # scale of a sigmoid's codes
 
@@ -160,7 +160,7 @@ class Int8Exporter:
         left = border + (bias - np.round(bias / steps) * steps - border.mean((1, 2)))[:, None, None]
         most, final = np.abs(left).max(), target
         if most > LEFT * target.grid.scale:
-            target = self._before_sum(name, target, most, gain, offset)
+            target = self._before_sum(name, norm, target, most, gain, offset)
         weight = self._constant(name + '.weight', codes, scales, np.int8)
         bias = self._constant(name + '.bias', np.round(bias / steps), steps, np.int32)
         y = graph.add('Conv', [graph.real(x.name, x.grid), weight, bias], name + '.float', **conv_attributes(op))
@@ -173,11 +173,10 @@ class Int8Exporter:
             y = graph.quantise(y, final.grid, name + '.codes')
         return Codes(y, final.grid, final.shift)
 
-    def _before_sum(self, name, target, most, gain, offset):
+    def _before_sum(self, name, norm, target, most, gain, offset):
         """Target of a convolution to which up to `most` is added before the codes that `target` wants."""
-        unit = name.rsplit('.', 1)[0]
-        seen = self.ranges.get(unit.removesuffix('.dwconv') + '.norm') if name + '.norm' not in self.ranges else None
-        seen = seen or self.ranges[name]
+        unit = name.rsplit('.', 1)[0].removesuffix('.dwconv')           # of unit.conv, unit.dwconv or unit.dwconv.2
+        seen = self.ranges[name if norm is None else unit + '.norm']
         grid = target.grid                          # what saturates there needs no codes here
         low = max(gain * seen.low + offset - target.shift, -grid.scale * grid.zero) - most
         high = min(gain * seen.high + offset - target.shift, grid.scale * (255 - grid.zero)) + most
