@@ -30,6 +30,7 @@ from modules.subnet_search import (
     initial_population,
     initialise_scales,
     measure_with,
+    note_trained_images,
     open_log,
     score_subnets,
     search_windows,
@@ -85,6 +86,7 @@ def main(args):
     data = fit_classes(data, model.num_classes, path)
     if not len(data.valid):
         raise UserError(f'--valid_size {args.valid_size}: no held-out images to search with')
+    note_trained_images(path, len(data.valid))
     kind = 'int8' if args.quant_mode else 'fp32'
     settings = {'supernet': str(supernet), 'checkpoint': file_digest(path), 'numbers': kind, 'seed': args.seed,
                 'data set': args.dataset, 'training images': len(data.train), 'align_sample': args.align_sample,

@@ -24,6 +24,7 @@ from .pictures import new_figure, save_figure
 from .search_space import sampling
 from .search_space.encoding import Subnet, parse_subnet, subnet_config
 from .training.calibrate import calibrate, initialize_all_scales
+from .training.checkpoint import load_checkpoint
 from .training.data import calibration_batches, seed_of
 from .training.distributed import broadcast, share, sum_over_ranks
 from .training.evaluate import accuracy, images_of, kept_subnet
@@ -32,9 +33,10 @@ from .training.parallel import thread_map
 from .training.subnet_report import calibrated_network
 
 COLUMNS = ('top1', 'top5', 'loss')          # scores: percent, percent, mean cross-entropy
-DRAWS, STEPS = 8, 100                       # a member: the nearest of 8 random subnets, walked into the window
+DRAWS, STEPS = 8, 400                       # a member: the nearest of 8 random subnets, walked into the window
 STRENGTHS = (1.0, 0.3, 0.1)                 # of a walk's mutations: far leaps, and steps small enough to arrive
-PATIENCE, ROUND_PATIENCE = 100, 20          # vain walks before a window, or a round, is given up
+PATIENCE, ROUND_PATIENCE = 100, 20          # vain walks before a window, or a round, is given up,
+EMPTY_PATIENCE = 30                         # and before a window in which nothing was found
 BEST = 10
 
 
@@ -124,7 +126,7 @@ def initial_population(space, window, size, rng):
     at members, or at the smallest and the largest subnet.
     """
     found, failures = {}, 0
-    while len(found) < size and failures < PATIENCE:
+    while len(found) < size and failures < (PATIENCE if found else EMPTY_PATIENCE):
         if failures % 2:
             start = rng.choice(list(found.values()) or space.extremes)
         else:
@@ -297,6 +299,16 @@ def search_windows(space, starts, score, recipe, seed, job, say):
                 say(f'{window}: round {number + 1} found no new subnet: the search ends with {len(mine)}')
             found += mine
     return found
+
+
+def note_trained_images(path, num_valid):
+    """Say so where the checkpoint at `path` was trained on some of the first `num_valid` held-out images."""
+    checkpoint = load_checkpoint(path)
+    settings = checkpoint.get('settings') if isinstance(checkpoint, dict) else None
+    held_out = settings.get('valid_size') if isinstance(settings, dict) else None
+    if held_out is not None and held_out < num_valid:
+        note(f'{path}: trained with --valid_size {held_out}, so it has seen {num_valid - held_out} of the {num_valid} '
+             f'images that are held out here; give --valid_size {held_out}')
 
 
 def file_digest(path):

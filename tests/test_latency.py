@@ -44,8 +44,10 @@ def test_every_block_of_a_space_is_predicted(space):
     blocks = fitting.space_blocks(space)
     stem_and_head = {'FirstConvBlock', 'FinalExpandBlock', 'FeatureMixBlock', 'LogitsBlock'}
     assert {b.name for b in blocks} >= stem_and_head
-    table, _ = tables.load_platform(os.path.join(tables.DATA, SUPERSPACES[space].platform))
-    assert all(0 < table[block] < 1000 for block in blocks)
+    platform = SUPERSPACES[space].platform
+    assert all(0 < ms < 1000 for ms in LatencyPredictor(platform).predict_blocks(blocks))
+    table, _ = tables.load_platform(os.path.join(tables.DATA, platform))
+    assert space == 'demo' or all(block in table for block in blocks)       # predicted beforehand
 
 
 @pytest.mark.parametrize('space', sorted(SUPERNETS))

@@ -27,6 +27,7 @@ from modules.subnet_search import (
     best_members,
     evolve,
     initial_population,
+    note_trained_images,
     pareto_front,
     score_subnets,
     search_windows,
@@ -119,12 +120,13 @@ def test_an_empty_window_says_what_can_be_reached(space):
 
 
 def test_a_tiny_window_is_searched_all_the_same(space, tmp_path):
-    """Around the largest subnet there are a few others only."""
     largest = space.ms(space.extremes[1])
-    fake, window = Fake(), Window(largest - 0.001, largest)
-    found, _, said = _search(space, tmp_path, [window], fake)
-    assert 1 <= len(found) < 20 and len(set(fake.measured)) == len(fake.measured) == len(found)
-    assert 'to start with, not 20' in said[0] and 'found no new subnet' in said[-1]
+    for width, most in ((1e-9, 1), (0.0001, 19)):                   # the largest subnet, and a few others
+        fake = Fake()
+        found, _, said = _search(space, tmp_path, [Window(largest - width, largest)], fake, SearchRecipe(20, 1, 3, 3))
+        assert 1 <= len(found) <= most and len(set(fake.measured)) == len(fake.measured) == len(found)
+        assert 'subnets found to start with, not 20' in said[0]
+        assert most > 1 or 'round 1 found no new subnet: the search ends with 1' in said[-1]
 
 
 def test_a_narrow_window_of_a_large_space_is_filled():
@@ -267,9 +269,9 @@ def test_the_published_command_runs_as_written(root, tmp_path, monkeypatch):
                 photo = Image.fromarray(load_sample_images().images[number])
                 photo.crop((30 * i, 30 * i, 30 * i + 100, 30 * i + 100)).save(tmp_path / part / name / f'{i}.png')
     (tmp_path / 'supernet_training').symlink_to(root)
-    written = ('--superspace onnxw --supernet_choice 121122-133333 --dataset_path ${IN} --output_path ${C}/search_subnet '
-               '--checkpoint_path ${C}/supernet_training --latency_constraint 15 --latency_delta 2 --batch_size 32 '
-               '--num_calib_batches 20')
+    written = ('--superspace onnxw --supernet_choice 121122-133333 --dataset_path ${IN} '
+               '--output_path ${C}/search_subnet --checkpoint_path ${C}/supernet_training --latency_constraint 15 '
+               '--latency_delta 2 --batch_size 32 --num_calib_batches 20')
     written = written.replace('${IN}', str(tmp_path)).replace('${C}', str(tmp_path)).split()
     short = ['--population_size', 2, '--num_rounds', 1, '--num_mutations', 1, '--num_crossovers', 1, '--device', 'cpu',
              '--num_valid_images', 2, '--num_eval_images', 2, '--batch_size', 4, '--num_calib_batches', 1,
@@ -277,6 +279,14 @@ def test_the_published_command_runs_as_written(root, tmp_path, monkeypatch):
     assert call(search_subnet, monkeypatch, *written, *short) == 0
     assert (tmp_path / 'search_subnet' / 'onnxw-121122-133333' / 'search.log').exists()
     assert _lines(tmp_path / 'search_subnet' / 'onnxw-121122-133333' / 'scored.csv') == 5
+
+
+def test_held_out_images_that_were_trained_on_are_reported(tmp_path, capsys):
+    torch.save({'state_dict': {}, 'settings': {'valid_size': 100}}, tmp_path / 'lsq.pth')
+    for num_valid in (100, 140):
+        assert not capsys.readouterr().err
+        note_trained_images(str(tmp_path / 'lsq.pth'), num_valid)
+    assert 'it has seen 40 of the 140 images that are held out here; give --valid_size 100' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('more, said', [
