@@ -38,7 +38,7 @@ from modules.subnet_search import (
 )
 from modules.training.classes import fit_classes
 from modules.training.data import calibration_batches, eval_loader, open_data
-from modules.training.distributed import distributed_job
+from modules.training.distributed import distributed_job, share
 from modules.training.evaluate import DecodedImages
 from modules.training.parallel import default_workers
 from modules.training.subnet_report import add_evaluation_arguments, evaluation_images
@@ -104,7 +104,7 @@ def main(args):
         valid = DecodedImages(eval_loader(data.valid, args.batch_size, workers=args.num_workers,
                                           limit_images=args.num_valid_images), data.mean_std).to(job.device)
         initialise_scales(model, data, args.batch_size, job, args.seed, args.align_sample)
-        threads = 1 if job.device.type == 'cuda' else args.num_threads or default_workers()
+        threads = share(1 if job.device.type == 'cuda' else args.num_threads or default_workers(), job)
         measure = measure_with(model, calibration, valid, job, threads)
         found = search_windows(space, starts, lambda subnets, tick: score_subnets(subnets, measure, history, job,
                                                                                   threads, tick),
