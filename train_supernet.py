@@ -13,7 +13,7 @@ import os
 import torch
 
 from modules.cli import parser, run
-from modules.modeling.ops.lsq_plus import set_quant_mode
+from modules.modeling.ops.lsq_plus import compile_quantisers, prove_quantisers, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
@@ -37,6 +37,8 @@ def get_args():
     p.add_argument('--resume', action='store_true', help='go on from the checkpoint of this stage, if there is one')
     p.add_argument('--from_scratch', action='store_true', help='--quant_mode without an fp32 checkpoint')
     p.add_argument('--amp', action='store_true', help='bf16 autocast, for GPUs')
+    p.add_argument('--compile', action='store_true', help='fake-quantise by kernels of torch.compile: --quant_mode '
+                   'is faster after a minute of compilation; needs a C++ compiler, on GPUs Triton')
     add_data_arguments(p)
     p.set_defaults(augment=None, valid_size=None)           # keys of the configuration
     add_config_arguments(p, SupernetRecipe, skip=('augment', 'valid_size'))
@@ -57,6 +59,9 @@ def main(args):
     with distributed_job(args.local_rank, args.device) as job:
         if job.is_main:
             save_config(recipe, folder, 'lsq.yaml' if args.quant_mode else 'checkpoint.yaml')
+        if args.compile and args.quant_mode:
+            compile_quantisers()
+            prove_quantisers(job.device)
         model = build(supernet, data.num_classes, recipe, args.quant_mode)
         results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
                                  args.align_sample, args.amp and job.device.type == 'cuda', args.num_workers)

@@ -3,9 +3,9 @@
     python benchmarks/supernet_step.py --supernets spaceevo@vnni spaceevo@pixel4 --batch_size 4 --image_size 224
 
 A step is a sandwich (max, two random subnets, min; forward and backward each) and an SGD step, always of the same
-subnets. "plain" keeps NCHW memory; "composed" fake-quantises by one autograd operation after another. Variants take
-turns in one process; shown is the median of the ratios of neighbouring steps. Memory: what autograd keeps for the
-backward pass of the largest subnet, every storage counted once, weights left out.
+subnets. "plain" keeps NCHW memory; "compiled" is --compile; "composed" fake-quantises by one autograd operation after
+another. Variants take turns in one process; shown is the median of the ratios of neighbouring steps. Memory: what
+autograd keeps for the backward pass of the largest subnet, every storage counted once, weights left out.
 """
 import os
 import random
@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 
 from modules.cli import parser, positive, run
-from modules.modeling.ops.lsq_plus import QBase, set_quant_mode
+from modules.modeling.ops.lsq_plus import QBase, compile_quantisers, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.search_space.named import find_supernet
 from modules.training.optim import parameter_groups
 from modules.training.supernet_trainer import SupernetRecipe, sandwich
 
-VARIANTS = ('plain fp32', 'fp32', 'int8', 'composed int8')
-RATIOS = (('plain fp32', 'fp32'), ('int8', 'fp32'), ('composed int8', 'fp32'))
+VARIANTS = ('plain fp32', 'fp32', 'int8', 'compiled int8', 'composed int8')
+RATIOS = (('plain fp32', 'fp32'), ('int8', 'fp32'), ('compiled int8', 'fp32'), ('composed int8', 'fp32'))
 
 
 def get_args():
@@ -64,6 +64,7 @@ class Variant:
 
     def __init__(self, kind, encoding, batch_size, image_size):
         torch.manual_seed(0)
+        self.kind = kind
         self.model = Supernet(encoding)
         self.model.initialize_weights()
         memory = torch.contiguous_format if kind == 'plain fp32' else torch.channels_last
@@ -80,6 +81,7 @@ class Variant:
 
     def step(self):
         """Seconds of one training step."""
+        compile_quantisers(self.kind == 'compiled int8')
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         sandwich(self.model, self.images, self.labels, SupernetRecipe(), random.Random(0))
@@ -107,9 +109,10 @@ def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f'batch {args.batch_size}, {args.image_size} px, {torch.get_num_threads()} threads\n')
-    print('| supernet | ' + ' | '.join(f'{kind} s' for kind in VARIANTS) + ' | plain / ours | int8 / fp32 '
-          '| composed / fp32 | ' + ' | '.join(f'{kind} MiB' for kind in VARIANTS[1:]) + ' | int8 / fp32 memory |')
-    print('|---' * (2 * len(VARIANTS) + 4) + '|')
+    print('| supernet | ' + ' | '.join(f'{kind} s' for kind in VARIANTS) + ' '
+          '| plain / ours | int8 / fp32 | compiled int8 / fp32 | composed / fp32 | '
+          + ' | '.join(f'{kind} MiB' for kind in VARIANTS[1:]) + ' | int8 / fp32 memory |')
+    print('|---' * (3 * len(VARIANTS)) + '|')
     for name in args.supernets:
         variants = {kind: Variant(kind, find_supernet(name), args.batch_size, args.image_size) for kind in VARIANTS}
         seconds = {kind: [] for kind in VARIANTS}

@@ -32,11 +32,12 @@ def family(pid):
     return [pid] + [member for child in children for member in family(int(child))]
 
 
-def run_script(script, *args, ranks=1, launcher='torch.distributed.launch', kill_when=None, threads='1', code=0):
+def run_script(script, *args, ranks=1, launcher='torch.distributed.launch', kill_when=None, threads='1', code=0,
+               cwd=None):
     """Output of a script that has to end with `code`; SIGKILLed as soon as the file `kill_when` is there."""
     env = {**os.environ, 'OMP_NUM_THREADS': threads}
     with subprocess.Popen(command(script, *args, ranks=ranks, launcher=launcher), env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, cwd=cwd) as process:
         if kill_when:
             while process.poll() is None and not os.path.exists(kill_when):
                 time.sleep(0.01)

