@@ -87,6 +87,11 @@ def prove_quantisers(device):
         raise UserError(f'--compile: torch.compile does not work here: {str(error).strip().splitlines()[0]}') from error
 
 
+def _bare(x):
+    """_flat() of a dense tensor that is no view to torch.compile, which would compile anew for each shape viewed."""
+    return _flat(x).data
+
+
 def _like(flat, x):
     """A 1-d tensor in the shape of x, in whose memory order it is."""
     return flat.as_strided(x.shape, x.stride())
@@ -97,7 +102,7 @@ def _quantise(x, scale, beta, levels):
     x = _dense(x)
     if _use_kernels:
         scale, beta = scale.detach(), None if beta is None else beta.detach()
-        return _like(_kernel(_quantise_flat)(_flat(x.detach()), scale, beta, levels.low, levels.high), x)
+        return _like(_kernel(_quantise_flat)(_bare(x), scale, beta, levels.low, levels.high), x)
     quantised = torch.empty_like(x)
     for v, y in _pieces(x, quantised):
         torch.div(v, scale, out=y) if beta is None else torch.sub(v, beta, out=y).div_(scale)
@@ -118,7 +123,7 @@ def _quantise_backward(grad_y, x, scale, beta, levels):
     grad_y = _dense(grad_y.to(x.dtype), like=x)
     if _use_kernels:
         grad_x, grad_scale, grad_beta = _kernel(_quantise_backward_flat)(
-            _flat(grad_y), _flat(x.detach()), scale.detach(), None if beta is None else beta.detach(), levels.low,
+            _bare(grad_y), _bare(x), scale.detach(), None if beta is None else beta.detach(), levels.low,
             levels.high)
         return (_like(grad_x, x), (levels.gradient_factor * grad_scale).reshape(scale.shape),
                 None if beta is None else (levels.gradient_factor * grad_beta).reshape(beta.shape))
