@@ -252,3 +252,30 @@ def test_scales_are_averaged_and_beta_min_reduced_over_ranks(tmp_path):
         torch.multiprocessing.spawn(_initialise_on_rank, (2, tmp_path / 'store', results), nprocs=2)
         assert results[0] == results[1]
         assert results[0][1] == pytest.approx(3 / 255) and results[0][2] == 0.0
+
+
+@pytest.mark.parametrize('size, kernel, stride', [(7, 5, 1), (9, 7, 1), (10, 7, 2), (11, 7, 2), (4, 5, 2), (1, 5, 1),
+                                                 (2, 7, 2), (9, 3, 1)])
+@pytest.mark.parametrize('bits', [32, 8])
+def test_depthwise_gradients_are_torchs(size, kernel, stride, bits):
+    """In int8 with an exact input: then both modes see the same numbers."""
+    torch.manual_seed(0)
+    op = QConv(6, 6, kernel, stride, kernel // 2, groups=6)
+    x = torch.randint(0, 9, (3, 6, size, size)).float().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        op.weight.copy_(torch.randint(-3, 4, op.weight.shape))
+        for parameter, value in ((op.sa, 1), (op.sw, 1), (op.beta, 0)):
+            parameter.fill_(value)
+    op.scales_initialized = True
+    if bits == 8:
+        set_quant_mode(op)
+    leaves = [x.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in (op.weight, op.bias))]
+    want = nn.functional.conv2d(*leaves, op.stride, op.padding, 1, 6)
+    grad = torch.randn_like(want)
+    want.backward(grad)
+    x.requires_grad_()
+    y = op(x)
+    y.backward(grad)
+    torch.testing.assert_close(y, want)
+    for ours, theirs in zip((x, op.weight, op.bias), leaves):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import UserError
+from .convolution import conv2d, convolution_backward
 
 OFF = 32                                    # bits of an op that does not quantise
 _MIN_RANGE = 1e-7                           # a scale never falls below this / (2^b - 1)
@@ -195,9 +196,8 @@ class _QuantisedOp(torch.autograd.Function):
             grad_weight = rows.t() @ used_x.reshape(len(rows), -1) if mask[1] else None
             grad_bias = rows.sum(0) if mask[2] else None
         else:
-            stride, padding, dilation, groups = ctx.geometry
-            grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad, used_x, used_weight, ctx.bias_sizes, stride, padding, dilation, False, [0, 0], groups, mask)
+            grad_x, grad_weight, grad_bias = convolution_backward(grad, used_x, used_weight, ctx.bias_sizes,
+                                                                  *ctx.geometry, mask)
         grad_scale_x = grad_beta = grad_scale_w = None
         if mask[0] and levels_x is not None:
             grad_x, grad_scale_x, grad_beta = _quantise_backward(grad_x, x, scale_x, beta, levels_x)
@@ -342,7 +342,7 @@ class QBase:
         geometry: (stride, padding, dilation, groups) of a convolution, None for a linear layer.
         """
         if not self.is_quantised:
-            return F.linear(x, weight, bias) if geometry is None else F.conv2d(x, weight, bias, *geometry)
+            return F.linear(x, weight, bias) if geometry is None else conv2d(x, weight, bias, *geometry)
         if not self.scales_initialized:
             self.initialize_scales(x)
         sa, beta, sw = self.sa, self.beta, self.sw
