@@ -3,7 +3,7 @@
     python benchmarks/supernet_step.py --supernets spaceevo@vnni spaceevo@pixel4 --batch_size 4 --image_size 224
 
 A step is a sandwich (max, two random subnets, min; forward and backward each) and an SGD step, always of the same
-subnets. "plain" keeps NCHW memory; "compiled" is --compile; "composed" fake-quantises by one autograd operation after
+subnets. "plain" is torch's convolutions in NCHW memory; "compiled" is --compile; "composed" fake-quantises by one autograd operation after
 another. Variants take turns in one process; shown is the median of the ratios of neighbouring steps. Memory: what
 autograd keeps for the backward pass of the largest subnet, every storage counted once, weights left out.
 """
@@ -59,6 +59,11 @@ def composed(op, x, weight, bias, geometry=None):
     return F.linear(x, weight, bias) if geometry is None else F.conv2d(x, weight, bias, *geometry)
 
 
+def plain(op, x, weight, bias, geometry=None):
+    """QBase.run() in fp32, of torch's own operations."""
+    return F.linear(x, weight, bias) if geometry is None else F.conv2d(x, weight, bias, *geometry)
+
+
 class Variant:
     """A supernet that takes the same steps as the others."""
 
@@ -71,10 +76,10 @@ class Variant:
         self.model.to(memory_format=memory)
         if 'int8' in kind:
             set_quant_mode(self.model)
-        if kind == 'composed int8':
+        if kind in ('plain fp32', 'composed int8'):
             for module in self.model.modules():
                 if isinstance(module, QBase):
-                    module.run = composed.__get__(module)
+                    module.run = (plain if kind == 'plain fp32' else composed).__get__(module)
         self.images = torch.randn(batch_size, 3, image_size, image_size).contiguous(memory_format=memory)
         self.labels = torch.randint(1000, (batch_size,))
         self.optimizer = torch.optim.SGD(parameter_groups(self.model, 1e-5), lr=1e-3, momentum=0.9, nesterov=True)
