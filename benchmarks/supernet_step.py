@@ -3,9 +3,10 @@
     python benchmarks/supernet_step.py --supernets spaceevo@vnni spaceevo@pixel4 --batch_size 4 --image_size 224
 
 A step is a sandwich (max, two random subnets, min; forward and backward each) and an SGD step, always of the same
-subnets. "plain" is torch's convolutions in NCHW memory; "compiled" is --compile; "composed" fake-quantises by one autograd operation after
-another. Variants take turns in one process; shown is the median of the ratios of neighbouring steps. Memory: what
-autograd keeps for the backward pass of the largest subnet, every storage counted once, weights left out.
+subnets. "plain" is torch's convolutions in NCHW memory; "compiled" is --compile; "composed" fake-quantises by one
+autograd operation after another. Variants take turns in one process; shown is the median of the ratios of neighbouring
+steps. Memory: what autograd keeps for the backward pass of the largest subnet, every storage counted once, weights left
+out.
 """
 import os
 import random
