@@ -1,6 +1,6 @@
 """Convolutions whose weight gradient is fast on CPUs for depth-wise kernels.
 
-oneDNN takes ten to a hundred times as long for the weight gradient of a depth-wise 5x5 or 7x7 convolution as for its
+oneDNN takes up to a hundred times as long for the weight gradient of a depth-wise 5x5 or 7x7 convolution as for its
 forward pass. But that gradient is a depth-wise convolution itself: of an image's input, with the image's output
 gradient as the kernel and the stride as the dilation. So it runs at the speed of the forward pass.
 """
