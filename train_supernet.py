@@ -38,7 +38,7 @@ def get_args():
     p.add_argument('--from_scratch', action='store_true', help='--quant_mode without an fp32 checkpoint')
     p.add_argument('--amp', action='store_true', help='bf16 autocast, for GPUs')
     p.add_argument('--compile', action='store_true', help='fake-quantise by kernels of torch.compile: --quant_mode '
-                   'is faster after a minute of compilation; needs a C++ compiler, on GPUs Triton')
+                   'is faster after some seconds of compilation; needs a C++ compiler, on GPUs Triton')
     add_data_arguments(p)
     p.set_defaults(augment=None, valid_size=None)           # keys of the configuration
     add_config_arguments(p, SupernetRecipe, skip=('augment', 'valid_size'))
@@ -57,11 +57,13 @@ def main(args):
                      max(supernet.superspace.resolutions), seed=recipe.seed)
     folder = checkpoint_folder(args.output_path, supernet, args.align_sample)
     with distributed_job(args.local_rank, args.device) as job:
-        if job.is_main:
-            save_config(recipe, folder, 'lsq.yaml' if args.quant_mode else 'checkpoint.yaml')
-        if args.compile and args.quant_mode:
+        if args.compile and not args.quant_mode:
+            note('--compile speeds up --quant_mode only')
+        elif args.compile:
             compile_quantisers()
             prove_quantisers(job.device)
+        if job.is_main:
+            save_config(recipe, folder, 'lsq.yaml' if args.quant_mode else 'checkpoint.yaml')
         model = build(supernet, data.num_classes, recipe, args.quant_mode)
         results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
                                  args.align_sample, args.amp and job.device.type == 'cuda', args.num_workers)

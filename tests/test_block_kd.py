@@ -61,9 +61,9 @@ def teacher_file(tmp_path_factory, photos):
 
 def _train(script, photos, folder, *more, ranks=1, kill_when=None):
     return run_script(script, *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', folder,
-                '--inplace_distill_from_teacher', '--stage_list', *BLOCKS, '--train_batch_size', 4, '--max_steps', 4,
-                '--checkpoint_freq', 1, '--num_calib_batches', 2, '--num_valid_batches', 1, *more,
-                ranks=ranks, kill_when=kill_when)
+                      '--inplace_distill_from_teacher', '--stage_list', *BLOCKS, '--train_batch_size', 4,
+                      '--max_steps', 4, '--checkpoint_freq', 1, '--num_calib_batches', 2, '--num_valid_batches', 1, *more,
+                      ranks=ranks, kill_when=kill_when)
 
 
 def _weights(folder, name):
@@ -125,10 +125,10 @@ def trained(tmp_path_factory, photos, teacher_file):
 
 def _build_lut(output, trained, photos, teacher_file, *more, ranks=1, kill_when=None):
     return run_script('eval_block_kd.py', *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', output,
-                '--checkpoint_path', trained, '--teacher_checkpoint_path', teacher_file, '--stage_list', *BLOCKS,
-                '--width_window_filter', 0, 3, '--num_samples_per_stage', 5, '--calib_batch_size', 8,
-                '--num_calib_batches', 2, '--eval_batch_size', 6, '--debug', *more, ranks=ranks, kill_when=kill_when,
-                threads='2')
+                      '--checkpoint_path', trained, '--teacher_checkpoint_path', teacher_file, '--stage_list', *BLOCKS,
+                      '--width_window_filter', 0, 3, '--num_samples_per_stage', 5, '--calib_batch_size', 8,
+                      '--num_calib_batches', 2, '--eval_batch_size', 6, '--debug', *more,
+                      ranks=ranks, kill_when=kill_when, threads='2')
 
 
 def test_luts_are_the_same_on_one_rank_two_ranks_and_after_a_kill(tmp_path, photos, trained, teacher_file):
