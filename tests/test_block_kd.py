@@ -62,8 +62,8 @@ def teacher_file(tmp_path_factory, photos):
 def _train(script, photos, folder, *more, ranks=1, kill_when=None):
     return run_script(script, *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', folder,
                       '--inplace_distill_from_teacher', '--stage_list', *BLOCKS, '--train_batch_size', 4,
-                      '--max_steps', 4, '--checkpoint_freq', 1, '--num_calib_batches', 2, '--num_valid_batches', 1, *more,
-                      ranks=ranks, kill_when=kill_when)
+                      '--max_steps', 4, '--checkpoint_freq', 1, '--num_calib_batches', 2, '--num_valid_batches', 1,
+                      *more, ranks=ranks, kill_when=kill_when)
 
 
 def _weights(folder, name):
