@@ -29,6 +29,7 @@ from modules.block_kd.searcher import (
 )
 from modules.evolution import History
 from modules.search_space.named import find_supernet
+from modules.training.log import spare_tensorflow
 
 LOG_EVERY = 500
 
@@ -73,6 +74,7 @@ def score_choices(searcher, supernets, folder):
 
 def search(searcher, folder, seed, total, population_size, parent_sample_size, resume):
     """The space search; writes everything named in the module's docstring."""
+    spare_tensorflow()
     from tensorboard.summary import Writer
     started = time.perf_counter()
     total = min(total, num_spaces(searcher.superspace))

@@ -10,7 +10,7 @@ import pytest
 from .conftest import ROOT
 
 # a package may import itself and what stands before it
-ORDER = [('errors',), ('files', 'cli'), ('pictures',), ('search_space',), ('modeling',), ('latency', 'training'),
+ORDER = [('errors',), ('files', 'cli', 'optional'), ('pictures',), ('search_space',), ('modeling',), ('latency', 'training'),
          ('evolution',), ('block_kd',), ('zoo', 'subnet_search'), ('deploy',)]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MODULES = sorted(glob.glob(os.path.join(ROOT, 'modules', '**', '*.py'), recursive=True))
@@ -75,3 +75,12 @@ def test_optional_packages_are_not_imported_by_the_core():
             'print(sorted(set(sys.modules) & {"tensorflow", "nn_meter", "onnxruntime", "onnx"}))')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == '[]', done.stderr
+
+
+def test_curves_do_not_load_tensorflow(tmp_path):
+    """Where TensorFlow is installed, TensorBoard would import it, and torchvision after it crashes."""
+    code = ('import sys; from modules.training.log import curves; '
+            f'curves({str(tmp_path)!r}).close(); import torchvision; print("tensorflow" in sys.modules)')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == 'False', done.stderr
+    assert os.listdir(tmp_path)

@@ -11,7 +11,6 @@ import random
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation, set_quant_mode
@@ -23,7 +22,7 @@ from ..training.calibrate import calibrate, kept_statistics, norm_statistics, se
 from ..training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from ..training.data import calibration_batches, eval_loader, train_loader
 from ..training.distributed import average, average_gradients, broadcast
-from ..training.log import progress
+from ..training.log import curves, progress
 from ..training.losses import nsr_loss
 from ..training.optim import cosine, parameter_groups, set_learning_rate
 from .student import StudentStage
@@ -233,7 +232,7 @@ def _train_stage(stage, trainees, teacher, data, recipe, job, steps):
     total = steps * recipe.epochs
     first = min((t.step for t in trainees if not t.done), default=total)
     folder = os.path.dirname(os.path.dirname(trainees[0].path))
-    writer = SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=first or None) if job.is_main else None
+    writer = curves(os.path.join(folder, 'tensorboard'), first, job.is_main)
     bar = progress(total, f'{stage} {"lsq" if recipe.quant else "fp32"}', first, job.is_main)
     with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
         _take_steps(stage, trainees, teacher, data, recipe, job, steps, first, bar, writer)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation
@@ -21,7 +20,7 @@ from .checkpoint import load_checkpoint, load_weights, save_checkpoint
 from .data import calibration_batches, eval_loader, seed_of, train_loader
 from .distributed import average, average_gradients, broadcast
 from .evaluate import accuracy, images_of
-from .log import note, progress
+from .log import curves, note, progress
 from .optim import parameter_groups, set_learning_rate, warmup_linear
 
 # {data set: (learning rate, weight decay)} of the published fine-tuning
@@ -120,8 +119,7 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
     valid = eval_loader(data.valid if len(data.valid) else data.test, recipe.batch_size, job.rank, job.world_size,
                         workers, limit_images=recipe.num_eval_images or None)
     folder, kind = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
-    writer = SummaryWriter(os.path.join(folder, 'tensorboard', kind), purge_step=tuning.step or None) \
-        if job.is_main else None
+    writer = curves(os.path.join(folder, 'tensorboard', kind), tuning.step, job.is_main)
     bar = progress(steps * recipe.epochs, f'fine-tuning {identity.get("subnet_name", "")}', tuning.step, job.is_main)
     with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
         for epoch in range(tuning.step // steps, recipe.epochs):

@@ -1,5 +1,6 @@
-"""Progress of long jobs: a bar on a terminal, a line now and then in a log file."""
+"""Progress of long jobs: a bar on a terminal, a line now and then in a log file, curves for TensorBoard."""
 import sys
+import types
 
 from tqdm import tqdm
 
@@ -19,3 +20,20 @@ def note(line):
     """One line on stderr, of the first rank only."""
     if is_main_process():
         print(line, file=sys.stderr)
+
+
+def spare_tensorflow():
+    """Let tensorboard use its own stand-in for TensorFlow, as it does where that is not installed.
+
+    The real one would be imported for nothing but file names: seconds, and a crash where torchvision comes after it.
+    """
+    sys.modules.setdefault('tensorboard.compat.notf', types.ModuleType('tensorboard.compat.notf'))
+
+
+def curves(folder, first_step=0, enabled=True):
+    """torch's SummaryWriter of a folder, in which steps from `first_step` on are anew; None where not `enabled`."""
+    if not enabled:
+        return None
+    spare_tensorflow()
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(folder, purge_step=first_step or None)

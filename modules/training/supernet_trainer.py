@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import UserError
 from ..search_space import sampling
@@ -24,7 +23,7 @@ from .checkpoint import load_checkpoint, load_weights, save_checkpoint
 from .data import calibration_batches, eval_loader, seed_of, train_loader
 from .distributed import average, average_gradients, broadcast
 from .evaluate import DecodedImages, evaluate_subnet
-from .log import note, progress
+from .log import curves, note, progress
 from .losses import adaptive_alpha_loss
 from .optim import parameter_groups, set_learning_rate, warmup_cosine
 
@@ -112,8 +111,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
     valid = DecodedImages(eval_loader(data.valid, recipe.batch_size_per_gpu, job.rank, job.world_size, workers,
                                       limit_images=recipe.num_valid_images or None), data.mean_std)
     kind = 'lsq' if quant else 'fp32'
-    writer = SummaryWriter(os.path.join(folder, 'tensorboard', kind), purge_step=training.step or None) \
-        if job.is_main else None
+    writer = curves(os.path.join(folder, 'tensorboard', kind), training.step, job.is_main)
     bar = progress(steps * recipe.epochs, f'supernet {kind}', training.step, job.is_main)
     with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
         for epoch in range(training.step // steps, recipe.epochs):

@@ -1,8 +1,11 @@
-"""Convolutions whose weight gradient is fast on CPUs for depth-wise kernels.
+"""Convolutions whose backward pass is fast on CPUs where oneDNN's is not.
 
-oneDNN takes up to a hundred times as long for the weight gradient of a depth-wise 5x5 or 7x7 convolution as for its
-forward pass. But that gradient is a depth-wise convolution itself: of an image's input, with the image's output
-gradient as the kernel and the stride as the dilation. So it runs at the speed of the forward pass.
+Depth-wise 5x5 and 7x7 kernels: oneDNN takes up to a hundred times as long for the weight gradient as for the forward
+pass. But that gradient is a depth-wise convolution itself: of an image's input, with the image's output gradient as
+the kernel and the stride as the dilation. So it runs at the speed of the forward pass.
+
+Maps of a single pixel (squeeze-excitation, feature_mix): a 1x1 convolution is a linear layer there, whose gradients
+are two matrix products, and oneDNN takes two to twenty times as long, as it lays out the weights anew.
 """
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,8 @@ _SMALLEST_KERNEL = 5                        # below it oneDNN's weight gradient 
 
 def conv2d(x, weight, bias, stride, padding, dilation, groups):
     """F.conv2d(), with a fast backward pass where there is one."""
+    if _is_linear(x, weight, groups):
+        return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
     if torch.is_grad_enabled() and weight.requires_grad and _is_slow(x, weight, dilation, groups):
         return _DepthwiseConv.apply(x, weight, bias, stride, padding, dilation, groups)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -19,6 +24,10 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups):
 
 def convolution_backward(grad, x, weight, bias_sizes, stride, padding, dilation, groups, mask):
     """Gradients of conv2d() to (x, weight, bias), None where the mask is False."""
+    if _is_linear(x, weight, groups):
+        rows = grad.flatten(1)
+        return [(rows @ weight.flatten(1)).view_as(x) if mask[0] else None,
+                (rows.t() @ x.flatten(1)).view_as(weight) if mask[1] else None, rows.sum(0) if mask[2] else None]
     fast = mask[1] and _is_slow(x, weight, dilation, groups)
     grads = list(torch.ops.aten.convolution_backward(
         grad, x, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups,
@@ -26,6 +35,10 @@ def convolution_backward(grad, x, weight, bias_sizes, stride, padding, dilation,
     if fast:
         grads[1] = _depthwise_weight_gradient(grad, x, weight, stride, padding)
     return grads
+
+
+def _is_linear(x, weight, groups):
+    return x.shape[2:] == weight.shape[2:] == (1, 1) and groups == 1 and x.device.type == 'cpu'
 
 
 def _is_slow(x, weight, dilation, groups):
