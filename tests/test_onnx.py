@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from modules.deploy.folding import tap_sums, weight_codes
 from modules.deploy.graph import need
+from modules.deploy.int8 import lsq_target
 from modules.deploy.onnx_fp32 import export_fp32
-from modules.deploy.onnx_int8 import export_int8, lsq_target
+from modules.deploy.onnx_int8 import export_int8
 from modules.deploy.onnx_jobs import random_subject
 from modules.deploy.onnx_run import layer_errors, open_session, run_session
 from modules.deploy.store import Entry, metadata, read_entries, read_model

@@ -3,24 +3,20 @@ import json
 
 import numpy as np
 
-from ..errors import UserError
+from ..optional import need
 
 OPSET, IR_VERSION = 17, 8
 IMAGE = 'image'                         # the input of every model
-INSTALL = 'pip install -r requirements-onnx.txt'
-
-
-def need(package):
-    """The optional package (onnx, onnxruntime); UserError with the command that installs it where it lacks."""
-    import importlib
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise UserError(f'{package} is not installed: {INSTALL}') from None
 
 
 class Graph:
-    """Nodes and constants of one model; every method returns the name of the tensor it adds."""
+    """Nodes and constants of one model; every method returns the name of the tensor it adds.
+
+    From quantise() on: what int8.Int8Exporter asks of any runtime. Quantised operators are float ones between
+    DequantizeLinear and QuantizeLinear, which ONNX Runtime fuses.
+    """
+
+    image, floats = IMAGE, True         # floats: a tensor with several readers may stay float
 
     def __init__(self):
         self.onnx = need('onnx')
@@ -56,12 +52,83 @@ class Graph:
         return self.add('DequantizeLinear', [codes, self.constant('scale', grid.scale),
                                              self.constant('zero', grid.zero, np.uint8)], codes + '.real')
 
-    def clip_codes(self, codes, low, high):
+    def clip_codes(self, codes, grid, low, high):
         """uint8 codes kept within low..high; a pass over bytes, next to free."""
         if low <= 0 and high >= 255:
             return codes
         return self.add('Clip', [codes, self.constant('low', low, np.uint8), self.constant('high', high, np.uint8)],
                         codes + '.clipped')
+
+    def conv(self, x, op, codes, scales, bias, name):
+        """Float result of a convolution like `op` (torch's) with weights codes * scales (by output channel).
+
+        x: (codes, grid); bias: float, rounded to what int32 holds.
+        """
+        x, grid = x
+        weight = self._dequantised(name + '.weight', codes, scales, np.int8)
+        bias = self._bias(name + '.bias', bias, grid.scale * scales)
+        return self.add('Conv', [self.real(x, grid), weight, bias], name + '.float', **conv_attributes(op))
+
+    def linear(self, x, codes, scale, bias, name):
+        """Float logits of codes (N, C, 1, 1) of a tensor, x: (codes, grid)."""
+        x, grid = x
+        scales = np.full(len(codes), scale)
+        weight = self._dequantised(name + '.weight', codes, scales, np.int8)
+        bias = self._bias(name + '.bias', bias, grid.scale * scales)
+        x = self.real(self.add('Flatten', [x], name + '.flat'), grid)
+        return self.add('Gemm', [x, weight, bias], name, transB=1)
+
+    def _bias(self, name, bias, steps):
+        return self._dequantised(name, np.round(bias / steps), steps, np.int32)
+
+    def _dequantised(self, name, codes, scales, dtype):
+        zeros = self.constant('zeros', np.zeros(len(scales)), dtype)
+        return self.add('DequantizeLinear', [self.constant(name + '.codes', codes, dtype),
+                                             self.constant(name + '.scale', scales), zeros], name, axis=0)
+
+    def real_map(self, values, grid, name):
+        """A constant map (C, H, W) on a grid."""
+        codes = (np.round(values[None] / grid.scale) + grid.zero).clip(0, 255)
+        return self.real(self.constant(name, codes, np.uint8), grid)
+
+    def activated(self, x, kind, name):
+        """Float tensor: an activation (layout.Layer's) of a float tensor."""
+        if kind is None:
+            return x
+        if kind == 'relu':
+            return self.add('Relu', [x], name)
+        if kind == 'relu6':
+            return self.add('Clip', [x, self.constant('zero', 0.0), self.constant('six', 6.0)], name)
+        if kind == 'hswish':
+            return self.add('HardSwish', [x], name)
+        return self.product(x, self.sigmoid(x, name + '.gate'), name)
+
+    def plus(self, x, value):
+        """Float tensor and a number."""
+        return self.add('Add', [x, self.constant('shift', value)], 'shifted') if value else x
+
+    def sum(self, x, y, name):
+        return self.add('Add', [x, y], name)
+
+    def product(self, x, y, name):
+        return self.add('Mul', [x, y], name)
+
+    def sigmoid(self, x, name):
+        return self.add('Sigmoid', [x], name)
+
+    def mean(self, x, name):
+        return self.add('GlobalAveragePool', [x], name)
+
+    def flatten(self, x, name):
+        return self.add('Flatten', [x], name)
+
+    def hswish(self, codes, grid, name):
+        """Float hswish = x * clip(x + 3, 0, 6) / 6 of codes with code 0 at -3.
+
+        clip(x + 3, 0, 6) is the very same bytes, clipped and read with another zero and scale.
+        """
+        gate = self.clip_codes(codes, grid, 0, min(255, 2 * grid.zero))
+        return self.product(self.real(codes, grid), self.real(gate, grid._replace(scale=0.5 / grid.zero, zero=0)), name)
 
     def model(self, shape, output, outputs, metadata):
         """ModelProto from `image` (N, *shape) to `output` (N, outputs); metadata {key: anything json takes}."""
@@ -73,3 +140,9 @@ class Graph:
         h.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
         self.onnx.checker.check_model(model)
         return model
+
+
+def conv_attributes(op):
+    """Attributes of ONNX's Conv of a torch convolution."""
+    return {'kernel_shape': list(op.kernel_size), 'strides': list(op.stride), 'pads': list(op.padding) * 2,
+            'group': op.groups}

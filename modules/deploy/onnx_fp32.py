@@ -1,21 +1,8 @@
 """A static Network as fp32 ONNX: batch norm folded into the convolutions, one graph node per operation."""
 from ..modeling.blocks import run_layers
-from ..modeling.layout import out_size
+from ..modeling.network import io_sizes, named_blocks
 from .folding import folded
-from .graph import IMAGE, Graph
-
-
-def write_activation(graph, x, kind, name):
-    """Float tensor: an activation (layout.Layer's) of a float tensor."""
-    if kind is None:
-        return x
-    if kind == 'relu':
-        return graph.add('Relu', [x], name)
-    if kind == 'relu6':
-        return graph.add('Clip', [x, graph.constant('zero', 0.0), graph.constant('six', 6.0)], name)
-    if kind == 'hswish':
-        return graph.add('HardSwish', [x], name)
-    return graph.add('Mul', [x, graph.add('Sigmoid', [x], name + '.gate')], name)
+from .graph import IMAGE, Graph, conv_attributes
 
 
 class FloatExporter:
@@ -33,11 +20,11 @@ class FloatExporter:
         """A layer of a layout (layout.Layer) applied to x; unit: its torch module."""
         if layer.op in ('conv', 'dwconv'):
             op = unit.conv if layer.op == 'conv' else unit.dwconv
-            return write_activation(self.graph, self.conv(x, op, unit.norm, name + '.conv'), layer.activation, name)
+            return self.graph.activated(self.conv(x, op, unit.norm, name + '.conv'), layer.activation, name)
         if layer.op == 'dwstack':
             for i, op in enumerate(unit.dwconv):
                 x = self.conv(x, op, unit.norm if i == len(unit.dwconv) - 1 else None, f'{name}.dwconv.{i}')
-            return write_activation(self.graph, x, layer.activation, name)
+            return self.graph.activated(x, layer.activation, name)
         if layer.op == 'se':
             mean = self.graph.add('GlobalAveragePool', [x], name + '.mean')
             gate = self.graph.add('Relu', [self.conv(mean, unit.fc.reduce, None, name + '.reduce')], name + '.relu')
@@ -56,30 +43,9 @@ class FloatExporter:
 
     def block(self, x, block, name):
         def add(y, shortcut, activation):
-            return write_activation(self.graph, self.graph.add('Add', [y, shortcut], name + '.add'), activation, name)
+            return self.graph.activated(self.graph.sum(y, shortcut, name + '.add'), activation, name)
         return run_layers(block.layers, lambda layer, v: self.unit(v, layer, getattr(block, layer.name),
                                                                    f'{name}.{layer.name}'), x, add)
-
-
-def conv_attributes(op):
-    """Attributes of ONNX's Conv of a torch convolution."""
-    return {'kernel_shape': list(op.kernel_size), 'strides': list(op.stride), 'pads': list(op.padding) * 2,
-            'group': op.groups}
-
-
-def named_blocks(network):
-    """(name, Block) of a Network in order; the name is the prefix of the block's state-dict keys."""
-    for stage, blocks in network.stages.items():
-        for i, block in enumerate(blocks):
-            yield f'stages.{stage}.{i}', block
-
-
-def io_sizes(network):
-    """((C, r, r) of a Network's images, outputs): classes, or all features of one without a classifier."""
-    blocks, hw = network.config.blocks, network.resolution
-    for block in blocks:
-        hw = 1 if block.name in ('FeatureMixBlock', 'LogitsBlock') else out_size(hw, block.stride)
-    return (blocks[0].cin, network.resolution, network.resolution), blocks[-1].cout * hw * hw
 
 
 def export_fp32(network, metadata=None):

@@ -5,6 +5,7 @@ from torch import nn
 from ..search_space.encoding import subnet_config
 from .blocks import Block
 from .complexity import block_sizes
+from .layout import out_size
 from .ops.lsq_plus import quantised_ops
 from .ops.op import resize
 
@@ -97,6 +98,21 @@ class Network(nn.Module):
 
     def forward(self, x):
         return self.forward_head(self.forward_features(x))
+
+
+def named_blocks(network):
+    """(name, Block) of a Network in order; the name is the prefix of the block's state-dict keys."""
+    for stage, blocks in network.stages.items():
+        for i, block in enumerate(blocks):
+            yield f'stages.{stage}.{i}', block
+
+
+def io_sizes(network):
+    """((C, r, r) of a Network's images, outputs): classes, or all features of one without a classifier."""
+    blocks, hw = network.config.blocks, network.resolution
+    for block in blocks:
+        hw = 1 if block.name in ('FeatureMixBlock', 'LogitsBlock') else out_size(hw, block.stride)
+    return (blocks[0].cin, network.resolution, network.resolution), blocks[-1].cout * hw * hw
 
 
 class FeatureMaps(nn.Module):

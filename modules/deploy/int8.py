@@ -1,0 +1,351 @@
+"""An LSQ+ Network on integers: 8-bit activations and weights on the trained scales, for any runtime.
+
+Int8Exporter decides scales, zero points, biases and which tensors are quantised; a graph (graph.Graph for ONNX,
+tf_graph.TfGraph for TFLite) writes the operators. docs/onnx.md explains the numbers.
+
+A tensor's real value is scale * (code - zero) + shift. The shift is what LSQ+'s real-valued beta leaves of an integer
+zero point: it is taken off in the bias of the convolution that writes the tensor and put back in that of the reader.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from ..modeling.blocks import run_layers
+from ..modeling.network import named_blocks
+from ..modeling.ops.lsq_plus import quantised_ops
+from .folding import activation_scale, affine, tap_sums, weight_codes
+from .trace import Range
+
+TOPS = {'relu': np.inf, 'relu6': 6.0}           # activations that saturation computes, and their upper ends
+SWISH_ZERO = -7.0                               # swish is within 0.007 of 0 below this
+CLIPPED = 0.1                                   # share of a scale's span that a shortcut may lose to it
+HSWISH_SLACK = 0.5                              # x - hswish(x) and x - swish(x) are less than this
+LEFT = 1.0                                      # steps of the output: what a bias leaves is added where it is more
+GATE = 1 / 256                                  # scale of a sigmoid's codes
+
+
+class Grid(NamedTuple):
+    """scale and integer zero point of uint8 codes."""
+    scale: float
+    zero: int = 0
+
+
+class Codes(NamedTuple):
+    """A uint8 tensor of the graph, `tensor` what the graph calls it."""
+    tensor: object
+    grid: Grid
+    shift: float = 0.0
+
+
+class Real(NamedTuple):
+    """A float tensor of the graph; the value is tensor + shift."""
+    tensor: object
+    shift: float = 0.0
+
+
+class Target(NamedTuple):
+    """How a reader wants a tensor: on `grid` with `shift`, codes within low..high."""
+    grid: Grid
+    shift: float = 0.0
+    low: int = 0
+    high: int = 255
+
+
+def span_grid(low, high):
+    """Grid that covers low..high and holds 0 exactly."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(high - low, 1e-6) / 255
+    return Grid(scale, round(-low / scale))
+
+
+def lsq_target(op, activation, movable, padded):
+    """Target of a quantised op's input on its LSQ+ scale.
+
+    activation: what made the tensor, None: anything; movable: its maker can take off a shift; padded: zeros are
+    added around it, so that 0 has to be a code.
+    """
+    scale, beta = activation_scale(op)
+    zero = round(-beta / scale)
+    top = TOPS.get(activation, np.inf)
+    if not movable or (padded and zero < 0) or zero > 255:
+        low, high = min(beta, 0.0), max(beta + 255 * scale, 0.0)
+        grid = span_grid(low, high) if beta > 0 or low == high or zero > 255 else Grid(scale, zero)
+        return Target(grid, 0.0, max(0, round(beta / grid.scale) + grid.zero) if beta > 0 else 0,
+                      255 if top == np.inf else min(255, round(top / grid.scale) + grid.zero))
+    if activation in TOPS:              # codes below the one of 0 do not occur: begin with that one
+        first = max(0, zero)
+        last = 255 if top == np.inf else min(255, max(0, round((top - beta) / scale)))
+        return Target(Grid(scale, 0), beta + scale * first, 0, max(0, last - first))
+    zero = max(0, zero)
+    return Target(Grid(scale, zero), beta + scale * zero)
+
+
+class Pending:
+    """A tensor whose maker waits for its reader: write(Target) adds the nodes and gives the Codes.
+
+    activation: that the reader may rely on; movable: whether the maker can take off a shift. write_real(shift):
+    gives the tensor as a Real without quantising it, None where the maker's result is codes.
+    """
+
+    def __init__(self, name, write, activation=None, movable=True, write_real=None):
+        self.name, self.write, self.activation, self.movable = name, write, activation, movable
+        self.write_real = write_real
+
+
+class Int8Exporter:
+    """Writes a Network in int8 mode into a graph; ranges: of trace.observe().
+
+    tensors: {op name: [tensor, scale, zero, shift] of its input}.
+    """
+
+    def __init__(self, graph, ranges):
+        self.graph, self.ranges, self.tensors = graph, ranges, {}
+
+    # -- values -----------------------------------------------------------------------------------------------
+
+    def codes(self, value, name, op):
+        """Codes of `value` as the input of a quantised op called `name`."""
+        padded = bool(getattr(op, 'padding', (0, 0)) != (0, 0))
+        if isinstance(value, Real):
+            real, exact = value, value.tensor is self.graph.image
+            value = Pending(name, lambda target: self.quantised(real, target, name + '.input', exact))
+        if isinstance(value, Pending):
+            value = self.written(value, lsq_target(op, value.activation, value.movable, padded))
+        self.tensors[name] = [value.tensor, value.grid.scale, value.grid.zero, value.shift]
+        return value
+
+    def written(self, pending, target):
+        """Codes of a Pending on a Target."""
+        codes = pending.write(target)
+        return codes._replace(tensor=self.graph.clip_codes(codes.tensor, codes.grid, target.low, target.high))
+
+    def calibrated(self, pending, shift=0.0):
+        """Codes of a Pending on the grid of its range in the calibration images."""
+        seen = self.ranges[pending.name]
+        if pending.activation in TOPS:
+            return self.written(pending, Target(Grid(max(seen.high, 1e-6) / 255)))
+        return self.written(pending, Target(span_grid(seen.low - shift, seen.high - shift), shift))
+
+    def quantised(self, real, target, name, exact=False):
+        """Codes of a Real. A shift other than the target's stays, for the reader to put right: the codes then lie
+        between torch's. exact: a subtraction before the quantiser instead, where the graph has floats."""
+        x, shift = real
+        if exact and self.graph.floats:
+            x, shift = self.graph.plus(x, shift - target.shift), target.shift
+        return Codes(self.graph.quantise(x, target.grid, name), target.grid, shift)
+
+    def real(self, value, shift=0.0):
+        """Real of a value that several readers share; `shift`: the one they would like."""
+        if isinstance(value, Pending):
+            if value.write_real and self.graph.floats:
+                return value.write_real(shift)
+            value = self.calibrated(value, shift if value.movable and value.activation not in TOPS else 0.0)
+        if isinstance(value, Codes):
+            return Real(self.graph.real(value.tensor, value.grid), value.shift)
+        return value
+
+    # -- layers -----------------------------------------------------------------------------------------------
+
+    def conv_node(self, x, op, norm, name, target, gain=1.0, offset=0.0):
+        """Codes of gain * norm(op(x)) + offset on a Target; x: Codes."""
+        graph, (codes, scale) = self.graph, weight_codes(op)
+        factor, bias = affine(op, norm)
+        factor, bias = factor * scale * gain, bias * gain + offset - target.shift
+        hw = self.ranges[name + '.input'].hw
+        border = tap_sums(op, codes.sum(1) * (x.shift * factor)[:, None, None], hw)  # what the shift adds to each pixel
+        bias = bias + border.mean((1, 2))
+        codes = codes * np.where(factor < 0, -1, 1)[:, None, None, None]
+        # a vanishing factor (gamma 0) would take the bias out of int32
+        least = np.maximum(np.abs(bias) / (x.grid.scale * 2.0 ** 30), 1e-20)
+        scales = np.maximum(np.abs(factor), least)
+        codes = np.round(codes * (np.abs(factor) / scales)[:, None, None, None]).clip(-128, 127)
+        steps = x.grid.scale * scales
+        # what a bias by channel and in whole steps leaves
+        left = border + (bias - np.round(bias / steps) * steps - border.mean((1, 2)))[:, None, None]
+        most, final = np.abs(left).max(), target
+        if most > LEFT * target.grid.scale:
+            target = self._before_sum(name, norm, target, most, gain, offset)
+        y = graph.quantise(graph.conv((x.tensor, x.grid), op, codes, scales, bias, name), target.grid, name)
+        if target is not final:
+            grid = span_grid(left.min(), left.max())
+            y = graph.sum(graph.real(y, target.grid), graph.real_map(left, grid, name + '.left'), name + '.sum')
+            y = graph.quantise(y, final.grid, name + '.codes')
+        return Codes(y, final.grid, final.shift)
+
+    def _before_sum(self, name, norm, target, most, gain, offset):
+        """Target of a convolution to which up to `most` is added before the codes that `target` wants."""
+        unit = name.rsplit('.', 1)[0].removesuffix('.dwconv')           # of unit.conv, unit.dwconv or unit.dwconv.2
+        seen = self.ranges[name if norm is None else unit + '.norm']
+        grid = target.grid                          # what saturates there needs no codes here
+        low = max(gain * seen.low + offset - target.shift, -grid.scale * grid.zero) - most
+        high = min(gain * seen.high + offset - target.shift, grid.scale * (255 - grid.zero)) + most
+        return Target(span_grid(low, high), target.shift)
+
+    def conv(self, x, op, norm, name, activation):
+        """Pending of activation(norm(op(x))); a swish is a node of its own."""
+        x = self.codes(x, name, op)
+        unit = name.rsplit('.', 1)[0]
+        if activation is None or activation in TOPS:
+            return Pending(unit, lambda target: self.conv_node(x, op, norm, name, target), activation)
+        return self.swished(lambda target: self.conv_node(x, op, norm, name, target), unit, activation,
+                            self.ranges[unit + '.norm'])
+
+    def swished(self, write, name, activation, before):
+        """Pending of hswish or swish of what write() writes, without floats; before: Range of that."""
+        graph = self.graph
+
+        def write_codes(target):
+            high = max(1e-3, min(before.high, (255 - target.grid.zero) * target.grid.scale + HSWISH_SLACK))
+            if activation == 'hswish':          # below -3 it is 0
+                zero = max(1, int(3 * 255 / (high + 3)))
+                grid = Grid(3 / zero, zero)
+                product = graph.hswish(write(Target(grid)).tensor, grid, name)
+            else:
+                grid = span_grid(max(before.low, SWISH_ZERO), high)
+                x = write(Target(grid)).tensor
+                gate = graph.quantise(graph.sigmoid(graph.real(x, grid), name + '.sigmoid'), Grid(GATE), name + '.gate')
+                product = graph.product(graph.real(x, grid), graph.real(gate, Grid(GATE)), name)
+            return Codes(graph.quantise(product, target.grid, name + '.codes'), target.grid)
+        return Pending(name, write_codes, movable=False)
+
+    def stack(self, x, unit, name, activation):
+        for i, op in enumerate(unit.dwconv):
+            last = i == len(unit.dwconv) - 1
+            op_name = f'{name}.dwconv.{i}'
+            codes = self.codes(x, op_name, op)
+            norm = unit.norm if last else None
+
+            def write(target, codes=codes, op=op, norm=norm, op_name=op_name):
+                return self.conv_node(codes, op, norm, op_name, target)
+            if not last:
+                x = Pending(op_name, write)
+            elif activation is None or activation in TOPS:
+                return Pending(name, write, activation)
+            else:
+                return self.swished(write, name, activation, self.ranges[name + '.norm'])
+
+    def mean(self, x, name):
+        """Pending of the global mean of Codes x."""
+        def write(target):
+            mean = self.graph.mean(self.graph.real(x.tensor, x.grid), name)
+            return Codes(self.graph.quantise(mean, target.grid, name + '.codes'), target.grid)
+        return Pending(name, write, movable=False)
+
+    def se(self, x, unit, name):
+        """x times its gate; the hard sigmoid is the saturation of the second convolution's codes."""
+        graph, x = self.graph, self.calibrated(x)
+        reduce, expand = unit.fc.reduce, unit.fc.expand
+        inner = self.conv(self.mean(x, name + '.mean'), reduce, None, name + '.fc.reduce', 'relu')
+        inner = self.codes(inner, name + '.fc.expand', expand)
+        grid = Grid(1 / 255)
+        gate = self.conv_node(inner, expand, None, name + '.fc.expand', Target(grid), 1 / 6, 0.5).tensor
+
+        def write(target):
+            product = graph.product(graph.real(x.tensor, x.grid), graph.real(gate, grid), name)
+            return Codes(graph.quantise(product, target.grid, name + '.codes'), target.grid)
+        return Pending(name, write, movable=False)
+
+    def linear(self, x, op, name):
+        """Logits of a value."""
+        x, (codes, scale) = self.codes(x, name, op), weight_codes(op)
+        bias = op.bias.detach().double().numpy() + x.shift * scale * codes.sum(1)
+        return self.graph.linear((x.tensor, x.grid), codes, scale, bias, name)
+
+    def features(self, x):
+        """Features of the value of the last block."""
+        x = self.real(x)
+        return self.graph.flatten(self.graph.plus(x.tensor, x.shift), 'features')
+
+    # -- blocks -----------------------------------------------------------------------------------------------
+
+    def unit(self, x, layer, unit, name):
+        if layer.op == 'conv':
+            return self.conv(x, unit.conv, unit.norm, name + '.conv', layer.activation)
+        if layer.op == 'dwconv':
+            return self.conv(x, unit.dwconv, unit.norm, name + '.dwconv', layer.activation)
+        if layer.op == 'dwstack':
+            return self.stack(x, unit, name, layer.activation)
+        if layer.op == 'se':
+            return self.se(x, unit, name)
+        if layer.op == 'mean':
+            return self.mean(self.calibrated(x) if isinstance(x, Pending) else x, name)
+        if layer.op == 'linear':
+            return self.linear(x, unit, name)
+        return x                                    # flatten, dropout
+
+    def block(self, x, block, name):
+        """Value of a block's output; x: a Pending, or the images (Real)."""
+        shared = any(layer.op == 'add' for layer in block.layers)
+        if shared and isinstance(x, Pending):
+            x = self.shared(x, block, name)
+        y = run_layers(block.layers, lambda layer, v: self.unit(v, layer, getattr(block, layer.name),
+                                                                f'{name}.{layer.name}'), x,
+                       lambda y, shortcut, activation: self.add(y, shortcut, name, activation))
+        if isinstance(y, Pending) and not shared:
+            y.name = name                               # ranges of the block's output
+        return y
+
+    def shared(self, x, block, name):
+        """Codes or Real of a Pending that both branches of a block read.
+
+        The codes on the scale of the main branch's first convolution do for the shortcut too where that scale covers
+        what the shortcut needs; otherwise both read a float tensor.
+        """
+        first = block.layers[0]
+        op_name, op = first_op(f'{name}.{first.name}', getattr(block, first.name))
+        scale, beta = activation_scale(op)
+        seen = self.ranges[op_name + '.input']
+        low, high = seen.low, seen.high
+        if any(layer.shortcut for layer in block.layers):
+            other_scale, other_beta = activation_scale(block.downsample.conv)
+            low, high = max(low, other_beta), min(high, other_beta + 255 * other_scale)
+        margin = CLIPPED * 255 * scale
+        if beta - margin <= low and high <= beta + 255 * scale + margin:
+            return self.codes(x, op_name, op)
+        return self.real(x, lsq_target(op, None, True, False).shift)
+
+    def add(self, y, shortcut, name, activation):
+        """Pending of activation(y + shortcut)."""
+        graph = self.graph
+
+        def total(shift):
+            free = isinstance(y, Pending) and y.activation not in TOPS          # which side can take off the shift
+            other = self.real(shortcut, 0.0 if free else shift)
+            main = self.real(y, shift - other.shift)
+            return Real(graph.sum(main.tensor, other.tensor, name + '.add'), main.shift + other.shift)
+
+        def write_real(shift):
+            x, left = total(0.0 if activation else shift)
+            return Real(graph.activated(graph.plus(x, left), activation, name)) if activation else Real(x, left)
+
+        def write(target):
+            return self.quantised(total(target.shift), target, name)
+        if activation is None or activation in TOPS:
+            return Pending(name, write, activation, write_real=write_real)
+        before = Range()
+        before.low, before.high = SWISH_ZERO, self.ranges[name].high + HSWISH_SLACK
+        pending = self.swished(write, name, activation, before)
+        pending.write_real = write_real
+        return pending
+
+
+def first_op(name, unit):
+    """(name, op) of the first convolution of a unit."""
+    if hasattr(unit, 'conv'):
+        return name + '.conv', unit.conv
+    return (name + '.dwconv', unit.dwconv) if hasattr(unit.dwconv, 'weight') else (name + '.dwconv.0', unit.dwconv[0])
+
+
+def write_int8(graph, network, ranges):
+    """(output, Int8Exporter) of a Network in int8 and eval mode on the CPU, written into a graph.
+
+    ranges: of trace.observe() on real images. UserError where an op has other than 8 bits.
+    """
+    bits = {(op.nbits_a, op.nbits_w) for op in quantised_ops(network)}
+    if bits != {(8, 8)}:
+        raise UserError(f'an INT8 model needs 8 bits in every op; the network has {sorted(bits)}')
+    exporter, x = Int8Exporter(graph, ranges), Real(graph.image)
+    for name, block in named_blocks(network):
+        x = exporter.block(x, block, name)
+    return (x if network.num_classes else exporter.features(x)), exporter
