@@ -5,7 +5,7 @@ import os
 from .errors import UserError
 
 LISTS = {'onnx': 'requirements-onnx.txt', 'onnxruntime': 'requirements-onnx.txt',
-         'tensorflow': 'requirements-tflite.txt', 'ai_edge_litert': 'requirements-tflite.txt'}
+         **dict.fromkeys(('tensorflow', 'ai_edge_litert', 'flatbuffers'), 'requirements-tflite.txt')}
 
 
 def need(name):

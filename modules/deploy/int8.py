@@ -250,12 +250,18 @@ class Int8Exporter:
         """Logits of a value."""
         x, (codes, scale) = self.codes(x, name, op), weight_codes(op)
         bias = op.bias.detach().double().numpy() + x.shift * scale * codes.sum(1)
-        return self.graph.linear((x.tensor, x.grid), codes, scale, bias, name)
+        return self.output(self.graph.linear((x.tensor, x.grid), codes, scale, bias, name), name)
 
-    def features(self, x):
-        """Features of the value of the last block."""
+    def features(self, x, name):
+        """Features of the value of the last block, called `name`."""
         x = self.real(x)
-        return self.graph.flatten(self.graph.plus(x.tensor, x.shift), 'features')
+        y = self.output(self.graph.plus(x.tensor, x.shift), name) if x.shift else x.tensor
+        return self.graph.flatten(y, 'features')
+
+    def output(self, x, name):
+        """What leaves the network: the float tensor x, quantised on its own range where the graph has no floats."""
+        seen = self.ranges[name]
+        return x if self.graph.floats else self.graph.quantise(x, span_grid(seen.low, seen.high), name + '.output')
 
     # -- blocks -----------------------------------------------------------------------------------------------
 
@@ -348,4 +354,4 @@ def write_int8(graph, network, ranges):
     exporter, x = Int8Exporter(graph, ranges), Real(graph.image)
     for name, block in named_blocks(network):
         x = exporter.block(x, block, name)
-    return (x if network.num_classes else exporter.features(x)), exporter
+    return (x if network.num_classes else exporter.features(x, name)), exporter
