@@ -3,10 +3,11 @@
     python benchmarks/supernet_step.py --supernets spaceevo@vnni spaceevo@pixel4 --batch_size 4 --image_size 224
 
 A step is a sandwich (max, two random subnets, min; forward and backward each) and an SGD step, always of the same
-subnets. "plain" is torch's convolutions in NCHW memory; "compiled" is --compile; "composed" fake-quantises by one
-autograd operation after another. Variants take turns in one process; shown is the median of the ratios of neighbouring
-steps. Memory: what autograd keeps for the backward pass of the largest subnet, every storage counted once, weights left
-out.
+subnets. "plain" is torch's convolutions in NCHW memory, with glibc's allocator as it comes; all others keep freed
+memory as train_supernet.py does, "plain kept" too, which tells the two gains apart. "compiled" is --compile;
+"composed" fake-quantises by one autograd operation after another. Variants take turns in one process; shown is the
+median of the ratios of neighbouring steps. Memory: what autograd keeps for the backward pass of the largest subnet,
+every storage counted once, weights left out.
 """
 import os
 import random
@@ -23,11 +24,13 @@ from modules.cli import parser, positive, run
 from modules.modeling.ops.lsq_plus import QBase, compile_quantisers, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.search_space.named import find_supernet
+from modules.training.memory import keep_freed_memory
 from modules.training.optim import parameter_groups
 from modules.training.supernet_trainer import SupernetRecipe, sandwich
 
-VARIANTS = ('plain fp32', 'fp32', 'int8', 'compiled int8', 'composed int8')
-RATIOS = (('plain fp32', 'fp32'), ('int8', 'fp32'), ('compiled int8', 'fp32'), ('composed int8', 'fp32'))
+VARIANTS = ('plain fp32', 'plain kept fp32', 'fp32', 'int8', 'compiled int8', 'composed int8')
+RATIOS = (('plain fp32', 'fp32'), ('plain kept fp32', 'fp32'), ('int8', 'fp32'), ('compiled int8', 'fp32'),
+          ('composed int8', 'fp32'))
 
 
 def get_args():
@@ -73,14 +76,14 @@ class Variant:
         self.kind = kind
         self.model = Supernet(encoding)
         self.model.initialize_weights()
-        memory = torch.contiguous_format if kind == 'plain fp32' else torch.channels_last
+        memory = torch.contiguous_format if 'plain' in kind else torch.channels_last
         self.model.to(memory_format=memory)
         if 'int8' in kind:
             set_quant_mode(self.model)
-        if kind in ('plain fp32', 'composed int8'):
+        if 'plain' in kind or kind == 'composed int8':
             for module in self.model.modules():
                 if isinstance(module, QBase):
-                    module.run = (plain if kind == 'plain fp32' else composed).__get__(module)
+                    module.run = (plain if 'plain' in kind else composed).__get__(module)
         self.images = torch.randn(batch_size, 3, image_size, image_size).contiguous(memory_format=memory)
         self.labels = torch.randint(1000, (batch_size,))
         self.optimizer = torch.optim.SGD(parameter_groups(self.model, 1e-5), lr=1e-3, momentum=0.9, nesterov=True)
@@ -88,6 +91,7 @@ class Variant:
     def step(self):
         """Seconds of one training step."""
         compile_quantisers(self.kind == 'compiled int8')
+        keep_freed_memory(self.kind != 'plain fp32')
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         sandwich(self.model, self.images, self.labels, SupernetRecipe(), random.Random(0))
@@ -116,9 +120,9 @@ def main(args):
         torch.set_num_threads(args.threads)
     print(f'batch {args.batch_size}, {args.image_size} px, {torch.get_num_threads()} threads\n')
     print('| supernet | ' + ' | '.join(f'{kind} s' for kind in VARIANTS) + ' '
-          '| plain / ours | int8 / fp32 | compiled int8 / fp32 | composed / fp32 | '
-          + ' | '.join(f'{kind} MiB' for kind in VARIANTS[1:]) + ' | int8 / fp32 memory |')
-    print('|---' * (3 * len(VARIANTS)) + '|')
+          '| plain / ours | plain kept / ours | int8 / fp32 | compiled int8 / fp32 | composed / fp32 | '
+          + ' | '.join(f'{kind} MiB' for kind in VARIANTS[2:]) + ' | int8 / fp32 memory |')
+    print('|---' * (1 + len(VARIANTS) + len(RATIOS) + len(VARIANTS[2:]) + 1) + '|')
     for name in args.supernets:
         variants = {kind: Variant(kind, find_supernet(name), args.batch_size, args.image_size) for kind in VARIANTS}
         seconds = {kind: [] for kind in VARIANTS}
@@ -127,7 +131,7 @@ def main(args):
                 seconds[kind].append(variant.step())
         seconds = {kind: np.array(values[1:]) for kind, values in seconds.items()}      # without the warm-up
         ratios = [np.median(seconds[over] / seconds[under]) for over, under in RATIOS]
-        kept = {kind: variants[kind].kept() for kind in VARIANTS[1:]}
+        kept = {kind: variants[kind].kept() for kind in VARIANTS[2:]}
         print(f'| {name} | ' + ' | '.join(f'{np.median(values):.2f}' for values in seconds.values()) + ' | '
               + ' | '.join(f'**{ratio:.2f}**' for ratio in ratios) + ' | '
               + ' | '.join(f'{mib:.0f}' for mib in kept.values()) + f' | **{kept["int8"] / kept["fp32"]:.2f}** |',

@@ -24,6 +24,7 @@ from ..training.data import calibration_batches, eval_loader, train_loader
 from ..training.distributed import average, average_gradients, broadcast
 from ..training.log import curves, progress
 from ..training.losses import nsr_loss
+from ..training.memory import keep_freed_memory
 from ..training.optim import cosine, parameter_groups, set_learning_rate
 from .student import StudentStage
 
@@ -139,6 +140,7 @@ def _load(path, superspace):
 
 def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False):
     """Train blocks stage by stage into `folder`; returns {block id: {'max': NSR, 'min': NSR, 'random': NSR}}."""
+    keep_freed_memory()
     results = {}
     teacher.to(memory_format=_memory(recipe))
     for block in block_ids:

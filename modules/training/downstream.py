@@ -21,6 +21,7 @@ from .data import calibration_batches, eval_loader, seed_of, train_loader
 from .distributed import average, average_gradients, broadcast
 from .evaluate import accuracy, images_of
 from .log import curves, note, progress
+from .memory import keep_freed_memory
 from .optim import parameter_groups, set_learning_rate, warmup_linear
 
 # {data set: (learning rate, weight decay)} of the published fine-tuning
@@ -110,6 +111,7 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
     state by the held-out images (by the test images where none are held out) is beside `path` as …_best.pth.
     UserError: a loss that is not finite, or a run that was begun with other settings.
     """
+    keep_freed_memory()
     steps = len(train_loader(data.train, recipe.batch_size, 0, recipe.seed, job.rank, job.world_size))
     steps = min(steps, recipe.max_steps or steps)
     tuning = _start(network, data, recipe, path, job, identity, resume, steps, workers)

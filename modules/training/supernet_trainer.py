@@ -25,6 +25,7 @@ from .distributed import average, average_gradients, broadcast
 from .evaluate import DecodedImages, evaluate_subnet
 from .log import curves, note, progress
 from .losses import adaptive_alpha_loss
+from .memory import keep_freed_memory
 from .optim import parameter_groups, set_learning_rate, warmup_cosine
 
 PROGRESS = ('step', 'done', 'best', 'learned', 'loss_sum', 'loss_count', 'results')     # of a Training, in checkpoints
@@ -99,6 +100,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
     supernet: modeling.Supernet, already in int8 mode for `quant`; data: training.data.Data at its largest
     resolution. The best validated state is beside it as checkpoint_best.pth or lsq_best.pth.
     """
+    keep_freed_memory()
     steps = len(train_loader(data.train, recipe.batch_size_per_gpu, 0, recipe.seed, job.rank, job.world_size))
     steps = min(steps, recipe.max_steps or steps)
     training = _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps)
