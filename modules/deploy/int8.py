@@ -73,12 +73,10 @@ def lsq_target(op, activation, movable, padded):
         grid = span_grid(low, high) if beta > 0 or low == high or zero > 255 else Grid(scale, zero)
         return Target(grid, 0.0, max(0, round(beta / grid.scale) + grid.zero) if beta > 0 else 0,
                       255 if top == np.inf else min(255, round(top / grid.scale) + grid.zero))
-    if activation in TOPS:              # codes below the one of 0 do not occur: begin with that one
-        first = max(0, zero)
-        last = 255 if top == np.inf else min(255, max(0, round((top - beta) / scale)))
-        return Target(Grid(scale, 0), beta + scale * first, 0, max(0, last - first))
     zero = max(0, zero)
-    return Target(Grid(scale, zero), beta + scale * zero)
+    low = zero if activation in TOPS else 0         # codes below that of 0 do not occur
+    high = 255 if top == np.inf else min(255, max(low, round((top - beta) / scale)))
+    return Target(Grid(scale, zero), beta + scale * zero, low, high)
 
 
 class Pending:
@@ -112,6 +110,8 @@ class Int8Exporter:
             value = Pending(name, lambda target: self.quantised(real, target, name + '.input', exact))
         if isinstance(value, Pending):
             value = self.written(value, lsq_target(op, value.activation, value.movable, padded))
+        elif name not in self.tensors:              # the scale is another op's, or a calibrated one
+            value = self.clipped(value, op)
         self.tensors[name] = [value.tensor, value.grid.scale, value.grid.zero, value.shift]
         return value
 
@@ -120,11 +120,19 @@ class Int8Exporter:
         codes = pending.write(target)
         return codes._replace(tensor=self.graph.clip_codes(codes.tensor, codes.grid, target.low, target.high))
 
+    def clipped(self, codes, op):
+        """Codes on another scale than a quantised op's, kept within the range of that one."""
+        grid, (scale, beta) = codes.grid, activation_scale(op)
+        ends = ((end - codes.shift) / grid.scale + grid.zero for end in (beta, beta + 255 * scale))
+        low, high = (min(255, max(0, round(end))) for end in ends)
+        return codes._replace(tensor=self.graph.clip_codes(codes.tensor, grid, low, high))
+
     def calibrated(self, pending, shift=0.0):
-        """Codes of a Pending on the grid of its range in the calibration images."""
+        """Codes of a Pending on the grid of its range in the calibration images; `shift`: if it can have one."""
         seen = self.ranges[pending.name]
         if pending.activation in TOPS:
             return self.written(pending, Target(Grid(max(seen.high, 1e-6) / 255)))
+        shift = shift if pending.movable else 0.0
         return self.written(pending, Target(span_grid(seen.low - shift, seen.high - shift), shift))
 
     def quantised(self, real, target, name, exact=False):
@@ -140,7 +148,7 @@ class Int8Exporter:
         if isinstance(value, Pending):
             if value.write_real and self.graph.floats:
                 return value.write_real(shift)
-            value = self.calibrated(value, shift if value.movable and value.activation not in TOPS else 0.0)
+            value = self.calibrated(value, shift)
         if isinstance(value, Codes):
             return Real(self.graph.real(value.tensor, value.grid), value.shift)
         return value
@@ -296,7 +304,7 @@ class Int8Exporter:
         """Codes or Real of a Pending that both branches of a block read.
 
         The codes on the scale of the main branch's first convolution do for the shortcut too where that scale covers
-        what the shortcut needs; otherwise both read a float tensor.
+        what the shortcut needs; otherwise both read a float tensor, or codes on a calibrated scale where there is none.
         """
         first = block.layers[0]
         op_name, op = first_op(f'{name}.{first.name}', getattr(block, first.name))
@@ -309,7 +317,8 @@ class Int8Exporter:
         margin = CLIPPED * 255 * scale
         if beta - margin <= low and high <= beta + 255 * scale + margin:
             return self.codes(x, op_name, op)
-        return self.real(x, lsq_target(op, None, True, False).shift)
+        shift = lsq_target(op, None, True, False).shift
+        return self.real(x, shift) if self.graph.floats else self.calibrated(x, shift)
 
     def add(self, y, shortcut, name, activation):
         """Pending of activation(y + shortcut)."""

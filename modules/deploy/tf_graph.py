@@ -18,17 +18,27 @@ class TfGraph:
 
     def __init__(self, image):
         self.tf, self.image = need('tensorflow'), image
+        self._floats = {}               # what each quantised tensor was before, by id
 
     def quantise(self, x, grid, name):
         """A float tensor on a grid (scale, zero)."""
         low, high = np.float32(-grid.scale * grid.zero), np.float32(grid.scale * (255 - grid.zero))
-        return self.tf.quantization.fake_quant_with_min_max_vars(x, low, high, name=_scope(name))
+        codes = self.tf.quantization.fake_quant_with_min_max_vars(x, low, high, name=_scope(name))
+        self._floats[id(codes)] = codes, x, name        # codes: kept, so that no other tensor gets its id
+        return codes
 
     def real(self, codes, grid):
         return codes
 
     def clip_codes(self, codes, grid, low, high):
-        """Codes kept within low..high: a pass over bytes, needed where 6 is inside the scale of what follows relu6."""
+        """Codes kept within low..high.
+
+        By the relu or relu6 of the operator that wrote them where its ends are these; otherwise by a pass over bytes.
+        """
+        _, x, name = self._floats.get(id(codes), (codes, None, None))
+        six = round(6 / grid.scale) + grid.zero
+        if x is not None and low == grid.zero and (high >= 255 or high == six) and (low > 0 or high < 255):
+            return self.quantise((self.tf.nn.relu6 if high < 255 else self.tf.nn.relu)(x), grid, name)
         if high < 255:
             codes = self.tf.minimum(codes, np.float32(grid.scale * (high - grid.zero)))
         return self.tf.maximum(codes, np.float32(grid.scale * (low - grid.zero))) if low > 0 else codes

@@ -23,7 +23,7 @@ class Interpreter:
         self._input, self._output = self.litert.get_input_details()[0], self.litert.get_output_details()[0]
 
     def run(self, images):
-        """Logits (N, classes) of images (N, C, r, r), normalised; features (N, C * H * W) where it has no classifier."""
+        """Logits (N, classes) of images (N, C, r, r), normalised; without a classifier features (N, C * H * W)."""
         outputs = []
         for image in np.ascontiguousarray(np.asarray(images, np.float32).transpose(0, 2, 3, 1)):
             self.litert.set_tensor(self._input['index'], image[None])
