@@ -5,9 +5,8 @@ BIN    := $(VENV)/bin
 
 .PHONY: demo test lint clean
 
-demo: $(VENV)/core.done
-	$(BIN)/python search_block_kd.py --superspace onnxw --latency_constraint 10 --platform onnx_lut \
-	  --latency_loss_t 0.08 --latency_loss_a 0.01 --lut_path data/block_lut --output_dir checkpoints/block_kd/search
+demo: $(VENV)/demo.done
+	$(BIN)/python demo.py
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest -q --durations=10
@@ -18,11 +17,12 @@ lint: $(VENV)/dev.done
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/core.done: requirements.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+$(VENV)/demo.done: requirements-demo.txt requirements.txt requirements-onnx.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt
 	touch $@
 
-$(VENV)/dev.done: requirements-dev.txt requirements.txt requirements-nn-meter.txt requirements-onnx.txt | $(VENV)/bin/python
+$(VENV)/dev.done: requirements-dev.txt requirements-demo.txt requirements.txt requirements-nn-meter.txt \
+  requirements-onnx.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

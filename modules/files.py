@@ -1,5 +1,7 @@
 """Files that are whole or not there: written under a temporary name, then renamed."""
 import contextlib
+import csv
+import io
 import os
 import re
 import socket
@@ -66,3 +68,10 @@ def write_text(path, text):
     """Write `text` to `path` atomically."""
     with atomic_path(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
         f.write(text)
+
+
+def write_csv(path, columns, rows):
+    """Write a CSV with a line of column names atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([columns, *rows])
+    write_text(path, text.getvalue())

@@ -5,9 +5,7 @@ again, whatever constraint it was scored for. Everything is a function of the se
 search is resumed by replaying it (evolution.py), and any number of ranks takes the same decisions.
 """
 import contextlib
-import csv
 import hashlib
-import io
 import math
 import os
 import random
@@ -17,7 +15,7 @@ from typing import NamedTuple
 
 from .errors import UserError
 from .evolution import History
-from .files import write_text
+from .files import write_csv
 from .modeling.complexity import config_complexity
 from .modeling.ops.lsq_plus import local_initialisation, quantised_ops
 from .pictures import new_figure, save_figure
@@ -383,7 +381,7 @@ def write_results(folder, space, members, best, tested, kind, say):
 def write_scored(path, members):
     """CSV of all Members: subnet, ms, top1, top5, loss, round, and pareto (1 on the front, else 0)."""
     front = {str(member.subnet) for member in pareto_front(members)}
-    _write_csv(path, ('subnet', 'ms', *COLUMNS, 'round', 'pareto'),
+    write_csv(path, ('subnet', 'ms', *COLUMNS, 'round', 'pareto'),
                [(m.subnet, f'{m.ms:.4f}', *(f'{value:.4f}' for value in m.scores), m.round, int(str(m.subnet) in front))
                 for m in members])
 
@@ -395,13 +393,7 @@ def write_best(path, space, members, tested):
         complexity = config_complexity(subnet_config(space.supernet, member.subnet).blocks)
         numbers = member.ms, *complexity, member.scores[0], *tested[str(member.subnet)][:3]
         rows.append((member.subnet, *(f'{value:.4f}' for value in numbers)))
-    _write_csv(path, ('subnet', 'ms', 'MFLOPs', 'Mparams', 'valid_top1', 'test_top1', 'test_top5', 'test_loss'), rows)
-
-
-def _write_csv(path, columns, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows([columns, *rows])
-    write_text(path, text.getvalue())
+    write_csv(path, ('subnet', 'ms', 'MFLOPs', 'Mparams', 'valid_top1', 'test_top1', 'test_top5', 'test_loss'), rows)
 
 
 def draw_search(path, members, best, title):

@@ -1,12 +1,10 @@
 """The Q-T score of spaces from block LUTs, and the evolution over spaces (SpaceEvo, section 3)."""
-import csv
 import hashlib
-import io
 from typing import NamedTuple
 
 from .. import evolution
 from ..errors import UserError
-from ..files import write_text
+from ..files import write_csv
 from ..search_space import sampling
 from ..search_space.encoding import Supernet, parse_supernet, stage_config
 from ..search_space.macro_arch import IMAGE_CHANNELS, SEARCHABLE_STAGES
@@ -200,10 +198,6 @@ def write_table(path, searcher, supernets, numbers):
     """
     by_score = sorted(range(len(numbers)), key=lambda i: -numbers[i][0])
     ranks = {i: rank for rank, i in enumerate(by_score, 1)}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['rank', 'supernet', 'min_latency_ms', 'max_latency_ms'] + searcher.columns())
-    for i, (supernet, values) in enumerate(zip(supernets, numbers)):
-        writer.writerow([ranks[i], supernet] + [f'{ms:.4f}' for ms in searcher.latency_range(supernet)]
-                        + [f'{value:.6g}' for value in values])
-    write_text(path, text.getvalue())
+    write_csv(path, ['rank', 'supernet', 'min_latency_ms', 'max_latency_ms'] + searcher.columns(),
+              [[ranks[i], supernet] + [f'{ms:.4f}' for ms in searcher.latency_range(supernet)]
+               + [f'{value:.6g}' for value in values] for i, (supernet, values) in enumerate(zip(supernets, numbers))])

@@ -1,11 +1,9 @@
 """What eval_supernet.py and eval_specific_net.py share: images for several subnets, and their table."""
 import contextlib
-import csv
-import io
 import itertools
 
 from ..cli import positive
-from ..files import write_text
+from ..files import write_csv
 from ..modeling.complexity import config_complexity
 from ..modeling.ops.lsq_plus import quantised_ops
 from .calibrate import calibrate, initialize_all_scales, kept_statistics
@@ -108,9 +106,7 @@ def evaluate_all(supernet, subnets, images, job, milliseconds, path, measure=eva
         if job.is_main:
             print(f'{name}: {result}\n  {mflops:.1f} MFLOPs  {mparams:.2f} Mparams  '
                   f'{milliseconds[name]:.2f} ms predicted', flush=True)
-            text = io.StringIO()
-            csv.writer(text, lineterminator='\n').writerows([COLUMNS, *rows])
-            write_text(path, text.getvalue())
+            write_csv(path, COLUMNS, rows)
     if job.is_main:
         print(path)
     return results

@@ -1,0 +1,81 @@
+"""Runs the demo's steps: says what each does and how long it may take, and goes on from the steps that are done."""
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+from .. import ROOT
+from ..errors import UserError
+from ..files import write_text
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Hold `folder` for this demo and everything it starts; UserError where another one lives.
+
+    The lock is inherited: after a kill of the demo alone, a script that it had started keeps it until it ends.
+    """
+    import fcntl
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, 'lock'), 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f'{folder}: another demo, or a script it started, is still running there') from None
+        yield lock
+
+
+def run_steps(demo, steps, lock, say=print):
+    """Run what is not done of `steps`; returns the seconds each took.
+
+    Each leaves <folder>/done/<step>.json with its commands and seconds.
+    """
+    all_seconds = []
+    left, speed = sum(step.minutes for step in steps), 1.0      # speed: how much slower than on two quiet cores
+    planned = taken = 0.0
+    for number, step in enumerate(steps, 1):
+        record = demo.path('done', f'{step.name}.json')
+        commands = [[str(part) for part in command] for command in step.commands(demo)]
+        say(f'\n[{number}/{len(steps)}] {step.title}')
+        done = _read(record)
+        if done is None:
+            seconds = 0.0
+            say(f'    about {step.minutes * speed:.1f} minutes, {left * speed:.0f} to the end')
+            for command in commands:
+                say(f'    $ python {shlex.join(command)}')
+                started = time.monotonic()
+                _call(command, lock)
+                seconds += time.monotonic() - started
+            done = {'commands': commands, 'seconds': round(seconds, 1)}
+            write_text(record, json.dumps(done, indent=1) + '\n')
+            planned, taken = planned + step.minutes, taken + seconds / 60
+            speed = (1 + taken) / (1 + planned)
+        elif done['commands'] != commands:
+            raise UserError(f'{record}: made with other commands; remove {demo.folder}, or give another --output_path')
+        else:
+            say(f'    done before, in {done["seconds"] / 60:.1f} minutes')
+        left -= step.minutes
+        all_seconds.append(done['seconds'])
+    return all_seconds
+
+
+def _read(record):
+    try:
+        with open(record, encoding='utf-8') as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+
+
+def _call(command, lock):
+    script, *arguments = command
+    code = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments], cwd=ROOT,
+                          pass_fds=[lock.fileno()]).returncode
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f'{script} ended with code {code}; mend that and run the demo again, it goes on from there')
