@@ -18,9 +18,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from modules.cli import parser, positive, run
+from modules.deploy.jobs import random_subject
 from modules.deploy.onnx_fp32 import export_fp32
 from modules.deploy.onnx_int8 import export_int8
-from modules.deploy.onnx_jobs import random_subject
 from modules.deploy.onnx_run import latencies, open_session
 from modules.deploy.store import Entry
 from modules.deploy.trace import observe

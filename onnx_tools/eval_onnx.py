@@ -13,9 +13,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, positive, run
 from modules.deploy.graph import need
-from modules.deploy.onnx_jobs import add_export_arguments, entries_of, export, images_for, subject
+from modules.deploy.jobs import add_export_arguments, entries_of, export, images_for, subject
 from modules.deploy.onnx_run import agreement, open_session
 from modules.errors import UserError
+from modules.files import write_csv
 from modules.modeling.ops.op import resize
 from modules.training.data import eval_loader
 
@@ -26,6 +27,7 @@ def get_args():
     p.add_argument('--quant_mode', action='store_true', help='INT8 models too')
     p.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
     p.add_argument('--threads', type=positive(int), default=1, help='of ONNX Runtime')
+    p.add_argument('--output', metavar='FILE', help='CSV of the results')
     return p.parse_args()
 
 
@@ -33,7 +35,7 @@ def main(args):
     need('onnx'), need('onnxruntime')
     if args.skip_weights:
         raise UserError('--skip_weights: random weights have no accuracy')
-    entries = entries_of(args)
+    entries, rows = entries_of(args), []
     data = images_for(entries, args)
     for entry in entries:
         print(f'{entry.supernet} {entry.subnet}')
@@ -42,7 +44,11 @@ def main(args):
             path, model, _ = export(source, args.model_path, quant_mode)
             test = eval_loader(data.test, args.batch_size, workers=args.num_workers, limit_images=args.num_eval_images)
             result = agreement(source.network, open_session(model, args.threads), test, resize)
-            print(f'  {"int8" if quant_mode else "fp32"}: {result}\n        {path}', flush=True)
+            kind = 'int8' if quant_mode else 'fp32'
+            print(f'  {kind}: {result}\n        {path}', flush=True)
+            rows.append([entry.supernet, entry.subnet, kind, *(f'{value:.4f}' for value in result[:4]), result.images])
+            if args.output:
+                write_csv(args.output, ('supernet', 'subnet', 'kind', *result._fields), rows)
 
 
 if __name__ == '__main__':

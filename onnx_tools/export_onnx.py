@@ -18,17 +18,18 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, positive, run
-from modules.deploy.graph import need
-from modules.deploy.onnx_jobs import add_export_arguments, entries_of, export, images_for, subject
+from modules.deploy.jobs import add_export_arguments, export_all
 from modules.deploy.onnx_run import layer_errors
+from modules.deploy.runtimes import ONNX
 from modules.deploy.trace import observe
 from modules.modeling.ops.op import resize
+from modules.optional import need
 from modules.training.evaluate import images_of
 
 
 def get_args():
     p = parser(__doc__)
-    add_export_arguments(p)
+    add_export_arguments(p, ONNX)
     p.add_argument('--quant_mode', action='store_true', help='INT8 models too (always with --skip_weights)')
     p.add_argument('--report', action='store_true', help='print the error of each layer of the INT8 models')
     p.add_argument('--report_images', type=positive(int), default=32, help='images of the report')
@@ -36,18 +37,10 @@ def get_args():
 
 
 def main(args):
-    need('onnx')
     if args.report:
-        need('onnxruntime')
-    entries = entries_of(args)
-    data = images_for(entries, args)
-    for entry in entries:
-        for quant_mode in (False, True)[:1 + (args.quant_mode or args.skip_weights)]:
-            source = subject(entry, args, quant_mode, data)
-            path, model, written = export(source, args.model_path, quant_mode)
-            print(f'{path}  ({source.origin}{"" if written else "; as it was"})', flush=True)
-            if args.report and quant_mode:
-                print_report(source, model, args.report_images)
+        need('onnx'), need('onnxruntime')
+    report = (lambda source, model: print_report(source, model, args.report_images)) if args.report else None
+    export_all(args, ONNX, report)
 
 
 def print_report(source, model, count):

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from modules.deploy.folding import tap_sums, weight_codes
-from modules.deploy.graph import need
+from modules.deploy.graph import metadata, need
 from modules.deploy.int8 import lsq_target
+from modules.deploy.jobs import random_subject
 from modules.deploy.onnx_fp32 import export_fp32
 from modules.deploy.onnx_int8 import export_int8
-from modules.deploy.onnx_jobs import random_subject
 from modules.deploy.onnx_run import layer_errors, open_session, run_session
-from modules.deploy.store import Entry, metadata, read_entries, read_model
+from modules.deploy.runtimes import ONNX
+from modules.deploy.store import Entry, read_entries, read_model
 from modules.deploy.trace import observe
 from modules.errors import UserError
 from modules.modeling.layout import LAYOUTS
@@ -251,7 +252,7 @@ def test_commands_run_and_models_are_used_again(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count('as it was') == 1
     assert call(export_onnx, monkeypatch, '--skip_weights', *options, '--seed', 1) == 0       # other weights
     assert capsys.readouterr().out.count('as it was') == 0
-    facts = metadata(read_model(models / f'{name}.onnx'))
+    facts = metadata(read_model(models / f'{name}.onnx', ONNX))
     assert facts['subnet'] == str(min_subnet(DEMO)) and facts['supernet'] == str(DEMO)
     os.remove(models / f'{name}_quant_int8.onnx')
     for _ in range(2):

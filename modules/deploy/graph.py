@@ -107,6 +107,9 @@ class Graph:
         """Float tensor and a number."""
         return self.add('Add', [x, self.constant('shift', value)], 'shifted') if value else x
 
+    def minus(self, x, value):
+        return self.add('Sub', [x, self.constant('shift', value)], 'shifted') if value else x
+
     def sum(self, x, y, name):
         return self.add('Add', [x, y], name)
 
@@ -140,6 +143,11 @@ class Graph:
         h.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
         self.onnx.checker.check_model(model)
         return model
+
+
+def metadata(model):
+    """{key: value} that Graph.model() was given."""
+    return {entry.key: json.loads(entry.value) for entry in model.metadata_props}
 
 
 def conv_attributes(op):

@@ -111,7 +111,7 @@ class Int8Exporter:
         if isinstance(value, Pending):
             value = self.written(value, lsq_target(op, value.activation, value.movable, padded))
         elif name not in self.tensors:              # the scale is another op's, or a calibrated one
-            value = self.clipped(value, op)
+            value = self.clipped(value, name, op)
         self.tensors[name] = [value.tensor, value.grid.scale, value.grid.zero, value.shift]
         return value
 
@@ -120,11 +120,13 @@ class Int8Exporter:
         codes = pending.write(target)
         return codes._replace(tensor=self.graph.clip_codes(codes.tensor, codes.grid, target.low, target.high))
 
-    def clipped(self, codes, op):
-        """Codes on another scale than a quantised op's, kept within the range of that one."""
-        grid, (scale, beta) = codes.grid, activation_scale(op)
-        ends = ((end - codes.shift) / grid.scale + grid.zero for end in (beta, beta + 255 * scale))
-        low, high = (min(255, max(0, round(end))) for end in ends)
+    def clipped(self, codes, name, op):
+        """Codes on another scale than a quantised op's, kept within the range of that one where they leave it."""
+        grid, (scale, beta), seen = codes.grid, activation_scale(op), self.ranges[name + '.input']
+        low, high = (min(255, max(0, round((end - codes.shift) / grid.scale + grid.zero)))
+                     for end in (beta, beta + 255 * scale))
+        low = low if seen.low < beta - scale / 2 else 0
+        high = high if seen.high > beta + 255.5 * scale else 255
         return codes._replace(tensor=self.graph.clip_codes(codes.tensor, grid, low, high))
 
     def calibrated(self, pending, shift=0.0):
@@ -140,7 +142,7 @@ class Int8Exporter:
         between torch's. exact: a subtraction before the quantiser instead, where the graph has floats."""
         x, shift = real
         if exact and self.graph.floats:
-            x, shift = self.graph.plus(x, shift - target.shift), target.shift
+            x, shift = self.graph.minus(x, target.shift - shift), target.shift
         return Codes(self.graph.quantise(x, target.grid, name), target.grid, shift)
 
     def real(self, value, shift=0.0):

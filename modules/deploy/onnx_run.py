@@ -1,14 +1,13 @@
 """ONNX models run: sessions, latencies, accuracy beside torch's, and the error report by layer."""
 import os
-import time
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ..errors import UserError
-from .graph import need
-from .store import metadata
+from .graph import metadata, need
+from .measure import compare, describe, in_turns
 from .trace import op_inputs
 
 
@@ -31,34 +30,16 @@ def run_session(session, images):
     return session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(images, np.float32)})[0]
 
 
-class Latency(NamedTuple):
-    """Milliseconds of one image over all timed runs."""
-    mean: float
-    median: float
-    p5: float
-    p95: float
-
-    def __str__(self):
-        return f'mean {self.mean:.3f} ms, median {self.median:.3f}, p5 {self.p5:.3f}, p95 {self.p95:.3f}'
+def runner(session):
+    """A function that runs a session on one image of noise, for timing."""
+    given = session.get_inputs()[0]
+    feed = {given.name: np.random.default_rng(0).standard_normal((1, *given.shape[1:]), np.float32)}
+    return partial(session.run, None, feed)
 
 
 def latencies(sessions, warmup=100, runs=100, rounds=10):
-    """{name: Latency} of {name: session}, one image, taken in turns: a busy moment of the machine meets them all."""
-    rng, inputs = np.random.default_rng(0), {}
-    for name, session in sessions.items():
-        given = session.get_inputs()[0]
-        inputs[name] = {given.name: rng.standard_normal((1, *given.shape[1:]), np.float32)}
-        for _ in range(warmup):
-            session.run(None, inputs[name])
-    times = {name: [] for name in sessions}
-    while min(map(len, times.values())) < runs:
-        for name, session in sessions.items():
-            for _ in range(min(max(1, runs // rounds), runs - len(times[name]))):
-                start = time.perf_counter()
-                session.run(None, inputs[name])
-                times[name].append(1000 * (time.perf_counter() - start))
-    return {name: Latency(float(np.mean(ms)), *map(float, np.percentile(ms, (50, 5, 95))))
-            for name, ms in times.items()}
+    """{name: Latency} of {name: session} of one image, taken in turns."""
+    return in_turns({name: runner(session) for name, session in sessions.items()}, warmup, runs, rounds)
 
 
 class Agreement(NamedTuple):
@@ -71,27 +52,12 @@ class Agreement(NamedTuple):
     images: int
 
     def __str__(self):
-        return (f'torch {self.torch:.2f}%  ONNX Runtime {self.onnx:.2f}%  agreement {self.agree:.2f}%  '
-                f'logit error {self.error:.4f}  ({self.images} images)')
+        return describe('ONNX Runtime', *self)
 
 
-@torch.no_grad()
 def agreement(network, session, batches, resize):
     """Agreement of a torch Network and a session on batches (images, labels); resize(images): to its resolution."""
-    ours, theirs, labels = [], [], []
-    network.eval()
-    for images, truth in batches:
-        images = resize(images, network.resolution)
-        ours.append(network(images).numpy())
-        theirs.append(run_session(session, images.numpy()))
-        labels.append(truth.numpy())
-    if not labels:
-        raise UserError('no images to evaluate on')
-    ours, theirs, labels = map(np.concatenate, (ours, theirs, labels))
-    first, second = ours.argmax(1), theirs.argmax(1)
-    error = np.sqrt(np.mean((ours - theirs) ** 2)) / max(ours.std(), 1e-12)
-    return Agreement(*(100 * float(np.mean(right)) for right in (first == labels, second == labels, first == second)),
-                     float(error), len(labels))
+    return Agreement(*compare(network, partial(run_session, session), batches, resize))
 
 
 class LayerError(NamedTuple):

@@ -1,7 +1,6 @@
 """Exported models on disk: the list of subnets, file names, and whether a file is still what would be written."""
 import csv
 import hashlib
-import json
 import os
 from typing import NamedTuple
 
@@ -54,9 +53,9 @@ def read_entries(path):
     return list(entries)
 
 
-def model_path(folder, entry, quant_mode):
-    """<folder>/<entry name>{,_quant_int8}.onnx"""
-    return os.path.join(folder, entry.name + '_quant_int8' * quant_mode + '.onnx')
+def model_path(folder, entry, quant_mode, ending='onnx'):
+    """<folder>/<entry name>{,_quant_int8}.<ending>"""
+    return os.path.join(folder, f'{entry.name}{"_quant_int8" * quant_mode}.{ending}')
 
 
 def fingerprint(network, *more):
@@ -68,24 +67,26 @@ def fingerprint(network, *more):
     return digest.hexdigest()
 
 
-def metadata(model):
-    """{key: value} that Graph.model() was given."""
-    return {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-
-
-def read_model(path, key=None):
-    """ModelProto of a file, None where there is none, it cannot be read or its fingerprint is not `key`."""
-    import onnx
+def read_model(path, runtime, key=None):
+    """Model of a file of a Runtime; None where there is none, it is damaged or its fingerprint is not `key`."""
     if not os.path.isfile(path):
         return None
     try:
-        model = onnx.load(path)
-        return model if key is None or metadata(model).get('fingerprint') == key else None
-    except Exception:                           # a damaged file raises what protobuf pleases
+        with open(path, 'rb') as f:
+            model = runtime.load(f.read())
+        return model if key is None or runtime.facts(model).get('fingerprint') == key else None
+    except Exception:                           # a damaged file raises what protobuf or flatbuffers please
         return None
 
 
-def write_model(path, model):
-    """Write a ModelProto, whole or not at all."""
+def write_model(path, data):
+    """Write a model's bytes, whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, 'wb') as f:
-        f.write(model.SerializeToString())
+        f.write(data)
+
+
+def append_line(path, line):
+    """Add a line to a file in one write, so that lines of two runs do not mix."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, 'ab', buffering=0) as f:
+        f.write((line + '\n').encode())

@@ -1,14 +1,14 @@
-"""From a line of input.csv, a checkpoint or a network file to exported ONNX models: what the onnx_tools share."""
+"""From a line of input.csv, a checkpoint or a network file to exported models: what the *_tools share."""
 import os
 from typing import NamedTuple
 
 import torch
 
-from .. import ROOT
 from ..cli import positive
 from ..errors import UserError
 from ..modeling.network import Network
 from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
+from ..optional import need
 from ..search_space.encoding import parse_subnet, parse_supernet
 from ..training.calibrate import calibrate
 from ..training.checkpoint import load_checkpoint
@@ -18,13 +18,10 @@ from ..training.distributed import Job
 from ..training.evaluate import DecodedImages, images_of
 from ..training.subnet_report import calibrated_network, complete_scales
 from ..zoo import CHECKPOINTS, find_checkpoint, load_network, load_supernet
-from .onnx_fp32 import export_fp32
-from .onnx_int8 import export_int8
-from .store import Entry, fingerprint, model_path, read_entries, read_model, write_model
+from .runtimes import ONNX
+from .store import Entry, append_line, fingerprint, model_path, read_entries, read_model, write_model
 from .trace import observe
 
-INPUT = os.path.join(ROOT, 'onnx_tools', 'input.csv')
-MODELS = os.path.join('checkpoints', 'models', 'onnx_model')
 RANGE_BATCHES = 8           # of the calibration batches, for the ranges of tensors without an LSQ+ scale
 RANDOM_IMAGES = 8           # pictures of noise for random weights
 
@@ -37,15 +34,16 @@ class Subject(NamedTuple):
     origin: str
 
 
-def add_export_arguments(parser):
+def add_export_arguments(parser, runtime=ONNX):
     """Which subnets, which weights, where the models go, calibration images."""
-    parser.add_argument('--input', default=INPUT, help='csv of <superspace>,<supernet_choice>,<subnet_choice> lines')
+    parser.add_argument('--input', default=runtime.input, help='csv of <superspace>,<supernet_choice>,'
+                        '<subnet_choice> lines')
     parser.add_argument('--network', metavar='FILE', help='instead of --input: a network of downstream_cls.py or '
                         'eval_specific_net.py --save_network, as it is')
     parser.add_argument('--skip_weights', action='store_true', help='random weights: for latencies, no checkpoint')
     parser.add_argument('--checkpoint_path', default=CHECKPOINTS,
                         help="root of the supernets' checkpoints, or a checkpoint file")
-    parser.add_argument('--model_path', default=MODELS, help='folder of the models')
+    parser.add_argument('--model_path', default=runtime.models, help='folder of the models')
     parser.add_argument('--batch_size', type=positive(int), default=64, help='images a batch')
     parser.add_argument('--num_calib_batches', type=positive(int), default=20,
                         help='of training images, for batch-norm statistics and ranges')
@@ -107,20 +105,74 @@ def random_subject(entry, quant_mode, seed=0):
     return Subject(entry, network.eval(), [(images, None)], f'random weights, seed {seed}')
 
 
-def export(subject, folder, quant_mode):
-    """(path, ModelProto, whether it was written now): a model of the same subnet and weights is used again."""
+def export(subject, folder, quant_mode, runtime=ONNX):
+    """(path, model, whether it was written now): a model of the same subnet and weights is used again."""
     entry, network = subject.entry, subject.network
-    path = model_path(folder, entry, quant_mode)
+    path = model_path(folder, entry, quant_mode, runtime.ending)
     calibration = [images for images, _ in zip(images_of(subject.batches), range(RANGE_BATCHES))] if quant_mode else []
     key = fingerprint(network, entry.supernet, entry.subnet, quant_mode, *map(_digest, calibration))
-    model = read_model(path, key)
+    model = read_model(path, runtime, key)
     if model is not None:
         return path, model, False
     facts = {'fingerprint': key, 'supernet': str(entry.supernet), 'subnet': str(entry.subnet),
              'weights': subject.origin}
-    model = export_int8(network, observe(network, calibration), facts) if quant_mode else export_fp32(network, facts)
-    write_model(path, model)
+    if quant_mode:
+        model = runtime.export_int8(network, observe(network, calibration), facts)
+    else:
+        model = runtime.export_fp32(network, facts)
+    write_model(path, runtime.dump(model))
     return path, model, True
+
+
+def export_all(args, runtime, each=None):
+    """What export_onnx.py and export_tflite.py do; each(subject, model): after every INT8 model."""
+    for package in runtime.exporters:
+        need(package)
+    entries = entries_of(args)
+    data = images_for(entries, args)
+    for entry in entries:
+        for quant_mode in (False, True)[:1 + (args.quant_mode or args.skip_weights)]:
+            source = subject(entry, args, quant_mode, data)
+            path, model, written = export(source, args.model_path, quant_mode, runtime)
+            print(f'{path}  ({source.origin}{"" if written else "; as it was"})', flush=True)
+            if each is not None and quant_mode:
+                each(source, model)
+
+
+def add_benchmark_arguments(parser, runtime):
+    """Which subnets, where models and latencies go, how many runs."""
+    parser.add_argument('--input', default=runtime.input, help='csv of <superspace>,<supernet_choice>,<subnet_choice> '
+                        'lines')
+    parser.add_argument('--model_path', default=runtime.models, help='folder of the models')
+    parser.add_argument('--output', metavar='FILE', help='csv to append to; default: <model_path>/latency.csv')
+    parser.add_argument('--threads', type=positive(int), default=1, help='of the runtime')
+    parser.add_argument('--warmup', type=positive(int), default=100, help='untimed runs of each model')
+    parser.add_argument('--runs', type=positive(int), default=100, help='timed runs of each model')
+
+
+def benchmark(args, runtime, measure):
+    """What both benchmark.py do; measure({'fp32': path, 'int8': path}) gives {kind: Latency}.
+
+    Missing models are exported with random weights: latency does not depend on them.
+    """
+    output = args.output or os.path.join(args.model_path, 'latency.csv')
+    for entry in read_entries(args.input):
+        paths = {}
+        for kind, quant_mode in (('fp32', False), ('int8', True)):
+            path = paths[kind] = model_path(args.model_path, entry, quant_mode, runtime.ending)
+            if read_model(path, runtime) is None:
+                for package in runtime.exporters:
+                    need(package)
+                export(random_subject(entry, quant_mode), args.model_path, quant_mode, runtime)
+                print(f'exported {path} with random weights', flush=True)
+        times = measure(paths)
+        fp32, int8 = times['fp32'], times['int8']
+        print(f'{entry.supernet} {entry.subnet}')
+        for kind, latency in times.items():
+            print(f'  {kind}: {latency}')
+        print(f'  speed-up {fp32.mean / int8.mean:.2f}', flush=True)
+        append_line(output, f'{entry.subnet},{fp32.mean:.4f},{int8.mean:.4f},{fp32.mean / int8.mean:.4f}')
+    print(output)
 
 
 def _digest(images):

@@ -1,0 +1,40 @@
+"""What runs exported models, and how its models are written and read."""
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .. import ROOT
+from ..optional import need
+from . import onnx_fp32, onnx_int8, tflite
+from .graph import metadata
+
+
+class Runtime(NamedTuple):
+    """A runtime. A model is what it exports and opens: a ModelProto of ONNX, the bytes of a .tflite file."""
+    ending: str                 # of files; <ending>_tools/, checkpoints/models/<ending>_model/
+    exporters: tuple            # packages that the exporters need
+    export_fp32: Callable       # (network, facts) -> model
+    export_int8: Callable       # (network, ranges, facts) -> model
+    facts: Callable             # model -> the facts it was exported with
+    dump: Callable              # model -> bytes
+    load: Callable              # bytes -> model
+
+    @property
+    def input(self):
+        """The list of subnets that is shipped."""
+        return os.path.join(ROOT, f'{self.ending}_tools', 'input.csv')
+
+    @property
+    def models(self):
+        """Default folder of the models."""
+        return os.path.join('checkpoints', 'models', f'{self.ending}_model')
+
+
+def _load_onnx(data):
+    return need('onnx').load_from_string(data)
+
+
+ONNX = Runtime('onnx', ('onnx',), onnx_fp32.export_fp32, onnx_int8.export_int8, metadata,
+               lambda model: model.SerializeToString(), _load_onnx)
+TFLITE = Runtime('tflite', ('tensorflow', 'ai_edge_litert'), tflite.export_tflite_fp32, tflite.export_tflite_int8,
+                 tflite.facts, bytes, bytes)
