@@ -19,7 +19,6 @@ from modules.demo.runner import alone, run_steps
 from modules.demo.steps import FULL, QUICK, STEPS, Demo
 from modules.demo.summary import write_summary
 from modules.errors import UserError
-from modules.training.data import open_data
 
 
 def get_args():
@@ -52,6 +51,7 @@ def main(args):
 
 def find_dataset(path):
     """fashion-mnist where it is here or can be downloaded, else digits."""
+    from modules.training.data import open_data  # not above: the demo itself needs no torch
     try:
         open_data(path, 'fashion-mnist', 5000)
         return 'fashion-mnist'

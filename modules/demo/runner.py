@@ -3,7 +3,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -72,10 +71,15 @@ def _read(record):
 
 
 def _call(command, lock):
+    """Run a script. Ctrl-C reaches the demo alone, which ends the script: it may be killed at any moment anyway."""
     script, *arguments = command
-    code = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments], cwd=ROOT,
-                          pass_fds=[lock.fileno()]).returncode
-    if code in (130, -signal.SIGINT, -signal.SIGTERM):
-        raise KeyboardInterrupt
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, script), *arguments], cwd=ROOT,
+                               pass_fds=[lock.fileno()], start_new_session=True)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
     if code:
         raise UserError(f'{script} ended with code {code}; mend that and run the demo again, it goes on from there')

@@ -1,0 +1,138 @@
+"""The demo: all of it, shortened; killed at twenty random moments it ends with the same results."""
+import contextlib
+import csv
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from modules.demo.runner import alone, run_steps
+from modules.demo.steps import STEPS, Demo, Step
+from modules.errors import UserError
+
+from .conftest import ROOT
+from .launching import family
+
+FLAGS = ('--quick', '--platform', 'onnx_lut', '--dataset', 'digits')
+KILLS, LONGEST = 20, 9                  # seconds between a start and a kill, at most
+
+
+def _start(folder, **options):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, 'demo.py'), *FLAGS, '--output_path', str(folder)],
+                            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True, **options)
+
+
+def _finish(folder):
+    process = _start(folder)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def _results(folder):
+    """What a demo found: every number but measured times, with the folder's name taken out."""
+    files = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(root, name)
+            if name.endswith(('.csv', '.yaml')) and name not in ('latency.csv', 'history.csv'):
+                with open(path, encoding='utf-8') as f:
+                    files[os.path.relpath(path, folder)] = f.read()
+            elif name == 'history.csv':                  # in the order of evaluation, which a resume may change
+                with open(path, encoding='utf-8') as f:
+                    files[os.path.relpath(path, folder)] = sorted(f)
+    return files
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """(folder, output) of an unbroken demo."""
+    folder = tmp_path_factory.mktemp('demo') / 'whole'
+    return folder, _finish(folder)
+
+
+def test_every_step_runs_and_is_summed_up(whole):
+    folder, output = whole
+    for number, step in enumerate(STEPS, 1):
+        assert f'[{number}/{len(STEPS)}] {step.title}' in output
+    assert len(re.findall(r'\$ python (\S+\.py) --', output)) == 14 and 'minutes, ' in output
+    text = (folder / 'summary.md').read_text()
+    rows = [line for line in text.splitlines() if line.startswith(('| found', '| best of', '| random', '| largest',
+                                                                   '| smallest'))]
+    assert len(rows) >= 8
+    with open(folder / 'accuracy.csv', newline='') as f:
+        accuracy = [row for row in csv.DictReader(f) if row['kind'] == 'int8']
+    assert [row['onnx'][:-2] for row in accuracy] == [row.split(' | ')[5] for row in rows]
+    for picture in re.findall(r'\]\((\S+\.png)\)', text):
+        assert (folder / picture).read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_second_demo_does_nothing_anew(whole):
+    folder, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob('*.pth')}
+    output = _finish(folder)
+    assert output.count('done before') == len(STEPS) and '$ python' not in output
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob('*.pth')}
+
+
+def test_twenty_kills_change_nothing(whole, tmp_path):
+    rng, folder, steps = random.Random(0), tmp_path / 'killed', set()
+    for _ in range(KILLS):
+        process = _start(folder)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.5, LONGEST))
+        for pid in family(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        steps.add(len(list((folder / 'done').glob('*.json'))) if (folder / 'done').exists() else 0)
+    _finish(folder)
+    assert len(steps) > 2, 'the kills met more than the beginning'
+    ours, theirs = _results(folder), _results(whole[0])
+    assert ours.keys() == theirs.keys() and len(ours) > 30
+    for path, text in theirs.items():
+        assert ours[path] == text, path
+
+
+def _one_step(folder, code):
+    demo = Demo(str(folder), 'digits', 'dataset', platform='onnx_lut')
+    return demo, (Step('one', 'a step', 1, lambda demo: code),)
+
+
+def test_a_script_that_fails_ends_the_demo(tmp_path):
+    demo, steps = _one_step(tmp_path, [['train_supernet.py', '--supernet_choice', 'demo-999-111']])
+    with alone(str(tmp_path)) as lock, pytest.raises(UserError, match='train_supernet.py ended with code 2'):
+        run_steps(demo, steps, lock, lambda line: None)
+    assert not (tmp_path / 'done').exists()
+
+
+def test_other_commands_than_before_are_refused(tmp_path):
+    said = []
+    with alone(str(tmp_path)) as lock:
+        demo, steps = _one_step(tmp_path, [['search_block_kd.py', '--help']])
+        assert run_steps(demo, steps, lock, said.append)[0] > 0
+        with pytest.raises(UserError, match='made with other commands'):
+            run_steps(*_one_step(tmp_path, [['search_block_kd.py', '--version']]), lock, said.append)
+
+
+def test_two_demos_do_not_mix(tmp_path):
+    with alone(str(tmp_path)), pytest.raises(UserError, match='another demo'), alone(str(tmp_path)):
+        pass
+
+
+def test_ctrl_c_is_harmless(tmp_path):
+    process = _start(tmp_path / 'demo')
+    for line in process.stdout:
+        if '$ python' in line:
+            break
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    output = process.communicate()[0]
+    assert process.returncode == 130 and 'the same command goes on' in output and 'Traceback' not in output, output
