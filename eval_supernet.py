@@ -95,7 +95,7 @@ def draw_distribution(supernet, predictor, num_samples, rng, folder, align_sampl
         subnet = sample_subnet(supernet, rng, align_sample)
         rows.append((str(subnet), predictor.predict_subnet(subnet_config(supernet, subnet))))
     latencies = [ms for _, ms in rows]
-    platform = os.path.splitext(os.path.basename(predictor.platform))[0]
+    platform = os.path.basename(predictor.platform).removesuffix('.json')
     csv, picture = (os.path.join(folder, f'latency_{platform}{ending}') for ending in ('.csv', '.png'))
     write_text(csv, 'subnet,ms\n' + ''.join(f'{subnet},{ms:.4f}\n' for subnet, ms in rows))
     draw_cdf(latencies, marks, f'{supernet}, {num_samples} random subnets on {platform}', picture)

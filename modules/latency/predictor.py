@@ -2,7 +2,7 @@
 
     LatencyPredictor('tflite27_cpu_int8')      a shipped platform: Pixel 4, TFLite 2.7, one big core, int8
     LatencyPredictor('onnx_lut')               a shipped platform: x86 VNNI, ONNX Runtime, one thread, int8
-    LatencyPredictor('my_host')                a folder data/latency/my_host/ written by fitting.py
+    LatencyPredictor('my_host')                a folder data/latency/my_host/ written by build_predictor.py
     LatencyPredictor('path/to/onnx_lut.json')  a block table in nn-Meter's JSON format
     LatencyPredictor('my_phone')               kernel predictors registered with nn-Meter
 
@@ -36,6 +36,11 @@ class LatencyPredictor:
         self.platform = str(platform)
         self._table, self._model = _open_platform(self.platform, fallback, trust_pickles)
         self._predicted = {}
+
+    @property
+    def table(self):
+        """{(name, hw, cin, cout, k, e, stride, activation): ms} of the blocks the platform has figures of."""
+        return dict(self._table)
 
     def predict_block(self, name, hw, cin, cout, kernel_size, expand_ratio, stride, activation):
         """ms of one block; hw: pixels of its input; expand_ratio None (or 0) where the block has none."""

@@ -18,9 +18,9 @@ from ..files import atomic_path, write_text
 from .kernel_model import Block, KernelModel, LatencyError
 
 DATA = os.path.join(ROOT, 'data', 'latency')
-MS = 1e-4                               # resolution of blocks.npz, ms
+MS = 1e-4                               # resolution of predictions in blocks.npz, ms; an imported table keeps its own
 COLUMNS = {'hw': np.int16, 'cin': np.int16, 'cout': np.int16, 'kernel_size': np.int8,
-           'expand_ratio': np.float32, 'stride': np.int8}           # expand_ratio: 0 for none
+           'expand_ratio': np.float64, 'stride': np.int8}           # expand_ratio: 0 for none
 
 
 def as_block(name, hw, cin, cout, kernel_size, expand_ratio, stride, activation):
@@ -91,13 +91,19 @@ def write_table(path, blocks):
 
 
 def save_platform(folder, model, blocks):
-    """Write a fitted platform: the model's nets, and its predictions of `blocks`. Returns the folder."""
-    blocks = sorted(blocks, key=lambda block: tuple(value or 0 for value in block))
+    """Write a fitted platform: the model's nets, and its predictions of `blocks`. Returns the folder.
+
+    blocks: a list of Blocks, or {Block: ms} of latencies to keep to the last digit instead of the predictions.
+    """
+    given, blocks = blocks, sorted(blocks, key=lambda block: tuple(value or 0 for value in block))
     types = sorted({(block.name, block.activation) for block in blocks})
     arrays = {column: np.array([getattr(block, column) or 0 for block in blocks], dtype)
               for column, dtype in COLUMNS.items()}
     arrays['type'] = np.array([types.index((block.name, block.activation)) for block in blocks], np.int8)
-    arrays['ms'] = np.maximum(np.round(model.predict_blocks(blocks) / MS), 1).astype(np.int32)
+    if isinstance(given, dict):
+        arrays['ms'] = np.array([given[block] for block in blocks], np.float64)
+    else:
+        arrays['ms'] = np.maximum(np.round(model.predict_blocks(blocks) / MS), 1).astype(np.int32)
     _save(os.path.join(folder, 'model.npz'), model.save)
     _save(os.path.join(folder, 'blocks.npz'),
           lambda file: np.savez_compressed(file, types=np.array(types), **arrays))
@@ -115,7 +121,8 @@ def load_platform(folder):
     paths = [os.path.join(folder, name) for name in ('blocks.npz', 'model.npz')]
     try:
         with np.load(paths[0], allow_pickle=False) as data:
-            types, ms = data['types'].tolist(), (data['ms'] * MS).round(4).tolist()
+            types, ms = data['types'].tolist(), data['ms']
+            ms = (ms if ms.dtype.kind == 'f' else (ms * MS).round(4)).tolist()
             columns = {name: data[name].tolist() for name in (*COLUMNS, 'type')}
         model = KernelModel.load(os.path.basename(folder), paths[1])
     except (OSError, KeyError, ValueError) as error:

@@ -1,0 +1,150 @@
+"""A latency platform for any device: measure blocks and networks, fit, validate, write data/latency/<platform>/.
+
+A block is measured in a loop of its own, where its weights stay in the processor's caches; in a network they are
+fetched anew. So a block's latency is what was measured plus a rate (ms per MB of weights) that makes up the
+difference between measured networks and the sums of their blocks' predictions. Single blocks and whole random networks
+are then fitted together. What is held out, blocks and networks, is fitted to by nothing.
+"""
+import time
+
+import numpy as np
+
+from ..errors import UserError
+from ..modeling.complexity import block_complexity
+from ..modeling.layout import Sizes
+from .candidates import make_candidates, named_networks, random_network
+from .regression import Design, fit_corrections, fit_nets
+
+# what a row is measured for: to be fitted to, held out, held out and measured before, networks to fit to and to test
+FIT, HELD_OUT, AGAIN, NETWORK, TEST = 'fit', 'held_out', 'again', 'network', 'test'
+CHUNK = {FIT: 20, HELD_OUT: 3, AGAIN: 1, NETWORK: 1}          # items of a chunk
+NETWORKS = 5                # in a chunk of test networks
+FIRST_REFIT = 240           # blocks to fit to before errors are looked at; again whenever there are twice as many
+FOLDS = 3                   # a third of the blocks tells errors to a fit of the others
+EPOCHS, BATCH = 50, 128
+PRIOR, NOISE = 0.06, 0.02   # of the corrections, see regression.fit_corrections
+RESERVE = 0.12              # share of the time for the last fit and the pictures
+LEAST = {FIT: 100, HELD_OUT: 10, NETWORK: 5, TEST: 3}       # rows without which nothing is fitted
+
+
+def weights_mb(block):
+    """MB of a Block's INT8 weights: a byte per parameter."""
+    return block_complexity(block.name, Sizes(*block[2:]), block.hw)[1] / 1e6
+
+
+def test_networks(superspaces, count, seed):
+    """{name: Blocks}: published networks of the hyperspaces and `count` random subnets of each."""
+    _, rng = make_candidates((), f'{seed} test')
+    found = named_networks(superspaces)
+    for space in superspaces:
+        found.update((f'{space} random {i}', random_network(space, rng)) for i in range(count))
+    return found
+
+
+def measure(profile, superspaces, tests, minutes, seed=0, say=print):
+    """Fill a Profile until the minutes are used up, by killed runs too: test networks, then chunks of blocks and
+    networks, blocks more where a fit to the others is wrong. tests: of test_networks().
+
+    What is measured depends on the seed and on what was measured before, not on the clock, which only ends it.
+    """
+    candidates, rng = make_candidates(superspaces, seed)
+    end, refit, number = 60 * minutes * (1 - RESERVE), FIRST_REFIT, 0
+    names, held = list(tests), []
+    for number, start in enumerate(range(0, len(names), NETWORKS)):
+        profile.chunk(number, [(f'{TEST} {name}', tests[name]) for name in names[start:start + NETWORKS]])
+        _progress(profile, number, end, say)
+    while profile.seconds < end or profile.has(number + 1):
+        number += 1
+        fresh = candidates.draw(CHUNK[HELD_OUT], held_out=True)
+        again = [rng.choice(held) for _ in range(CHUNK[AGAIN] if held else 0)]
+        held += fresh
+        items = [(FIT, (block,)) for block in candidates.draw(CHUNK[FIT])]
+        items += [(HELD_OUT, (block,)) for block in fresh] + [(AGAIN, (block,)) for block in again]
+        items += [(NETWORK, random_network(superspaces[number % len(superspaces)], rng))] * CHUNK[NETWORK]
+        profile.chunk(number, items)
+        _progress(profile, number, end, say)
+        fitted = rows_of(profile, FIT)
+        if number % 10 == 0:
+            profile.check()
+        if len(fitted) >= refit:
+            refit = 2 * len(fitted)
+            blocks, errors = fold_errors(fitted, seed)
+            candidates.aim(blocks, errors)
+            worst = sorted(candidates.weights, key=candidates.weights.get)[-3:]
+            say(f'{len(fitted)} blocks: median error of a third by a fit to the others '
+                f'{100 * np.median(np.abs(errors)):.1f} %; more of {", ".join(map(_region_name, worst))}')
+
+
+def _progress(profile, number, end, say):
+    left = max(0.0, end - profile.seconds)
+    say(f'chunk {number}: {len(profile.rows)} measured, {left // 60:.0f} min {left % 60:02.0f} s left')
+
+
+def _region_name(region):
+    name, activation, kernel, octave = region
+    return f'{name} {activation} k{kernel} at {2 ** octave} px'
+
+
+def rows_of(profile, use):
+    """Rows measured for `use`, without those of disturbed chunks and without blocks that the space has no more."""
+    return [row for row in profile.rows if row.use.partition(' ')[0] == use and profile.quiet(row)]
+
+
+def fold_errors(rows, seed):
+    """(Blocks, relative errors) of a third of single-block rows, predicted by a fit to the others."""
+    design, ms = Design([row.blocks for row in rows]), np.array([row.ms for row in rows])
+    fold = np.arange(len(rows)) % FOLDS == 0
+    model = _fit_nets('', design, ms, [np.flatnonzero(~fold)], EPOCHS, seed)
+    errors = design.predict(model)[fold] / ms[fold] - 1
+    return [row.blocks[0] for row, chosen in zip(rows, fold) if chosen], errors
+
+
+def _fit_nets(platform, design, ms, groups, epochs, seed):
+    return fit_nets(platform, design, ms, [(group, len(group)) for group in groups], tiled=True, block_factor=True,
+                    epochs=epochs, batch=BATCH, seed=seed)
+
+
+def weight_rate(platform, singles, networks, epochs, seed):
+    """ms per MB of weights by which networks are slower than the sums of their blocks measured alone, at least 0."""
+    design, ms = Design([row.blocks for row in singles]), np.array([row.ms for row in singles])
+    model = _fit_nets(platform, design, ms, [np.arange(len(ms))], epochs, seed)
+    sums = Design([row.blocks for row in networks]).predict(model)
+    mb = np.array([sum(map(weights_mb, row.blocks)) for row in networks])
+    return max(0.0, float(np.median((np.array([row.ms for row in networks]) - sums) / mb)))
+
+
+class Platform:
+    """A fitted model and how good it is: KernelModel `model`, ms per MB of weights `rate`, blocks and networks.
+
+    held_out: [(Block, predicted ms, measured ms)]; networks: [(name, predicted, measured)]; again: [(measured ms,
+    measured ms before)].
+    """
+
+    def __init__(self, name, profile, epochs=EPOCHS, seed=0):
+        rows = {use: rows_of(profile, use) for use in (*LEAST, AGAIN)}
+        lack = [f'{len(rows[use])} {use}' for use, least in LEAST.items() if len(rows[use]) < least]
+        if lack:
+            raise UserError(f'{name}: too little was measured undisturbed ({", ".join(lack)}; needed: '
+                            f'{", ".join(f"{n} {use}" for use, n in LEAST.items())}): --resume with more --minutes')
+        start = time.monotonic()
+        self.name, self.rows = name, rows
+        self.rate = weight_rate(name, rows[FIT], rows[NETWORK], epochs, seed)
+        items = rows[FIT] + rows[NETWORK]
+        design, ms = Design([row.blocks for row in items]), np.array([self.in_network(row) for row in items])
+        everything = np.arange(len(items))
+        self.model = _fit_nets(name, design, ms, [everything], epochs, seed)
+        self.model.corrections = fit_corrections(self.model, design, ms, everything, PRIOR, NOISE)
+        self.held_out = [(row.blocks[0], *pair) for row, pair in zip(rows[HELD_OUT], self._pairs(rows[HELD_OUT]))]
+        self.networks = [(row.use.partition(' ')[2], *pair) for row, pair in zip(rows[TEST], self._pairs(rows[TEST]))]
+        before = {row.blocks: self.in_network(row) for row in rows[HELD_OUT]}
+        self.again = [(self.in_network(row), before[row.blocks]) for row in rows[AGAIN] if row.blocks in before]
+        self.fit_seconds = time.monotonic() - start
+
+    def in_network(self, row):
+        """ms of a row: of a single block as part of a network."""
+        alone = row.use in (FIT, HELD_OUT, AGAIN)
+        return row.ms + alone * self.rate * sum(map(weights_mb, row.blocks))
+
+    def _pairs(self, rows):
+        predicted = Design([row.blocks for row in rows]).predict(self.model)
+        return [(float(ms), self.in_network(row)) for ms, row in zip(predicted, rows)]

@@ -1,0 +1,36 @@
+"""Latency platforms from and to nn-Meter's block tables (JSON), without loss."""
+import numpy as np
+
+from .fitting import space_blocks
+from .kernel_model import Block
+from .predictor import LatencyPredictor
+from .regression import Design, fit_nets
+from .tables import read_table, save_platform
+from .validation import new_folder
+
+MOST = 6000         # blocks of a table that its model is fitted to
+
+
+def platform_table(platform, superspaces=(), trust_pickles=False):
+    """{Block: ms} of a platform: of all blocks of the hyperspaces, or of those it has in its own table."""
+    predictor = LatencyPredictor(platform, trust_pickles=trust_pickles)
+    if superspaces:
+        blocks = list(dict.fromkeys(block for space in superspaces for block in space_blocks(space)))
+        return dict(zip(blocks, predictor.predict_blocks(blocks)))
+    return {Block(*key): ms for key, ms in predictor.table.items()}
+
+
+def import_table(path, folder, epochs=40, seed=0):
+    """Write the platform `folder` of a JSON block table: its latencies as they are, and nets fitted to them for
+    blocks it lacks. Returns (number of blocks, median relative error of the nets on blocks they were not fitted to)."""
+    table = read_table(path)
+    blocks = list(table)
+    chosen = np.random.default_rng(seed).permutation(len(blocks))[:MOST]
+    held = chosen[:len(chosen) // 10]
+    design, ms = Design([[block] for block in blocks]), np.array(list(table.values()))
+    groups = [(chosen[len(held):], len(chosen) - len(held))]
+    model = fit_nets(path, design, ms, groups, tiled=True, block_factor=True, epochs=epochs, batch=128, seed=seed)
+    error = np.median(np.abs(design.predict(model)[held] / ms[held] - 1)) if len(held) else float('nan')
+    with new_folder(folder) as temporary:
+        save_platform(temporary, model, table)
+    return len(table), float(error)

@@ -1,0 +1,73 @@
+"""What the build_predictor scripts of all runtimes share: arguments, and the way from a device to a platform."""
+import os
+import time
+from datetime import date
+
+from ..cli import positive
+from ..errors import UserError
+from ..search_space.superspace import SUPERSPACES
+from .builder import Platform, measure, test_networks
+from .candidates import smallest_network
+from .profiling import Profile
+from .tables import DATA
+from .validation import Errors, check_name, named, pairs_of, register, report_lines, spearman
+
+CHECKPOINTS = os.path.join('checkpoints', 'predictor')
+
+
+def add_build_arguments(parser, minutes=25.0):
+    """Which platform, which hyperspaces, how long, how noisy."""
+    parser.add_argument('--platform', required=True, help='name of the new platform, such as my_host')
+    parser.add_argument('--superspace', nargs='+', default=['mobilew', 'onnxw'], choices=list(SUPERSPACES),
+                        help='hyperspaces whose blocks are measured')
+    parser.add_argument('--minutes', type=positive(float), default=minutes, help='time for all of it')
+    parser.add_argument('--networks', type=positive(int), default=15, help='random test networks of each hyperspace')
+    parser.add_argument('--max_drift', type=positive(float), default=0.1, help='a chunk of models whose reference is '
+                        'off by more than this share was disturbed; with too many of them no platform is written')
+    parser.add_argument('--resume', action='store_true', help='go on with the measurements of a run that was stopped')
+    parser.add_argument('--force', action='store_true', help='replace a platform of this name')
+    parser.add_argument('--seed', type=int, default=0, help='of what is measured')
+    parser.add_argument('--output', default=CHECKPOINTS, help='folder of <platform>/measurements.csv')
+    parser.add_argument('--data', default=DATA, help='folder of the platforms')
+
+
+def pin(core=None):
+    """Keep this process and its threads on one core, by default the last it may use; the core, None where the system
+    cannot."""
+    if not hasattr(os, 'sched_setaffinity'):
+        return None
+    allowed = os.sched_getaffinity(0)
+    core = max(allowed) if core is None else core
+    if core not in allowed:
+        raise UserError(f'--core {core}: this process may use {" ".join(map(str, sorted(allowed)))}')
+    os.sched_setaffinity(0, {core})
+    return core
+
+
+def build(args, device, turns=None):
+    """Measure, fit, validate, register a platform as add_build_arguments() say; returns its folder."""
+    folder = check_name(args.platform, args.data, args.force)
+    superspaces = list(dict.fromkeys(args.superspace))
+    path = os.path.join(args.output, args.platform, 'measurements.csv')
+    facts = {'device': str(device), 'superspaces': superspaces, 'networks': args.networks, 'seed': args.seed}
+    profile = Profile(path, device, smallest_network(superspaces[0]), facts, args.resume, args.max_drift, turns)
+    print(f'{device}\nmeasurements: {path}', flush=True)
+    measure(profile, superspaces, test_networks(superspaces, args.networks, args.seed), args.minutes, args.seed, _say)
+    profile.check()
+    print(f'fitting to {len(profile.rows)} measurements', flush=True)
+    platform = Platform(args.platform, profile, seed=args.seed)
+    lines = report_lines(platform, {'device': device, 'hyperspaces': ' '.join(superspaces),
+                                    'date': date.today().isoformat(),
+                                    'time': f'{profile.seconds / 60:.1f} min, of it {platform.fit_seconds:.0f} s for '
+                                            'the last fit'}, profile.disturbed())
+    register(platform, folder, superspaces, lines)
+    print('\n'.join(lines))
+    blocks, networks = Errors(pairs_of(platform.held_out)), Errors(pairs_of(named(platform.networks)
+                                                                            or platform.networks))
+    print(f'{folder}: {blocks.within:.1%} of held-out blocks within 10 %, networks within {networks.worst:.1%}, '
+          f'rank correlation {spearman(platform.networks):.4f}; use it with --platform {args.platform}')
+    return folder
+
+
+def _say(line):
+    print(f'{time.strftime("%H:%M:%S")} {line}', flush=True)

@@ -1,0 +1,43 @@
+"""A latency predictor of this host with ONNX Runtime, from nothing to `--platform my_host`.
+
+    python onnx_tools/build_predictor.py --platform my_host
+    python onnx_tools/build_predictor.py --platform my_host --superspace demo --minutes 5
+    python onnx_tools/build_predictor.py --platform my_host --resume
+
+Measures INT8 models of single blocks and of whole random networks on one pinned core, blocks of a kind the more the
+worse they are predicted, fits data/latency/my_host/, and writes its errors on blocks and networks that were held out
+to report.md and validation.png there. Let nothing else run meanwhile: on a noisy machine nothing is written and the
+exit code is 2. Measurements are in checkpoints/predictor/my_host/measurements.csv; a run that was stopped goes on with
+--resume. See docs/your_device.md.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+from modules.cli import parser, positive, run
+from modules.deploy.ort_device import OrtDevice
+from modules.latency.jobs import add_build_arguments, build, pin
+
+
+def get_args():
+    p = parser(__doc__)
+    add_build_arguments(p)
+    p.add_argument('--core', type=int, help='core to run on; default: the last one')
+    p.add_argument('--threads', type=positive(int), default=1,
+                   help='of ONNX Runtime; with more than one the process is not pinned')
+    return p.parse_args()
+
+
+def main(args):
+    device = OrtDevice(args.threads)
+    if args.threads == 1:
+        torch.set_num_threads(1)
+        pin(args.core)
+    build(args, device)
+
+
+if __name__ == '__main__':
+    run(main, get_args)
