@@ -8,9 +8,11 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from modules.modeling.ops import lsq_plus
+from modules.modeling.ops.convolution import conv2d, convolution_backward
 from modules.modeling.ops.lsq_plus import (
     QBase,
     compile_quantisers,
@@ -279,3 +281,26 @@ def test_depthwise_gradients_are_torchs(size, kernel, stride, bits):
     torch.testing.assert_close(y, want)
     for ours, theirs in zip((x, op.weight, op.bias), leaves):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('geometry', [((1, 1), (0, 0), 1, 1, 1), ((1, 1), (2, 2), 5, 9, 16),
+                                      ((2, 2), (3, 3), 7, 8, 16)],
+                         ids=['one pixel', '5x5 depth-wise', '7x7 depth-wise, stride 2'])
+def test_fast_convolutions_have_torchs_gradients(geometry):
+    """Output and gradients of x, weight and bias, of the plain op's backward pass and of the quantised op's."""
+    stride, padding, kernel, hw, groups = geometry
+    x = torch.randn(3, 16, hw, hw, dtype=torch.float32, requires_grad=True)
+    weight = torch.randn(24 if groups == 1 else 16, 16 // groups, kernel, kernel, requires_grad=True)
+    bias = torch.randn(len(weight), requires_grad=True)
+    want = F.conv2d(x, weight, bias, stride, padding, 1, groups)
+    grad = torch.randn_like(want)
+    expected = torch.autograd.grad(want, (x, weight, bias), grad)
+    ours = conv2d(x, weight, bias, stride, padding, (1, 1), groups)
+    torch.testing.assert_close(ours, want, atol=1e-4, rtol=1e-4)
+    assert type(ours.grad_fn).__name__ != type(want.grad_fn).__name__, 'the fast path was taken'
+    for got, value in zip(torch.autograd.grad(ours, (x, weight, bias), grad), expected):
+        torch.testing.assert_close(got, value, atol=1e-4, rtol=1e-4)
+    direct = convolution_backward(grad, x.detach(), weight.detach(), [len(bias)], stride, padding, (1, 1), groups,
+                                  [True] * 3)
+    for got, value in zip(direct, expected):
+        torch.testing.assert_close(got, value, atol=1e-4, rtol=1e-4)
