@@ -1,7 +1,9 @@
 """What all scripts share: `run(main, get_args)` ends user errors with one line and exit code 2."""
 import argparse
+import importlib.util
 import os
 import sys
+from functools import cache
 
 from .errors import UserError
 
@@ -11,8 +13,27 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def parser(docstring):
-    """ArgumentParser whose description is the script's docstring."""
-    return argparse.ArgumentParser(description=docstring, formatter_class=_HelpFormatter)
+    """ArgumentParser whose description is the script's docstring.
+
+    --plugin files are run here already: what they register is among the choices of other arguments.
+    """
+    plugins = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    plugins.add_argument('--plugin', action='append', metavar='FILE',
+                         help='Python file that registers hyperspaces of your own (docs/your_hyperspace.md)')
+    for path in plugins.parse_known_args()[0].plugin or ():
+        load_plugin(os.path.abspath(path))
+    return argparse.ArgumentParser(description=docstring, formatter_class=_HelpFormatter, parents=[plugins])
+
+
+@cache
+def load_plugin(path):
+    """Run a Python file, once in a process."""
+    name = 'plugin_' + os.path.basename(path).removesuffix('.py')
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise UserError(f'--plugin {path}: not a Python file *.py')
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 
 def positive(kind):
@@ -24,6 +45,33 @@ def positive(kind):
         return value
     parse.__name__ = f'positive {kind.__name__}'
     return parse
+
+
+def within(kind, low, high, open_end=False):
+    """argparse type: an int or float from low to high (ends included; with open_end below high)."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or open_end and value == high:
+            end = f'below {high}' if open_end else high
+            raise argparse.ArgumentTypeError(f'{text} is not from {low} to {end}')
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def not_negative(kind):
+    """argparse type: an int or float that is neither negative nor infinite."""
+    def parse(text):
+        value = kind(text)
+        if not 0 <= value < float('inf'):
+            raise argparse.ArgumentTypeError(f'{text} is negative' if value < 0 else f'{text} is not a finite number')
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+SHARE = within(float, 0, 1, open_end=True)          # of momentum, dropout, …: 1 would leave nothing
+SEED = within(int, 0, 2 ** 32 - 1)
 
 
 def run(main, get_args):
@@ -45,7 +93,7 @@ def _fail(error):
 
 def add_local_rank(parser):
     """--local_rank and --local-rank, one of which torch.distributed.launch passes, by its version."""
-    parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+    parser.add_argument('--local_rank', '--local-rank', type=not_negative(int), help=argparse.SUPPRESS)
 
 
 def is_main_process():

@@ -2,12 +2,13 @@
 import torch
 from torch import nn
 
-from .layout import ALWAYS_SHORTCUT, block_layout
+from .layout import always_shortcut, block_layout
 from .ops.op import ACTIVATION_FUNCTIONS, SE, ConvNormAct, DepthConvNormAct, DepthStackNormAct, GlobalMean, QLinear
 
 UNITS = {'conv': ConvNormAct, 'dwconv': DepthConvNormAct, 'dwstack': DepthStackNormAct, 'se': SE,
          'mean': lambda layer: GlobalMean(), 'flatten': lambda layer: nn.Flatten(),
          'dropout': lambda layer: nn.Dropout(0.0), 'linear': lambda layer: QLinear(layer.cin, layer.cout)}
+NORMALISED = ('conv', 'dwconv', 'dwstack')              # layers with a batch norm
 
 
 def _add(y, shortcut, activation):
@@ -45,6 +46,6 @@ class Block(nn.Module):
 def zero_last_gamma(model):
     """Start the last batch norm of every block that always has a shortcut at 0 (Goyal et al., 2017)."""
     for block in model.modules():
-        if getattr(block, 'name', None) in ALWAYS_SHORTCUT:
-            last = [layer for layer in block.layers if layer.op == 'conv' and not layer.shortcut][-1]
+        if always_shortcut(getattr(block, 'name', None)):
+            last = [layer for layer in block.layers if layer.op in NORMALISED and not layer.shortcut][-1]
             torch.nn.init.zeros_(getattr(block, last.name).norm.weight)

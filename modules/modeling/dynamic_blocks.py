@@ -1,7 +1,7 @@
 """Dynamic blocks: the layout at the largest sizes allocates, the layout at the active sizes says what runs."""
 from torch import nn
 
-from .blocks import Block, run_layers
+from .blocks import NORMALISED, Block, run_layers
 from .layout import Sizes, block_layout
 from .ops.dynamic_op import (
     DynamicConvNormAct,
@@ -58,7 +58,7 @@ class DynamicBlock(nn.Module):
         """The batch norm before the sum, None in a block that does not always have a shortcut."""
         if not any(layer.shortcut for layer in self.layers):
             return None
-        last = [layer for layer in self.layers if layer.op in ('conv', 'dwconv', 'dwstack') and not layer.shortcut][-1]
+        last = [layer for layer in self.layers if layer.op in NORMALISED and not layer.shortcut][-1]
         return getattr(self, last.name).norm
 
     def get_active_block(self):

@@ -7,10 +7,13 @@ lists), FLOPs and params, and the kernels a latency predictor sums. Layer names 
 A layer reads the output of the layer before it, except that `shortcut` layers read the block's input; `add`
 adds the shortcut (the block's input where no shortcut layer stands before it) and applies its activation.
 
+A block type of your own: register_block(), docs/your_hyperspace.md.
 Block definitions: SpaceEvo; their parts are MobileNetV1-V3, ResNet, SE-Net and EfficientNetV2's Fused-MBConv.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from ..errors import UserError
 
 
 class Sizes(NamedTuple):
@@ -154,8 +157,22 @@ LAYOUTS = {
     'FusedMBConvResBlock': fused_mbconv,
     'FusedMBConvSEResBlock': _with(fused_mbconv, se=True),
 }
-ALWAYS_SHORTCUT = frozenset(name for name, layout in LAYOUTS.items()
-                            if any(layer.op == 'add' for layer in layout(Sizes(8, 16, 3, 2, 2))))
+
+
+def register_block(name, layout):
+    """Make `layout`, a function (Sizes, full) -> [Layer, …], the block type `name` for BlockType rows.
+
+    full: also the layers only some sizes need, such as a shortcut's convolution. Raises UserError for a name that is
+    taken, or that a latency table's keys, parts joined by _, cannot hold.
+    """
+    if not name.isalnum() or name in LAYOUTS:
+        raise UserError(f'block type {name!r}: {"exists" if name in LAYOUTS else "letters and digits only"}')
+    LAYOUTS[name] = layout
+
+
+def always_shortcut(name):
+    """Whether every block of type `name` ends in a sum with a shortcut."""
+    return name in LAYOUTS and any(layer.op == 'add' for layer in LAYOUTS[name](Sizes(8, 16, 3, 2, 2)))
 
 
 def block_layout(name, sizes, full=False):

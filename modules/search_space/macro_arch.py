@@ -40,14 +40,19 @@ def span(first, last, step=1):
     return tuple(range(first, last + 1, step))
 
 
-def _stages(first_conv, stage0, searchable, stage0_depths=(1, 2), head=(1280, 1920, 1000)):
+def stage_table(first_conv, stage0, searchable, stage0_depths=(1, 2), head=(1280, 1920, 1000)):
+    """Stages from first_conv to logits, with the teacher's strides.
+
+    first_conv, stage0: widths; searchable: one to six rows (widths, depths, window) of stage1, stage2, …, window left
+    out or None for all widths; head: widths of final_expand, feature_mix and logits (the classes).
+    """
     strides = (2, 2, 2, 1, 2, 1)
     rows = [Stage('first_conv', 2, first_conv), Stage('stage0', 1, stage0, stage0_depths)]
     rows += [Stage(name, stride, *row) for name, stride, row in zip(SEARCHABLE_STAGES, strides, searchable)]
     return tuple(rows + [Stage(name, 1, (width,)) for name, width in zip(HEAD_STAGES, head)])
 
 
-MOBILE_W = _stages(span(16, 32, 8), span(16, 32, 8), [
+MOBILE_W = stage_table(span(16, 32, 8), span(16, 32, 8), [
     (span(24, 40, 8), span(2, 4), 2),
     (span(24, 72, 8), span(2, 4), 2),
     (span(56, 112, 8), span(2, 6), 3),
@@ -56,7 +61,7 @@ MOBILE_W = _stages(span(16, 32, 8), span(16, 32, 8), [
     (span(216, 360, 16), span(1, 2), 7),
 ])
 
-ONNX_W = _stages((16, 32), (16, 32), [
+ONNX_W = stage_table((16, 32), (16, 32), [
     (span(32, 64, 16), span(2, 4), 2),
     (span(32, 96, 16), span(2, 4), 2),
     (span(64, 144, 16), span(2, 6), 3),
@@ -70,13 +75,13 @@ _MOBILE_WIDTHS = (span(24, 32, 8), span(40, 56, 8), span(80, 104, 8), span(96, 1
 
 
 def _mobile(depths):
-    return _stages(span(32, 40, 8), span(16, 24, 8), list(zip(_MOBILE_WIDTHS, depths)), stage0_depths=(1,))
+    return stage_table(span(32, 40, 8), span(16, 24, 8), list(zip(_MOBILE_WIDTHS, depths)), stage0_depths=(1,))
 
 
 MOBILE_ORIGINAL = _mobile([span(2, 4)] * 6)
 MOBILE_V1 = _mobile([span(2, 4)] * 3 + [span(2, 6)] * 2 + [span(1, 2)])
 
-ONNX = _stages((16, 32), (16, 32), [
+ONNX = stage_table((16, 32), (16, 32), [
     ((32, 48), span(2, 3)),
     ((48, 64), span(2, 4)),
     (span(80, 128, 16), span(2, 6)),
@@ -86,7 +91,7 @@ ONNX = _stages((16, 32), (16, 32), [
 ])
 
 # half as many stages and narrow ones, for small pictures
-DEMO = _stages((16,), (16,), [
+DEMO = stage_table((16,), (16,), [
     (span(16, 32, 8), (1, 2), 2),
     (span(24, 48, 8), span(1, 3), 2),
     (span(48, 96, 16), span(1, 3), 2),

@@ -1,7 +1,8 @@
 """Hyperspaces (superspaces) as data: a stage table, the block types of the searchable stages, stem and head.
 
 A new hyperspace is one more row of `SUPERSPACES`; a new block type is one more layout function
-(modules/modeling/layout.py) and its name in a row here. Nothing else has to know.
+(modules/modeling/layout.py) and its name in a row here. Nothing else has to know. Without editing this file:
+register_superspace(), docs/your_hyperspace.md.
 """
 import math
 from dataclasses import dataclass, field
@@ -104,7 +105,8 @@ MBCONV_ONNX = (4, 6, 8)
 FUSED_E = (1, 2, 3, 4)
 
 
-def _fixed(stage0, head_activation):
+def stem_and_head(stage0, head_activation):
+    """Superspace.fixed: BlockTypes of the stages that are not searched; stage0: its BlockType."""
     return {'first_conv': BlockType('FirstConvBlock', K3, (None,), 'relu'),
             'stage0': stage0,
             'final_expand': BlockType('FinalExpandBlock', (1,), (None,), head_activation),
@@ -146,16 +148,43 @@ _DEMO_BLOCKS = (BlockType('MobileNetV2ResBlock', K35, (3, 6), 'relu6'),
 PIXEL4, VNNI = 'tflite27_cpu_int8', 'onnx_lut'
 
 SUPERSPACES = {space.name: space for space in (
-    Superspace('mobilew', macro_arch.MOBILE_W, _MOBILEW_BLOCKS, _fixed(_MOBILE_STAGE0, 'swish'), PIXEL4),
-    Superspace('onnxw', macro_arch.ONNX_W, _ONNXW_BLOCKS, _fixed(_ONNX_STAGE0, 'hswish'), VNNI),
+    Superspace('mobilew', macro_arch.MOBILE_W, _MOBILEW_BLOCKS, stem_and_head(_MOBILE_STAGE0, 'swish'), PIXEL4),
+    Superspace('onnxw', macro_arch.ONNX_W, _ONNXW_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('mobile_original', macro_arch.MOBILE_ORIGINAL, _MOBILE_BLOCKS,
-               _fixed(_MOBILE_STAGE0, 'hswish'), PIXEL4),
-    Superspace('mobile_v1', macro_arch.MOBILE_V1, _MOBILE_BLOCKS, _fixed(_MOBILE_STAGE0, 'hswish'), PIXEL4),
-    Superspace('onnx', macro_arch.ONNX, _onnx_blocks(K357), _fixed(_ONNX_STAGE0, 'hswish'), VNNI),
-    Superspace('onnx_v1', macro_arch.ONNX, _onnx_blocks(K35), _fixed(_ONNX_STAGE0, 'hswish'), VNNI),
-    Superspace('demo', macro_arch.DEMO, _DEMO_BLOCKS, _fixed(_ONNX_STAGE0, 'hswish'), VNNI,
+               stem_and_head(_MOBILE_STAGE0, 'hswish'), PIXEL4),
+    Superspace('mobile_v1', macro_arch.MOBILE_V1, _MOBILE_BLOCKS, stem_and_head(_MOBILE_STAGE0, 'hswish'), PIXEL4),
+    Superspace('onnx', macro_arch.ONNX, _onnx_blocks(K357), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
+    Superspace('onnx_v1', macro_arch.ONNX, _onnx_blocks(K35), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
+    Superspace('demo', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
                resolutions=(32, 40, 48), kd_resolutions=(32, 40, 48)),
 )}
+
+
+def register_superspace(space):
+    """Add a Superspace of your own: every script and function knows it from then on.
+
+    Raises SearchSpaceError for a name that is taken or would not be understood in an encoding, for more block types
+    or width windows than a digit can name, and for choices that are not in ascending order.
+    """
+    def check(condition, problem):
+        if not condition:
+            raise SearchSpaceError(f'superspace {space.name}: {problem}')
+
+    check(space.name not in SUPERSPACES, 'exists')
+    check(space.name.isidentifier(), 'not a name of letters, digits and _')
+    count = len(space.searchable_stages)
+    check(count and space.searchable_stages == SEARCHABLE_STAGES[:count], 'searched stages are stage1, stage2, …')
+    check(1 <= len(space.block_types) <= 10, f'{len(space.block_types)} block types, expected 1 to 10')
+    for stage in space.stages:
+        check(stage.name in space.fixed or stage.num_windows in range(1, 11),
+              f'{stage.name}: {stage.num_windows} width windows, expected 1 to 10')
+        for choices in (stage.widths, stage.depths):
+            check(list(choices) == sorted(set(choices)), f'{stage.name}: {choices} is not in ascending order')
+    for block_type in (*space.block_types, *space.fixed.values()):
+        for choices in (block_type.kernels, block_type.expands):
+            check(None in choices or list(choices) == sorted(set(choices)),
+                  f'{block_type.name}: {choices} is not in ascending order')
+    SUPERSPACES[space.name] = space
 
 
 def check_resolutions(hw_list, superspace):
