@@ -151,7 +151,7 @@ def test_a_disturbed_chunk_is_measured_again(tmp_path):
     assert profile.chunk(1, items)[0].ms == pytest.approx(quiet)
     profile.device.slow = lambda: 2.0                   # longer than TRIES: the row is left out
     assert profile.chunk(2, items)[0].ms == pytest.approx(2 * quiet)
-    assert [profile.quiet(row) for row in profile.rows] == [True, True, False]
+    assert profile.quiet_chunks() == {0, 1}
     assert profile.disturbed() == pytest.approx(1 / 3)
 
 
@@ -167,6 +167,14 @@ def test_too_much_noise_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(UserError, match=r'too noisy: one and the same model took [\d.]+ to [\d.]+ ms') as error:
         jobs.build(arguments(tmp_path), device, QUICK)
     assert '\n' not in str(error.value) and not os.path.exists(tmp_path / 'data')
+
+
+def test_blocks_that_take_another_time_are_refused():
+    again = [(1.0, 1.0)] * 12 + [(1.0, 1.3)] * 8
+    with pytest.raises(UserError, match='too noisy: of 20 blocks that were measured twice, 60%'):
+        jobs.check_repeated(SimpleNamespace(again=again), 0.1)
+    jobs.check_repeated(SimpleNamespace(again=again), 0.3)
+    jobs.check_repeated(SimpleNamespace(again=again[-8:]), 0.1)         # too few to tell
 
 
 def test_too_little_is_refused(tmp_path):
@@ -302,6 +310,33 @@ def test_ort_times_blocks_networks_and_nothing():
     runs = [device.prepare(blocks) for blocks in ((), network[:1], network[1:2], network[-1:], network)]
     ms, _ = take_turns(runs, Turns(rounds=5))
     assert 0 < ms[0] < min(ms[1:]) and max(ms) == ms[-1] < 100
+
+
+def test_tflite_times_blocks_as_parts_of_a_network():
+    pytest.importorskip('tensorflow'), pytest.importorskip('ai_edge_litert')
+    code = ('''
+from modules.deploy.tflite_device import LiteRtDevice, PhoneDevice, chain_model
+from modules.latency.candidates import smallest_network
+from modules.latency.profiling import Turns, take_turns
+from ai_edge_litert import schema_py_generated as schema
+network, device = smallest_network('demo'), LiteRtDevice()
+tree = schema.ModelT.InitFromObj(schema.Model.GetRootAs(chain_model(network[2:3])))
+codes = [tree.operatorCodes[op.opcodeIndex].builtinCode for op in tree.subgraphs[0].operators]
+assert not {schema.BuiltinOperator.QUANTIZE, schema.BuiltinOperator.DEQUANTIZE} & set(codes), codes
+ms, _ = take_turns([device.prepare(blocks) for blocks in ((), network[:1], network[-1:], network)], Turns(rounds=3))
+assert 0 < ms[0] < min(ms[1:3]) < max(ms[1:3]) < ms[3] < 100, ms
+class Phone:
+    threads, mask, seen = 1, '40', []
+    def latency(self, model, warmup, runs):
+        self.seen.append((len(model), warmup, runs))
+        return type('Latency', (), {'mean': 1.5})
+phone = PhoneDevice(Phone(), 'a phone')
+ms, _ = take_turns([phone.prepare(network[:1])], Turns(rounds=2, warmup=0, runs=20))
+assert ms == [1.5] and [runs for *_, runs in Phone.seen] == [20, 20] and 'cores 40' in str(phone)
+''')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_script_end_to_end(tmp_path):

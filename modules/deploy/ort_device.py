@@ -3,24 +3,14 @@
 A block that is not the first of a network reads uint8 codes and one that is not the last writes them, as inside a
 network: no float map is quantised or written that would not be there.
 """
-import platform
-import re
-import time
-
 import numpy as np
-import torch
 
-from ..modeling.network import Network, io_sizes, named_blocks
-from ..modeling.ops.lsq_plus import set_quant_mode
+from ..modeling.network import io_sizes
 from ..optional import need
-from ..search_space.encoding import BlockConfig, SubnetConfig
-from ..training.calibrate import calibrate
+from .chain import is_first, is_last, processor, random_chain, timed, write_chain
 from .graph import IMAGE, IR_VERSION, OPSET, Graph
-from .int8 import Codes, Int8Exporter, Pending, Real
+from .int8 import Codes, Int8Exporter
 from .onnx_run import open_session
-from .trace import Range, observe
-
-IMAGES = 2                  # of noise, for batch-norm statistics and ranges; one has no variance at 1 x 1 pixels
 
 
 class OrtDevice:
@@ -29,8 +19,6 @@ class OrtDevice:
     def __init__(self, threads=1):
         need('onnx')
         self.threads, self.version = threads, need('onnxruntime').__version__
-        # one thread computes in the caller: its own time leaves out what other processes had of the core
-        self.clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
 
     def __str__(self):
         return f'{processor()}, ONNX Runtime {self.version}, {self.threads} thread{"s" * (self.threads > 1)}'
@@ -40,55 +28,18 @@ class OrtDevice:
         session = open_session(chain_model(blocks) if blocks else empty_model(), self.threads)
         given, rng = session.get_inputs()[0], np.random.default_rng(0)
         shape = (1, *given.shape[1:])
-        image = (rng.integers(0, 256, shape, np.uint8) if 'uint8' in given.type
-                 else rng.standard_normal(shape, np.float32))
-        feed = {given.name: image}
-
-        def run(count):
-            times = []
-            for _ in range(count):
-                start = self.clock()
-                session.run(None, feed)
-                times.append(1e-6 * (self.clock() - start))
-            return times
-        return run
-
-
-def processor():
-    """Name of this machine's processor."""
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as f:
-            facts = dict(re.findall(r'^(model name|cpu family|model)\s*: (.*)$', f.read(), re.M))
-        family = f' (family {facts["cpu family"]}, model {facts["model"]})' if 'cpu family' in facts else ''
-        return facts['model name'] + family
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()
+        feed = {given.name: rng.integers(0, 256, shape, np.uint8) if 'uint8' in given.type
+                else rng.standard_normal(shape, np.float32)}
+        return timed(lambda: session.run(None, feed), self.threads)
 
 
 def chain_model(blocks):
-    """ModelProto of Blocks (kernel_model.Block) in a row; codes in and out but at a network's two ends."""
-    first, last = blocks[0], blocks[-1]
-    config = SubnetConfig(first.hw, tuple(BlockConfig(f'b{i}', *block) for i, block in enumerate(blocks)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Network(config)
-        images = torch.randn(IMAGES, first.cin, first.hw, first.hw)
-    calibrate(network, [images])
-    set_quant_mode(network)
-    ranges = observe(network, [images])
-    ranges[IMAGE] = Range()
-    ranges[IMAGE].see(images)
+    """ModelProto of Blocks in a row; codes in and out but at a network's two ends."""
+    network, ranges, images = random_chain(blocks)
     graph = Graph()
-    exporter = Int8Exporter(graph, ranges)
-    codes_in, codes_out = first.name != 'FirstConvBlock', last.name != 'LogitsBlock'
-    x = Real(graph.image)
-    if codes_in:
-        x = Pending(IMAGE, lambda target: Codes(graph.image, target.grid, target.shift))
-    for name, block in named_blocks(network):
-        x = exporter.block(x, block, name)
-    if codes_out:
-        x = exporter.calibrated(x).tensor
-    return _model(graph, io_sizes(network)[0], codes_in, x, codes_out)
+    y = write_chain(Int8Exporter(graph, ranges), network, ranges, images, blocks,
+                    lambda target: Codes(graph.image, target.grid, target.shift))
+    return _model(graph, io_sizes(network)[0], not is_first(blocks), y, not is_last(blocks))
 
 
 def empty_model():

@@ -18,15 +18,15 @@ FACTS = 'spaceevo'                      # the entry of the file's metadata that 
 def export_tflite_fp32(network, metadata=None):
     """Bytes of the fp32 .tflite of a Network in eval mode on the CPU; metadata {key: anything json takes}."""
     model = keras_network(network)
-    return _with_facts(_convert(network, lambda image: model(image, training=False), False), metadata)
+    return _with_facts(convert(network, lambda image: model(image, training=False), False), metadata)
 
 
 def export_tflite_int8(network, ranges, metadata=None):
     """Bytes of the INT8 .tflite of a Network in int8 and eval mode; ranges: of trace.observe() on real images."""
-    return _with_facts(_convert(network, lambda image: write_int8(TfGraph(image), network, ranges)[0], True), metadata)
+    return _with_facts(convert(network, lambda image: write_int8(TfGraph(image), network, ranges)[0], True), metadata)
 
 
-def _convert(network, write, quantised):
+def convert(network, write, quantised):
     """Bytes of what write(image) computes; quantised: on integers between its fake-quant ops."""
     tf = need('tensorflow')
     channels, height, width = io_sizes(network)[0]

@@ -86,8 +86,9 @@ def _region_name(region):
 
 
 def rows_of(profile, use):
-    """Rows measured for `use`, without those of disturbed chunks and without blocks that the space has no more."""
-    return [row for row in profile.rows if row.use.partition(' ')[0] == use and profile.quiet(row)]
+    """Rows measured for `use`, without those of disturbed chunks."""
+    quiet = profile.quiet_chunks()
+    return [row for row in profile.rows if row.use.partition(' ')[0] == use and row.chunk in quiet]
 
 
 def fold_errors(rows, seed):

@@ -3,6 +3,8 @@ import os
 import time
 from datetime import date
 
+import numpy as np
+
 from ..cli import positive
 from ..errors import UserError
 from ..search_space.superspace import SUPERSPACES
@@ -56,6 +58,7 @@ def build(args, device, turns=None):
     profile.check()
     print(f'fitting to {len(profile.rows)} measurements', flush=True)
     platform = Platform(args.platform, profile, seed=args.seed)
+    check_repeated(platform, args.max_drift)
     lines = report_lines(platform, {'device': device, 'hyperspaces': ' '.join(superspaces),
                                     'date': date.today().isoformat(),
                                     'time': f'{profile.seconds / 60:.1f} min, of it {platform.fit_seconds:.0f} s for '
@@ -67,6 +70,15 @@ def build(args, device, turns=None):
     print(f'{folder}: {blocks.within:.1%} of held-out blocks within 10 %, networks within {networks.worst:.1%}, '
           f'rank correlation {spearman(platform.networks):.4f}; use it with --platform {args.platform}')
     return folder
+
+
+def check_repeated(platform, max_drift, least=10, share=0.75):
+    """UserError where too many blocks took another time when they were measured again; platform: builder.Platform."""
+    seen = np.abs([again / before - 1 for again, before in platform.again])
+    if len(seen) >= least and np.mean(seen <= max_drift) < share:
+        raise UserError(f'too noisy: of {len(seen)} blocks that were measured twice, {np.mean(seen <= max_drift):.0%} '
+                        f'agree within {max_drift:.0%} (needed: {share:.0%}); no platform is written. Stop what else '
+                        'runs here and begin anew, or --resume --max_drift to believe it anyway')
 
 
 def _say(line):

@@ -44,22 +44,29 @@ class Row(NamedTuple):
 
 @dataclass
 class Turns:
-    """How a chunk is measured: rounds of turns; in a turn one untimed run, then timed ones for about turn_ms."""
+    """How a chunk is measured: rounds of turns; in a turn one untimed run, then timed ones for about turn_ms.
+
+    runs: so many timed ones and no untimed one, of a device that warms up by itself; warmup: untimed runs before.
+    """
     rounds: int = 8
     turn_ms: float = 3.0
     max_runs: int = 10
     warmup: int = 3
+    runs: int | None = None
 
 
 def take_turns(runs, turns):
     """([ms], [spread]) of runs of prepared models, measured in turns."""
     medians = [[] for _ in runs]
-    for run in runs:
+    for run in runs if turns.warmup else ():
         run(turns.warmup)
     for _ in range(turns.rounds):
         for run, seen in zip(runs, medians):
-            first, = run(1)         # brings the model back into the caches
-            seen.append(statistics.median(run(max(1, min(turns.max_runs, int(turns.turn_ms / max(first, 1e-6)))))))
+            count = turns.runs
+            if count is None:
+                first, = run(1)         # brings the model back into the caches
+                count = max(1, min(turns.max_runs, int(turns.turn_ms / max(first, 1e-6))))
+            seen.append(statistics.median(run(count)))
     ms = np.quantile(medians, QUANTILE, axis=1)
     return ms.tolist(), (np.median(medians, axis=1) / ms - 1).tolist()
 
@@ -132,13 +139,15 @@ class Profile:
         seen = [rows[0].reference_ms for rows in self._by_chunk.values()] + ([] if more is None else [more])
         return float(np.quantile(seen, QUANTILE))
 
-    def quiet(self, row):
-        """Whether the row's chunk was not disturbed: its reference is as quick as elsewhere."""
-        return abs(row.reference_ms / self.level() - 1) <= self.max_drift
+    def quiet_chunks(self):
+        """Numbers of the chunks that were not disturbed: their reference is as quick as elsewhere."""
+        level = self.level()
+        return {number for number, rows in self._by_chunk.items()
+                if abs(rows[0].reference_ms / level - 1) <= self.max_drift}
 
     def disturbed(self):
         """Share of chunks that were disturbed."""
-        return float(np.mean([not self.quiet(rows[0]) for rows in self._by_chunk.values()]))
+        return 1 - len(self.quiet_chunks()) / len(self._by_chunk)
 
     def check(self, max_disturbed=1 / 3):
         """UserError where the machine is too noisy to believe its measurements."""

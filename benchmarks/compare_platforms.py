@@ -1,0 +1,93 @@
+"""Do two latency platforms rank blocks and networks alike? Rank correlations, and where they differ most.
+
+    python benchmarks/compare_platforms.py --platforms epyc_zen3_ort1.32_1t onnx_lut --superspace onnxw
+    python benchmarks/compare_platforms.py --platforms epyc_zen3_ort1.32_1t onnx_lut --superspace onnxw \\
+        --published ../shared/reference/latency/onnx_lut_blocks.json.gz
+
+Spearman's correlation by block type and of --subnets random subnets of random supernets, and the median ratio of the
+first platform's ms to the second's. --published: a gzipped block table of measurements (nn-Meter's format), of whose
+blocks both predictions are compared with the figures. Writes <output>.md and <output>.png.
+"""
+import os
+import random
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from modules.cli import parser, positive, run
+from modules.files import write_text
+from modules.latency import LatencyPredictor
+from modules.latency.candidates import random_network
+from modules.latency.fitting import read_blocks, space_blocks
+from modules.pictures import new_figure, save_figure
+
+
+def get_args():
+    p = parser(__doc__)
+    p.add_argument('--platforms', nargs=2, required=True, help='platforms, or block tables *.json')
+    p.add_argument('--superspace', default='onnxw', help='hyperspace')
+    p.add_argument('--published', metavar='FILE', help='gzipped block table of measurements')
+    p.add_argument('--subnets', type=positive(int), default=1000, help='random subnets')
+    p.add_argument('--seed', type=int, default=0, help='of the subnets')
+    p.add_argument('--output', default=os.path.join('checkpoints', 'benchmarks', 'compare_platforms'),
+                   help='path of the results without ending')
+    return p.parse_args()
+
+
+def by_type(blocks):
+    """{block type: indices} of Blocks, those of all first."""
+    groups = {'all blocks': range(len(blocks))}
+    for i, block in enumerate(blocks):
+        groups.setdefault(block.name, []).append(i)
+    return {name: np.array(indices) for name, indices in groups.items() if len(indices) > 2}
+
+
+def rank(a, b):
+    return spearmanr(a, b).statistic
+
+
+def main(args):
+    first, second = map(LatencyPredictor, args.platforms)
+    blocks = space_blocks(args.superspace)
+    a, b = (np.array(platform.predict_blocks(blocks)) for platform in (first, second))
+    lines = [f'{args.superspace}: {args.platforms[0]} and {args.platforms[1]}', '',
+             '| blocks | number | Spearman | median ratio |', '|---|---|---|---|']
+    lines += [f'| {name} | {len(i)} | {rank(a[i], b[i]):.3f} | {np.median(a[i] / b[i]):.2f} |'
+              for name, i in by_type(blocks).items()]
+    rng = random.Random(args.seed)
+    nets = [random_network(args.superspace, rng) for _ in range(args.subnets)]
+    x, y = (np.array([sum(platform.predict_blocks(net)) for net in nets]) for platform in (first, second))
+    lines.append(f'| random subnets | {len(nets)} | {rank(x, y):.3f} | {np.median(x / y):.2f} |')
+    if args.published:
+        measured, ms = zip(*read_blocks(args.published))
+        predicted = [np.array(platform.predict_blocks(measured)) for platform in (first, second)]
+        lines += ['', f'Spearman with the {len(ms)} published measurements:', '',
+                  f'| blocks | number | {args.platforms[0]} | {args.platforms[1]} |', '|---|---|---|---|']
+        lines += [f'| {name} | {len(i)} | ' + ' | '.join(f'{rank(p[i], np.array(ms)[i]):.3f}' for p in predicted) + ' |'
+                  for name, i in by_type(measured).items()]
+    print('\n'.join(lines))
+    write_text(args.output + '.md', '\n'.join(lines) + '\n')
+    draw(args, blocks, a, b, x, y)
+
+
+def draw(args, blocks, a, b, x, y):
+    """Scatter of the two platforms' ms, blocks by type and subnets."""
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 5), layout='constrained')
+    for name, indices in list(by_type(blocks).items())[1:]:
+        some = indices[::-(-len(indices) // 600)]
+        left.scatter(b[some], a[some], s=5, alpha=0.5, label=name.removesuffix('Block'))
+    right.scatter(y, x, s=8, alpha=0.6)
+    for axes, title in ((left, f'blocks of {args.superspace}'), (right, f'{len(x)} random subnets, '
+                                                                 f'Spearman {rank(x, y):.3f}')):
+        axes.set(xscale='log', yscale='log', xlabel=f'{args.platforms[1]} (ms)', ylabel=f'{args.platforms[0]} (ms)',
+                 title=title)
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    save_figure(figure, args.output + '.png')
+
+
+if __name__ == '__main__':
+    run(main, get_args)

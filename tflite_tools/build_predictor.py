@@ -1,0 +1,54 @@
+"""A latency predictor of TFLite on this machine or on a phone, from nothing to `--platform my_phone`.
+
+    python tflite_tools/build_predictor.py --platform my_host_tflite
+    python tflite_tools/build_predictor.py --platform my_phone --adb --phone "Pixel 4" --mask 40 --minutes 240 \\
+      --push_binary ./benchmark_model --superspace mobilew
+
+As onnx_tools/build_predictor.py, which explains it, with INT8 TFLite models: here by ai-edge-litert on one pinned core,
+or with --adb or --serial on a phone by TFLite's benchmark_model. --mask 40 is one big core of a Pixel 4. On a phone
+each model takes seconds, so give it hours; --resume goes on with a run that was stopped. See docs/your_device.md.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+from modules.cli import parser, positive, run
+from modules.deploy.adb import BINARY, MASK, Phone
+from modules.deploy.tflite_device import LiteRtDevice, PhoneDevice
+from modules.latency.jobs import add_build_arguments, build, pin
+from modules.latency.profiling import Turns
+
+PHONE_TURNS = Turns(rounds=3, warmup=0, runs=20)
+
+
+def get_args():
+    p = parser(__doc__)
+    add_build_arguments(p)
+    p.add_argument('--threads', type=positive(int), default=1, help='of TFLite')
+    p.add_argument('--core', type=int, help='core of this machine to run on; default: the last one')
+    p.add_argument('--adb', nargs='?', const='adb', metavar='PATH', help='on a phone, through this adb')
+    p.add_argument('--serial', help='on the phone with this serial number')
+    p.add_argument('--phone', default='a phone', metavar='NAME', help='what the report calls it')
+    p.add_argument('--mask', default=MASK, help="hexadecimal mask of the phone's cores, for taskset")
+    p.add_argument('--benchmark_binary', default=BINARY, help='benchmark_model on the phone')
+    p.add_argument('--push_binary', metavar='FILE', help='a local benchmark_model to push there first')
+    return p.parse_args()
+
+
+def main(args):
+    if args.adb or args.serial:
+        phone = Phone(args.adb or 'adb', args.serial, args.mask, args.benchmark_binary, args.push_binary, args.threads)
+        build(args, PhoneDevice(phone, args.phone), PHONE_TURNS)
+        return
+    device = LiteRtDevice(args.threads)
+    if args.threads == 1:
+        torch.set_num_threads(1)
+        pin(args.core)
+    build(args, device)
+
+
+if __name__ == '__main__':
+    run(main, get_args)
