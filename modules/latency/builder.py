@@ -1,13 +1,16 @@
 """A latency platform for any device: measure blocks and networks, fit, validate, write data/latency/<platform>/.
 
 A block is measured in a loop of its own, where its weights stay in the processor's caches; in a network they are
-fetched anew. So a block's latency is what was measured plus a rate (ms per MB of weights) that makes up the
-difference between measured networks and the sums of their blocks' predictions. Single blocks and whole random networks
-are then fitted together. What is held out, blocks and networks, is fitted to by nothing.
+fetched anew. So a block's latency is what was measured plus a rate (ms per MB of weights), and less what its call costs
+beyond that of an empty model: the two numbers that best make up the difference between measured networks and the sums
+of their blocks' predictions. Single blocks and whole random networks are then fitted together. What is held out,
+blocks and networks, is fitted to by nothing.
 """
 import time
+from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import least_squares
 
 from ..errors import UserError
 from ..modeling.complexity import block_complexity
@@ -18,11 +21,16 @@ from .regression import Design, fit_corrections, fit_nets
 # what a row is measured for: to be fitted to, held out, held out and measured before, networks to fit to and to test
 FIT, HELD_OUT, AGAIN, NETWORK, TEST = 'fit', 'held_out', 'again', 'network', 'test'
 CHUNK = {FIT: 20, HELD_OUT: 3, AGAIN: 1, NETWORK: 1}          # items of a chunk
-NETWORKS = 5                # in a chunk of test networks
+TESTS = 2, 1                # test networks of a chunk, until each was measured once and afterwards, again and again
+CHECK = 10                  # chunks between looks at the noise
 FIRST_REFIT = 240           # blocks to fit to before errors are looked at; again whenever there are twice as many
 FOLDS = 3                   # a third of the blocks tells errors to a fit of the others
 EPOCHS, BATCH = 50, 128
 PRIOR, NOISE = 0.06, 0.02   # of the corrections, see regression.fit_corrections
+OUTLIER = 0.02              # relative residual of a network from which it counts less for the context
+UNITS = np.array([0.05, 0.001])                     # of a Context's numbers: what they may be
+LEAST_SHARE = 0.5           # of its time alone that a block takes in a network at least
+NETWORK_DRAWS = 3           # of a network in an epoch; single blocks are drawn once
 RESERVE = 0.12              # share of the time for the last fit and the pictures
 LEAST = {FIT: 100, HELD_OUT: 10, NETWORK: 5, TEST: 3}       # rows without which nothing is fitted
 
@@ -42,30 +50,30 @@ def test_networks(superspaces, count, seed):
 
 
 def measure(profile, superspaces, tests, minutes, seed=0, say=print):
-    """Fill a Profile until the minutes are used up, by killed runs too: test networks, then chunks of blocks and
-    networks, blocks more where a fit to the others is wrong. tests: of test_networks().
+    """Fill a Profile until the minutes are used up, by killed runs too: chunks of blocks and networks, of blocks more
+    where a fit to the others is wrong, and test networks again and again. tests: of test_networks().
 
     What is measured depends on the seed and on what was measured before, not on the clock, which only ends it.
     """
     candidates, rng = make_candidates(superspaces, seed)
-    end, refit, number = 60 * minutes * (1 - RESERVE), FIRST_REFIT, 0
-    names, held = list(tests), []
-    for number, start in enumerate(range(0, len(names), NETWORKS)):
-        profile.chunk(number, [(f'{TEST} {name}', tests[name]) for name in names[start:start + NETWORKS]])
-        _progress(profile, number, end, say)
-    while profile.seconds < end or profile.has(number + 1):
-        number += 1
+    end, refit, number, held = 60 * minutes * (1 - RESERVE), FIRST_REFIT, 0, []
+    once = -(-len(tests) // TESTS[0])               # chunks until each test network was measured
+    while profile.seconds < end or profile.has(number):
         fresh = candidates.draw(CHUNK[HELD_OUT], held_out=True)
         again = [rng.choice(held) for _ in range(CHUNK[AGAIN] if held else 0)]
         held += fresh
-        items = [(FIT, (block,)) for block in candidates.draw(CHUNK[FIT])]
+        first = TESTS[0] * number if number < once else TESTS[1] * (number - once)
+        chosen = [list(tests)[i % len(tests)] for i in range(first, first + TESTS[number >= once])]
+        items = [(f'{TEST} {name}', tests[name]) for name in chosen]
+        items += [(FIT, (block,)) for block in candidates.draw(CHUNK[FIT])]
         items += [(HELD_OUT, (block,)) for block in fresh] + [(AGAIN, (block,)) for block in again]
         items += [(NETWORK, random_network(superspaces[number % len(superspaces)], rng))] * CHUNK[NETWORK]
         profile.chunk(number, items)
         _progress(profile, number, end, say)
-        fitted = rows_of(profile, FIT)
-        if number % 10 == 0:
+        number += 1
+        if number % CHECK == 0:
             profile.check()
+        fitted = rows_of(profile, FIT)
         if len(fitted) >= refit:
             refit = 2 * len(fitted)
             blocks, errors = fold_errors(fitted, seed)
@@ -105,17 +113,30 @@ def _fit_nets(platform, design, ms, groups, epochs, seed):
                     epochs=epochs, batch=BATCH, seed=seed)
 
 
-def weight_rate(platform, singles, networks, epochs, seed):
-    """ms per MB of weights by which networks are slower than the sums of their blocks measured alone, at least 0."""
+class Context(NamedTuple):
+    """What a block costs more inside a network than alone: rate in ms per MB of its weights, less `call` in ms."""
+    rate: float
+    call: float
+
+    def in_network(self, block, ms):
+        """ms inside a network of a Block that takes `ms` alone."""
+        return max(ms + self.rate * weights_mb(block) - self.call, LEAST_SHARE * ms)
+
+
+def fit_context(platform, singles, networks, epochs, seed):
+    """Context that explains rows of networks by a fit to rows of single blocks."""
     design, ms = Design([row.blocks for row in singles]), np.array([row.ms for row in singles])
     model = _fit_nets(platform, design, ms, [np.arange(len(ms))], epochs, seed)
     sums = Design([row.blocks for row in networks]).predict(model)
-    mb = np.array([sum(map(weights_mb, row.blocks)) for row in networks])
-    return max(0.0, float(np.median((np.array([row.ms for row in networks]) - sums) / mb)))
+    ms = np.array([row.ms for row in networks])
+    terms = np.array([[sum(map(weights_mb, row.blocks)), -len(row.blocks)] for row in networks])
+    found = least_squares(lambda x: (terms @ (UNITS * x) + sums) / ms - 1, (1.0, 0.0), bounds=((0, -np.inf), np.inf),
+                          loss='soft_l1', f_scale=OUTLIER)
+    return Context(*map(float, UNITS * found.x))
 
 
 class Platform:
-    """A fitted model and how good it is: KernelModel `model`, ms per MB of weights `rate`, blocks and networks.
+    """A fitted model and how good it is: KernelModel `model`, Context `context`, blocks and networks.
 
     held_out: [(Block, predicted ms, measured ms)]; networks: [(name, predicted, measured)]; again: [(measured ms,
     measured ms before)].
@@ -123,28 +144,38 @@ class Platform:
 
     def __init__(self, name, profile, epochs=EPOCHS, seed=0):
         rows = {use: rows_of(profile, use) for use in (*LEAST, AGAIN)}
-        lack = [f'{len(rows[use])} {use}' for use, least in LEAST.items() if len(rows[use]) < least]
+        found = {use: len({row.blocks for row in rows[use]}) for use in LEAST}
+        lack = [f'{found[use]} {use}' for use, least in LEAST.items() if found[use] < least]
         if lack:
             raise UserError(f'{name}: too little was measured undisturbed ({", ".join(lack)}; needed: '
                             f'{", ".join(f"{n} {use}" for use, n in LEAST.items())}): --resume with more --minutes')
         start = time.monotonic()
         self.name, self.rows = name, rows
-        self.rate = weight_rate(name, rows[FIT], rows[NETWORK], epochs, seed)
+        self.context = fit_context(name, rows[FIT], rows[NETWORK], epochs, seed)
         items = rows[FIT] + rows[NETWORK]
         design, ms = Design([row.blocks for row in items]), np.array([self.in_network(row) for row in items])
         everything = np.arange(len(items))
-        self.model = _fit_nets(name, design, ms, [everything], epochs, seed)
+        networks = np.repeat(everything[len(rows[FIT]):], NETWORK_DRAWS)
+        self.model = _fit_nets(name, design, ms, [everything[:len(rows[FIT])], networks], epochs, seed)
         self.model.corrections = fit_corrections(self.model, design, ms, everything, PRIOR, NOISE)
         self.held_out = [(row.blocks[0], *pair) for row, pair in zip(rows[HELD_OUT], self._pairs(rows[HELD_OUT]))]
-        self.networks = [(row.use.partition(' ')[2], *pair) for row, pair in zip(rows[TEST], self._pairs(rows[TEST]))]
+        self.networks = self._test(rows[TEST])
         before = {row.blocks: self.in_network(row) for row in rows[HELD_OUT]}
         self.again = [(self.in_network(row), before[row.blocks]) for row in rows[AGAIN] if row.blocks in before]
         self.fit_seconds = time.monotonic() - start
 
     def in_network(self, row):
         """ms of a row: of a single block as part of a network."""
-        alone = row.use in (FIT, HELD_OUT, AGAIN)
-        return row.ms + alone * self.rate * sum(map(weights_mb, row.blocks))
+        return self.context.in_network(row.blocks[0], row.ms) if row.use in (FIT, HELD_OUT, AGAIN) else row.ms
+
+    def _test(self, rows):
+        """[(name, predicted, median of what was measured in all chunks)] of the test networks."""
+        named = {}
+        for row in rows:
+            named.setdefault(row.use.partition(' ')[2], []).append(row)
+        pairs = self._pairs([rows[0] for rows in named.values()])
+        return [(name, predicted, float(np.median([row.ms for row in rows])))
+                for (name, rows), (predicted, _) in zip(named.items(), pairs)]
 
     def _pairs(self, rows):
         predicted = Design([row.blocks for row in rows]).predict(self.model)

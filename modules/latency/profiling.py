@@ -141,13 +141,13 @@ class Profile:
 
     def quiet_chunks(self):
         """Numbers of the chunks that were not disturbed: their reference is as quick as elsewhere."""
-        level = self.level()
+        level = self.level() if self._by_chunk else 0.0
         return {number for number, rows in self._by_chunk.items()
                 if abs(rows[0].reference_ms / level - 1) <= self.max_drift}
 
     def disturbed(self):
         """Share of chunks that were disturbed."""
-        return 1 - len(self.quiet_chunks()) / len(self._by_chunk)
+        return 1 - len(self.quiet_chunks()) / len(self._by_chunk) if self._by_chunk else 0.0
 
     def check(self, max_disturbed=1 / 3):
         """UserError where the machine is too noisy to believe its measurements."""

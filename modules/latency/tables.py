@@ -65,6 +65,8 @@ def read_table(path):
             table = json.load(file, object_pairs_hook=_unique(path))
     except OSError as error:
         raise LatencyError(f'{path}: {error.strerror or error}') from None
+    except RecursionError:
+        raise LatencyError(f'{path}: not a block table, but nested too deep') from None
     except ValueError as error:
         if isinstance(error, LatencyError):
             raise

@@ -58,7 +58,9 @@ def report_lines(platform, facts, disturbed):
     blocks, networks = Errors(pairs_of(platform.held_out)), Errors(pairs_of(platform.networks))
     lines = [f'# {platform.name}', '', *(f'- {key}: {value}' for key, value in facts.items()),
              f'- measured undisturbed: {counts}; {disturbed:.0%} of the chunks were disturbed and left out',
-             f'- weights that a loop of one block keeps in the caches: {platform.rate:.4f} ms per MB',
+             f'- a block alone becomes one of a network: + {platform.context.rate:.4f} ms per MB of weights (a loop of '
+             f'one block keeps them in the caches), {-1000 * platform.context.call:+.2f} µs (its call, beyond an empty '
+             'one)',
              '', 'Errors on what was held out, the prediction over the measurement:', '',
              '| what | number | median error | within ±10 % | largest |', '|---|---|---|---|---|',
              _score('blocks', blocks)]
