@@ -10,13 +10,12 @@ and val/ class folders is --dataset imagenet.
 Writes <output_path>/<subnet>/<data set>/lsq.pth (--fp32: checkpoint.pth) and the best state beside it;
 modules.zoo.load_network reads both. --resume goes on after a kill and ends with the weights of an unbroken run.
 """
-import argparse
 import hashlib
 import os
 
 import torch
 
-from modules.cli import parser, positive, run
+from modules.cli import SEED, SHARE, not_negative, parser, positive, run
 from modules.errors import UserError
 from modules.search_space.named import find_subnet, find_supernet
 from modules.search_space.superspace import SUPERSPACES
@@ -41,21 +40,23 @@ def get_args():
     p.add_argument('--only_train_head', action='store_true', help='the rest of the network stays as it is')
     p.add_argument('--output_path', default='./checkpoints/downstream', help='root of the fine-tuned networks')
     p.add_argument('--learning_rate', type=positive(float), help="after the warm-up; default: the data set's")
-    p.add_argument('--weight_decay', type=not_negative, help="not of norms, biases and scales; default: the data set's")
+    p.add_argument('--weight_decay', type=not_negative(float),
+                   help="not of norms, biases and scales; default: the data set's")
     p.add_argument('--num_epochs', type=positive(int), default=200, help='passes over the training images')
-    p.add_argument('--warmup_epochs', type=not_negative, default=2.0, help='of linear warm-up, then linear decay to 0')
+    p.add_argument('--warmup_epochs', type=not_negative(float), default=2.0,
+                   help='of linear warm-up, then linear decay to 0')
     p.add_argument('--batch_size', '--train_batch_size', type=positive(int), default=128, help='images a step and rank')
-    p.add_argument('--momentum', type=share, default=0.9, help='of SGD, Nesterov')
-    p.add_argument('--label_smoothing', type=share, default=0.1, help='of the labels')
+    p.add_argument('--momentum', type=SHARE, default=0.9, help='of SGD, Nesterov')
+    p.add_argument('--label_smoothing', type=SHARE, default=0.1, help='of the labels')
     p.add_argument('--grad_clip_norm', type=positive(float), default=1.0, help='bound of the gradient norm')
-    p.add_argument('--drop_rate', type=share, default=0.0, help='dropout before the head')
+    p.add_argument('--drop_rate', type=SHARE, default=0.0, help='dropout before the head')
     p.add_argument('--num_calib_batches', type=positive(int), default=20, help='of batch-norm calibration at first')
     p.add_argument('--eval_freq', type=positive(int), default=10, help='epochs between evaluations')
     p.add_argument('--checkpoint_freq', type=positive(int), default=200, help='steps between checkpoints')
     p.add_argument('--max_steps', type=positive(int), default=0, help='steps of an epoch, for short runs; 0: all')
     p.add_argument('--num_eval_images', type=positive(int), default=0, help='for short runs; 0: all')
     p.add_argument('--resume', action='store_true', help='go on from the checkpoint in output_path, if there is one')
-    p.add_argument('--seed', type=int, default=0, help='of the new head, dropout, order and augmentation')
+    p.add_argument('--seed', type=SEED, default=0, help='of the new head, dropout, order and augmentation')
     add_data_arguments(p)
     p.set_defaults(valid_size=0)                # the published fine-tuning held nothing out
     add_distributed_arguments(p)
@@ -115,20 +116,6 @@ def folder_name(name, supernet, subnet):
     if '@' in name:
         return name
     return f'{supernet}_{name if name in EXTREMES else hashlib.sha256(str(subnet).encode()).hexdigest()[:6]}'
-
-
-def not_negative(text):
-    """argparse type: a float that is not below 0."""
-    if not 0 <= float(text) < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text} is negative')
-    return float(text)
-
-
-def share(text):
-    """argparse type: a float from 0 to below 1."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not from 0 to below 1')
-    return float(text)
 
 
 if __name__ == '__main__':

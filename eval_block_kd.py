@@ -13,7 +13,7 @@ import os
 from modules.block_kd.lut_builder import build_luts
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import select_blocks
-from modules.cli import parser, positive, run
+from modules.cli import SEED, not_negative, parser, positive, run
 from modules.latency import LatencyPredictor
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data
@@ -33,7 +33,7 @@ def get_args():
     p.add_argument('--teacher_arch', default='efficientnet-b5', help='efficientnet-b0..b7, -lite0..lite4')
     p.add_argument('--teacher_checkpoint_path', required=True, help='checkpoint of the int8 teacher')
     p.add_argument('--stage_list', nargs='+', help='block ids or whole stages; default: all')
-    p.add_argument('--width_window_filter', nargs='+', type=int, help='width windows to do; default: all')
+    p.add_argument('--width_window_filter', nargs='+', type=not_negative(int), help='width windows to do; default: all')
     p.add_argument('--hw_list', nargs='+', type=positive(int), help="image resolutions; default: the superspace's")
     p.add_argument('--num_samples_per_stage', type=positive(int), default=1000, help='rows of a file')
     p.add_argument('--calib_batch_size', type=positive(int), default=64, help='images of a calibration batch')
@@ -46,7 +46,7 @@ def get_args():
                    help="GiB of the teacher's maps kept in memory; the rest is memory-mapped under output_path")
     p.add_argument('--num_threads', type=positive(int),
                    help='rows measured at a time by a rank, on a CPU; default: its share of the cores')
-    p.add_argument('--seed', type=int, default=0, help='of the rows and the calibration images')
+    p.add_argument('--seed', type=SEED, default=0, help='of the rows and the calibration images')
     add_data_arguments(p)
     add_distributed_arguments(p)
     return p.parse_args()

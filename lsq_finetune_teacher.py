@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from modules.block_kd.teacher import DEFAULT_ARCH, DEFAULT_ROOT, build_teacher, default_checkpoint
-from modules.cli import parser, positive, run
+from modules.cli import SEED, SHARE, not_negative, parser, positive, run
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import set_quant_mode
-from modules.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from modules.training.checkpoint import load_weights, restore, save_checkpoint
 from modules.training.data import add_data_arguments, eval_loader, open_data, train_loader
 from modules.training.distributed import add_distributed_arguments, average, average_gradients, distributed_job
 from modules.training.log import progress
@@ -34,14 +34,14 @@ def get_args():
     p.add_argument('--num_epochs', type=positive(int), default=1, help='passes over the training images')
     p.add_argument('--train_batch_size', type=positive(int), default=12, help='images a step and rank')
     p.add_argument('--learning_rate', type=positive(float), default=1e-3, help='the first; down to 0 by a cosine')
-    p.add_argument('--momentum', type=float, default=0.9, help='of SGD')
-    p.add_argument('--weight_decay', type=float, default=1e-5, help='not of norms, biases and scales')
+    p.add_argument('--momentum', type=SHARE, default=0.9, help='of SGD')
+    p.add_argument('--weight_decay', type=not_negative(float), default=1e-5, help='not of norms, biases and scales')
     p.add_argument('--image_size', type=positive(int), default=224, help='pixels')
     p.add_argument('--max_steps', type=positive(int), help='steps in all, for short runs')
     p.add_argument('--num_eval_images', type=positive(int), default=5000, help='of the evaluation at the end')
     p.add_argument('--checkpoint_freq', type=positive(int), default=500, help='steps between unfinished.pth')
     p.add_argument('--resume', action='store_true', help='go on from unfinished.pth')
-    p.add_argument('--seed', type=int, default=0, help='of order and augmentation')
+    p.add_argument('--seed', type=SEED, default=0, help='of order and augmentation')
     add_data_arguments(p)
     add_distributed_arguments(p)
     return p.parse_args()
@@ -116,14 +116,8 @@ def resume(teacher, optimizer, settings, path):
     """Load the state at `path`; returns the steps taken, 0 without one. Other settings are an error."""
     if not os.path.isfile(path):
         return 0
-    state = load_checkpoint(path)
-    begun = state.get('settings', {})
-    for name, value in settings.items():
-        if begun.get(name) != value:
-            raise UserError(f'{path}: begun with {name} {begun.get(name)}, not {value}; resume with the same')
-    load_weights(teacher, state, path)
-    optimizer.load_state_dict(state['optimizer'])
-    return state['step']
+    state = load_weights(teacher, path, 'the teacher')
+    return restore(path, state, settings, optimizer, {'step': int}, settings['steps'])['step']
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from modules.block_kd.searcher import (
     write_table,
 )
 from modules.evolution import History
+from modules.search_space.encoding import parse_supernet
 from modules.search_space.named import find_supernet
 from modules.training.log import spare_tensorflow
 
@@ -56,7 +57,7 @@ def get_args():
     parser.add_argument('--population_size', type=cli.positive(int), default=500, help='spaces alive at a time')
     parser.add_argument('--parent_sample_size', type=cli.positive(int), default=125,
                         help='random spaces whose best is the next parent')
-    parser.add_argument('--seed', type=int, default=0, help='of the search and of draws')
+    parser.add_argument('--seed', type=cli.SEED, default=0, help='of the search and of draws')
     parser.add_argument('--resume', action='store_true', help='go on with the history in the output directory')
     cli.add_local_rank(parser)
     return parser.parse_args()
@@ -81,7 +82,7 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
     settings = searcher.settings | {'seed': seed, 'population_size': population_size,
                                     'parent_sample_size': parent_sample_size}
     found, scores, best = [], [], -1.0
-    with History(folder, searcher.columns(), settings, resume) as history, \
+    with History(folder, searcher.columns(), settings, resume, parse_supernet) as history, \
             open(os.path.join(folder, 'search.log'), 'a' if resume else 'w') as log, \
             tqdm(total=total, unit='space') as progress:
         known = len(history)

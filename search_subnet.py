@@ -12,7 +12,7 @@ best_c15_d2.csv, search.png and search.log. A killed search goes on with --resum
 import os
 import random
 
-from modules.cli import parser, positive, run
+from modules.cli import parser, positive, run, within
 from modules.errors import UserError
 from modules.latency import LatencyPredictor
 from modules.search_space.named import find_supernet
@@ -59,8 +59,8 @@ def get_args():
     p.add_argument('--num_rounds', type=positive(int), default=20, help='generations after the random start')
     p.add_argument('--num_mutations', type=positive(int), default=128, help='a round')
     p.add_argument('--num_crossovers', type=positive(int), default=128, help='a round')
-    p.add_argument('--arch_mutate_prob', type=positive(float), default=0.1, help='of each depth, k, w, e')
-    p.add_argument('--resolution_mutate_prob', type=positive(float), default=0.1, help='of the resolution')
+    p.add_argument('--arch_mutate_prob', type=within(float, 0, 1), default=0.1, help='of each depth, k, w, e')
+    p.add_argument('--resolution_mutate_prob', type=within(float, 0, 1), default=0.1, help='of the resolution')
     p.add_argument('--align_sample', action='store_true', help='all blocks of a stage share k, w, e; -align1')
     p.add_argument('--num_valid_images', type=positive(int), help='of the held-out images; default: all of them')
     p.add_argument('--num_threads', type=positive(int),

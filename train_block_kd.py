@@ -20,7 +20,7 @@ from modules.block_kd.trainer import (
     select_blocks,
     train_blocks,
 )
-from modules.cli import parser, positive, run
+from modules.cli import SEED, not_negative, parser, positive, run
 from modules.errors import UserError
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, open_data
@@ -43,7 +43,7 @@ def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES):
     p.add_argument('--learning_rate_list', nargs=6, type=positive(float), default=list(learning_rates),
                    help='learning rate of stage1 .. stage6')
     p.add_argument('--lr_step_size', type=positive(int), default=20, help='batches between learning-rate updates')
-    p.add_argument('--weight_decay', type=float, default=1e-4, help='not of norms, biases and scales')
+    p.add_argument('--weight_decay', type=not_negative(float), default=1e-4, help='not of norms, biases and scales')
     p.add_argument('--num_calib_batches', type=positive(int), default=20, help='of batch-norm calibration')
     p.add_argument('--inplace_distill_from_teacher', action='store_true',
                    help='every sub-stage learns from the teacher; else max does, and the others from max')
@@ -57,7 +57,7 @@ def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES):
     p.add_argument('--resume', action='store_true', help='go on from the checkpoints in output_path')
     p.add_argument('--test_only', action='store_true', help='evaluate the checkpoints in output_path')
     p.add_argument('--debug', action='store_true', help='10 steps an epoch, evaluation on 10 batches')
-    p.add_argument('--seed', type=int, default=0, help='of weights, sub-stages and augmentation')
+    p.add_argument('--seed', type=SEED, default=0, help='of weights, sub-stages and augmentation')
     add_data_arguments(p)
     add_distributed_arguments(p)
     return p

@@ -17,7 +17,7 @@ from modules.modeling.ops.lsq_plus import compile_quantisers, prove_quantisers, 
 from modules.modeling.supernet import Supernet
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
-from modules.training.config import add_config_arguments, load_config, save_config
+from modules.training.config import add_config_arguments, load_config
 from modules.training.data import add_data_arguments, open_data, seed_of
 from modules.training.distributed import add_distributed_arguments, distributed_job
 from modules.training.evaluate import Accuracy
@@ -62,8 +62,6 @@ def main(args):
         elif args.compile:
             compile_quantisers()
             prove_quantisers(job.device)
-        if job.is_main:
-            save_config(recipe, folder, 'lsq.yaml' if args.quant_mode else 'checkpoint.yaml')
         model = build(supernet, data.num_classes, recipe, args.quant_mode)
         results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
                                  args.align_sample, args.amp and job.device.type == 'cuda', args.num_workers)

@@ -5,6 +5,7 @@ the history holds are looked up, not scored again. So the end is that of an unbr
 """
 import csv
 import json
+import math
 import os
 from collections import deque
 
@@ -16,17 +17,18 @@ class History:
     """Scores by encoding, appended to `<folder>/history.csv` as they come; settings beside it in settings.json.
 
     columns: names of the numbers of an entry. settings: what decides the scores (JSON values); with `resume` they
-    must be those the history was made with, else UserError. Without `resume` an old history is replaced.
+    must be those the history was made with, else UserError. Without `resume` an old history is replaced. check: a
+    function that raises UserError for an encoding which cannot be one of this search.
     """
 
-    def __init__(self, folder, columns, settings, resume=False):
+    def __init__(self, folder, columns, settings, resume=False, check=None):
         self.path, self.columns, self.entries = os.path.join(folder, 'history.csv'), tuple(columns), {}
         settings_path = os.path.join(folder, 'settings.json')
         settings = json.loads(json.dumps(settings))
         size = 0
         if resume and os.path.exists(self.path):
             self._check_settings(settings_path, settings)
-            size = self._read()
+            size = self._read(check)
         elif os.path.exists(self.path):
             os.remove(self.path)
         os.makedirs(folder, exist_ok=True)
@@ -39,16 +41,18 @@ class History:
 
     def _check_settings(self, path, settings):
         try:
-            with open(path) as file:
+            with open(path, encoding='utf-8') as file:
                 before = json.load(file)
-        except (OSError, ValueError):
+            if not isinstance(before, dict):
+                raise ValueError
+        except (OSError, ValueError, RecursionError):
             raise UserError(f'{path}: cannot be read; start anew without --resume') from None
         for key in list(settings) + list(before):
             if settings.get(key) != before.get(key):
                 raise UserError(f'{path}: made with {key} {before.get(key)}, not {settings.get(key)}; use that, '
                                 'or start anew without --resume')
 
-    def _read(self):
+    def _read(self, check):
         """Read the complete lines; their length in bytes."""
         with open(self.path, 'rb') as file:
             data = file.read()
@@ -58,8 +62,9 @@ class History:
         except UnicodeDecodeError as error:
             number = data.count(b'\n', 0, error.start) + 1
             raise UserError(f'{self.path}:{number}: not text; start anew without --resume') from None
-        for number, row in enumerate(csv.reader(lines), 1):
+        for number, line in enumerate(lines, 1):
             try:
+                row, = csv.reader([line])
                 if number == 1:
                     if tuple(row[1:]) != self.columns:
                         raise ValueError
@@ -67,9 +72,14 @@ class History:
                 encoding, *values = row
                 if len(values) != len(self.columns) or encoding in self.entries:
                     raise ValueError
+                if check is not None:
+                    check(encoding)
                 self.entries[encoding] = tuple(map(float, values))
-            except ValueError:
-                raise UserError(f'{self.path}:{number}: not a line of this search: {",".join(row)}') from None
+                if any(map(math.isnan, self.entries[encoding])):
+                    raise ValueError
+            except (ValueError, csv.Error):
+                raise UserError(f'{self.path}:{number}: not a line of this search: {line[:200]!r}; start anew '
+                                'without --resume') from None
         return len(data)
 
     def _append(self, row):

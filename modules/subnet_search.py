@@ -195,7 +195,10 @@ class SharedHistory:
             old = os.path.join(folder, 'history_old.csv')
             os.replace(path, old)
             note(f'without --resume the search starts anew; the scores so far are kept as {old}')
-        self.history = History(folder, COLUMNS, settings, resume) if job.is_main else None
+        def check(encoding):
+            parse_subnet(encoding, settings['supernet'])
+
+        self.history = History(folder, COLUMNS, settings, resume, check) if job.is_main else None
         self.entries = dict(share(self.history.entries if job.is_main else None, job))
 
     def __enter__(self):

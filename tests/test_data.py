@@ -22,6 +22,7 @@ from torchvision import datasets
 from modules.cli import run
 from modules.errors import UserError
 from modules.training import sources
+from modules.training import tars as tars_module
 from modules.training.data import (
     BrokenImage,
     add_data_arguments,
@@ -131,26 +132,32 @@ def test_tar_is_read_in_place_by_four_workers(tars, folders):
     assert sorted(os.listdir(tars)) == sorted([*TARS, *(name + '.index.json' for name in TARS)])
 
 
+def kept_index(tar):
+    members, keep = tars_module.tar_index(tar)
+    keep()
+    return members
+
+
 def test_tar_index(tars, tmp_path, monkeypatch, capsys):
     for name in TARS:
         shutil.copy(tars / name, tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     tar = str(tmp_path / TARS[0])
-    first = sources._tar_index(tar)
+    first = kept_index(tar)
     assert 'looking for the pictures' in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(sources, '_scan_tar', lambda path: pytest.fail('scanned again'))
-        assert sources._tar_index(tar) == first
+        patch.setattr(tars_module, '_scan_tar', lambda path: pytest.fail('scanned again'))
+        assert kept_index(tar) == first
     os.utime(tar, (1, 1))                               # another tar: not used any more
-    assert sources._tar_index(tar) == first and capsys.readouterr().err
+    assert kept_index(tar) == first and capsys.readouterr().err
     with open(tar + '.index.json', 'w') as f:           # cut off
         f.write('{"version": 1, "si')
-    assert sources._tar_index(tar) == first and capsys.readouterr().err
+    assert kept_index(tar) == first and capsys.readouterr().err
     os.remove(tar + '.index.json')
     os.mkdir(tar + '.index.json')                       # nothing can be written beside it
-    assert sources._tar_index(tar) == first
+    assert kept_index(tar) == first
     assert len(os.listdir(tmp_path / 'cache/spaceevo')) == 1 and capsys.readouterr().err
-    assert sources._tar_index(tar) == first and not capsys.readouterr().err
+    assert kept_index(tar) == first and not capsys.readouterr().err
 
 
 def test_tar_of_class_tars(tars, folders, tmp_path):

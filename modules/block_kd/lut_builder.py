@@ -147,6 +147,9 @@ def build_luts(superspace, block_ids, windows, teacher, folder, output, calibrat
         raise UserError(f'--width_window_filter {" ".join(map(str, windows))}: no stage has such a width window')
     for block in block_ids:                     # a missing checkpoint is told before the teacher runs
         require_checkpoint(folder, block, quant=True)
+    for lut_id in (lut_id for ids in lut_ids.values() for lut_id in ids if not os.path.exists(_path(output, lut_id))):
+        for sample in sample_rows(superspace, str(lut_id), num_samples, hw_list, seed):
+            _latency(superspace, lut_id, sample, predictor)     # a block that the platform lacks, too
     for stage, ids in lut_ids.items():
         todo = [lut_id for lut_id in ids if not os.path.exists(_path(output, lut_id))]
         if len(todo) < len(ids):
@@ -223,15 +226,25 @@ def _build(superspace, lut_id, samples, student, cache, predictor, output, job, 
     barrier(job)
 
 
-def _row(superspace, lut_id, sample, student, cache, predictor, nsr_signal):
+def _input_shape(superspace, lut_id, sample):
     hw = -(-sample.resolution // superspace.input_stride(lut_id.stage))
-    shape = (1, sample.cin, hw, hw)
+    return 1, sample.cin, hw, hw
+
+
+def _latency(superspace, lut_id, sample, predictor):
+    """Predicted ms of a Sample."""
+    shape = _input_shape(superspace, lut_id, sample)
+    return predictor.predict_sub_stage(superspace, str(lut_id), sample.sub_stage, shape)
+
+
+def _row(superspace, lut_id, sample, student, cache, predictor, nsr_signal):
+    *_, hw = shape = _input_shape(superspace, lut_id, sample)
     loss = measure(student, sample, cache, nsr_signal)
     if not 5e-5 <= loss < math.inf:
         raise UserError(f'{lut_id}: {sample.sub_stage} at {sample.resolution} pixels has an NSR of {loss}: '
                         'is its lsq.pth sound?')
     flops, params = sub_stage_complexity(superspace, str(lut_id), sample.sub_stage, shape)
-    latency = predictor.predict_sub_stage(superspace, str(lut_id), sample.sub_stage, shape)
+    latency = _latency(superspace, lut_id, sample, predictor)
     return LutRow(sample.sub_stage, sample.cin, hw, loss, flops, params, latency)
 
 
@@ -251,13 +264,17 @@ def _read_parts(path, header):
     """{row index: line} of the whole lines in every rank's part file of a build with this header."""
     lines = {}
     for part in glob.glob(f'{glob.escape(path)}.part*'):
-        with open(part, encoding='ascii') as file:
+        with open(part, encoding='ascii', errors='replace') as file:
             first, *rest = file.read().split('\n')[:-1] or [header]     # killed before the header was whole
         if first != header:
             raise UserError(f'{part}: begun with other blocks, images or settings; use those, or remove it')
-        for line in rest:
+        for number, line in enumerate(rest, 2):
             index, _, row = line.partition(',')
-            lines[int(index)] = row
+            try:
+                _parse_line(row)
+                lines[int(index)] = row
+            except ValueError:
+                raise UserError(f'{part}:{number}: not a row of a block LUT: {line[:80]!r}; remove it') from None
     return lines
 
 

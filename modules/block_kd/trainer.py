@@ -19,7 +19,7 @@ from ..search_space.encoding import EncodingError, parse_block_id
 from ..search_space.macro_arch import SEARCHABLE_STAGES
 from ..search_space.superspace import get_superspace
 from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
-from ..training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from ..training.checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
 from ..training.data import calibration_batches, eval_loader, train_loader
 from ..training.distributed import average, average_gradients, broadcast
 from ..training.log import curves, progress
@@ -125,7 +125,7 @@ def build_student(superspace, block_id, teacher, folder=None, quant=False, unfin
         path = require_checkpoint(folder, block_id, quant)
         checkpoint = _load(path, superspace)
         if not checkpoint.get('done', True) and not unfinished:
-            raise UserError(f'{path}: training is not finished (step {checkpoint["step"]}); finish it with --resume')
+            raise UserError(f'{path}: training is not finished (step {checkpoint.get("step")}): --resume finishes it')
         load_weights(student, checkpoint, path)
     return set_quant_mode(student) if quant else student
 
@@ -133,6 +133,8 @@ def build_student(superspace, block_id, teacher, folder=None, quant=False, unfin
 def _load(path, superspace):
     """A block's checkpoint; UserError where it is one of another superspace. Old files do not say theirs."""
     checkpoint, wanted = load_checkpoint(path), get_superspace(superspace).name
+    if not isinstance(checkpoint, dict):
+        raise UserError(f'{path}: not the checkpoint of a block, but a {type(checkpoint).__name__}')
     if checkpoint.get('superspace', wanted) != wanted:
         raise UserError(f'{path}: a block of superspace {checkpoint["superspace"]}, not of {wanted}')
     return checkpoint
@@ -196,13 +198,6 @@ def _settings(recipe, learning_rate, steps, num_images, teacher, job):
             'inplace_distill_from_teacher': recipe.from_teacher, 'seed': recipe.seed}
 
 
-def _check_settings(path, begun, settings):
-    for key, value in settings.items():
-        if begun.get(key) != value:
-            raise UserError(f'{path}: begun with {key} {begun.get(key)}, not {value}; resume with the same, '
-                            'or start anew without --resume')
-
-
 def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps, num_images):
     """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch."""
     torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
@@ -224,9 +219,9 @@ def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps, 
                       settings=_settings(recipe, learning_rate, steps, num_images, teacher, job))
     trainee.optimizer = torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate)
     if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
-        _check_settings(path, resumed.get('settings', {}), trainee.settings)
-        trainee.optimizer.load_state_dict(resumed['optimizer'])
-        trainee.step, trainee.done = resumed['step'], resumed.get('done', False)
+        found = restore(path, {'done': False, **resumed}, trainee.settings, trainee.optimizer,
+                        {'step': int, 'done': bool}, steps * recipe.epochs)
+        trainee.step, trainee.done = found['step'], found['done']
     return trainee
 
 

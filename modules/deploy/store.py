@@ -32,22 +32,26 @@ def read_entries(path):
     if not os.path.isfile(path):
         raise UserError(f'{path}: no such file; a line of it is <superspace>,<supernet_choice>,<subnet_choice>')
     entries = {}
-    with open(path, encoding='utf-8', newline='') as f:
-        for number, row in enumerate(csv.reader(f), 1):
-            row = [cell.strip() for cell in row]
-            if not any(row) or row[0].startswith('#'):
-                continue
-            where = f'{path} line {number}'
-            if len(row) != 3:
-                raise UserError(f'{where}: {len(row)} values, expected <superspace>,<supernet_choice>,<subnet_choice>')
-            try:
-                supernet = parse_supernet(row[1], row[0])
-                entry = Entry(supernet, parse_subnet(row[2], supernet))
-            except SearchSpaceError as error:
-                raise UserError(f'{where}: {error}') from None
-            if entry in entries:
-                raise UserError(f'{where}: the same subnet as in line {entries[entry]}')
-            entries[entry] = number
+    with open(path, 'rb') as f:
+        lines = f.read().split(b'\n')
+    for number, line in enumerate(lines, 1):
+        try:
+            row = [cell.strip() for cell in next(csv.reader([line.decode()], strict=True), [])]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f'{path} line {number}: not a line of values ({error})') from None
+        if not any(row) or row[0].startswith('#'):
+            continue
+        where = f'{path} line {number}'
+        if len(row) != 3:
+            raise UserError(f'{where}: {len(row)} values, expected <superspace>,<supernet_choice>,<subnet_choice>')
+        try:
+            supernet = parse_supernet(row[1], row[0])
+            entry = Entry(supernet, parse_subnet(row[2], supernet))
+        except SearchSpaceError as error:
+            raise UserError(f'{where}: {error}') from None
+        if entry in entries:
+            raise UserError(f'{where}: the same subnet as in line {entries[entry]}')
+        entries[entry] = number
     if not entries:
         raise UserError(f'{path}: no subnet in it; a line is <superspace>,<supernet_choice>,<subnet_choice>')
     return list(entries)

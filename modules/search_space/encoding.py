@@ -35,9 +35,15 @@ def _allowed(values):
     return ' '.join(str(value) for value in values)
 
 
+def _short(text):
+    """The text as an error line shows it: subnets are long, what somebody pastes by mistake may be longer."""
+    text = str(text)
+    return text if len(text) <= 400 else text[:400] + '…'
+
+
 def _check(condition, text, message):
     if not condition:
-        raise EncodingError(f'{text}: {message}')
+        raise EncodingError(f'{_short(text)}: {_short(message)}')
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ def parse_supernet(text, superspace=None):
         try:
             space = get_superspace(name)
         except SearchSpaceError as error:
-            raise EncodingError(f'{text}: {error}') from None
+            raise EncodingError(f'{_short(text)}: {error}') from None
         _check(superspace is None or space == get_superspace(superspace), text,
                f'a supernet of {space.name}, not of {getattr(superspace, "name", superspace)}')
     else:
@@ -125,7 +131,7 @@ def parse_supernet(text, superspace=None):
     try:
         return Supernet(space, _digits(space, 'block types', types), _digits(space, 'width windows', windows))
     except EncodingError as error:
-        raise EncodingError(f'{text!r}: {error}') from None
+        raise EncodingError(f'{_short(text)!r}: {error}') from None
 
 
 class BlockId(NamedTuple):
@@ -248,7 +254,7 @@ def parse_subnet(text, supernet=None):
             depths, kernels, widths = (tuple(int(v) for v in part.split('#')) for part in match.groups()[:3])
             expands = tuple(float(v) or None for v in match[4].split('#'))
         except ValueError:
-            raise EncodingError(f'{text}: empty or malformed number between #') from None
+            raise EncodingError(f'{_short(text)}: empty or malformed number between #') from None
         subnet = Subnet(depths, kernels, widths, expands, int(match[5]))
         _check(str(subnet) == text, text, f'not as it would be printed: {subnet}')
     stages = DEPTH_STAGES if supernet is None else parse_supernet(supernet).superspace.depth_stages

@@ -30,7 +30,10 @@ def find_supernet(name, superspace=None):
     """encoding.Supernet from a published name or an encoding (with `superspace`, from its choice part)."""
     if isinstance(name, str) and '@' in name and name not in named_supernets():
         raise EncodingError(f'no supernet {name!r}; published: {" ".join(named_supernets())}')
-    return parse_supernet(named_supernets().get(name, name), superspace)
+    try:
+        return parse_supernet(named_supernets().get(name, name), superspace)
+    except EncodingError as error:
+        raise EncodingError(f'{name}: {error}' if name in named_supernets() else str(error)) from None
 
 
 def find_subnet(name):

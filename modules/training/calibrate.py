@@ -4,6 +4,7 @@ import contextlib
 import torch
 import torch.distributed as dist
 
+from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
 from ..modeling.ops.op import is_norm
 
@@ -60,7 +61,12 @@ def calibrate(model, batches, job=None):
         seen += len(batch)
         for norm in norms(model):
             norm.momentum = len(batch) / seen
-        model(batch)
+        try:
+            model(batch)
+        except ValueError as error:
+            if len(batch) > 1 or 'more than 1 value' not in str(error):
+                raise
+            raise UserError('batch norm cannot be calibrated on one image: give a larger batch size') from None
     if job is not None and job.world_size > 1:
         _average_over_ranks(norms(model), seen, job)
     elif seen == 0:

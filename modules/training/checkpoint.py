@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import atomic_path
 
 WEIGHTS = ('state_dict', 'model')           # where checkpoints keep their weights
@@ -106,11 +106,14 @@ def load_checkpoint(path):
             from safetensors.torch import load_file
             return load_file(path)
         try:
-            return torch.load(path, map_location='cpu', weights_only=True)
+            found = torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError:
-            return torch.load(path, map_location='cpu', weights_only=False, pickle_module=_inert_pickle)
+            found = torch.load(path, map_location='cpu', weights_only=False, pickle_module=_inert_pickle)
+        if found is None:
+            raise ValueError('it holds None')
+        return found
     except Exception as error:              # a damaged pickle can raise anything
-        reason = str(error).strip().partition('\n')[0][:120] or type(error).__name__
+        reason = one_line(error)[:120]
         raise UserError(f'{path}: not a checkpoint that can be read ({reason})') from None
 
 
@@ -156,16 +159,59 @@ def load_weights(model, source, what='model', rename=None, optional=()):
         weights = rename(weights)
     wanted = model.state_dict()
     may_lack = ('num_batches_tracked', *optional)           # which old files do not have
+    broken = [key for key in wanted if key in weights and wanted[key].is_floating_point()
+              and not (weights[key].is_floating_point() and bool(weights[key].isfinite().all()))]
     problems = [_list('missing', [key for key in wanted if key not in weights and not key.endswith(may_lack)]),
                 _list('unexpected', [key for key in weights if key not in wanted]),
                 _list('of another shape', [f'{key} {_shape(weights[key])} instead of {_shape(wanted[key])}'
                                            for key in weights if key in wanted
-                                           and weights[key].shape != wanted[key].shape])]
+                                           and weights[key].shape != wanted[key].shape]),
+                _list('with values that are no finite numbers', broken)]
     if any(problems):
         who = name if name == what else f'{name}: not the weights of {what}'
         raise UserError(f'{who}: keys ' + '; '.join(filter(None, problems)))
     model.load_state_dict(weights, strict=False)
     return checkpoint
+
+
+def restore(path, checkpoint, settings, optimizer, progress, steps):
+    """Go on from the checkpoint of a stopped run: loads the optimizer, returns {key: value} of `progress`.
+
+    settings: what the run depends on, the same as the checkpoint's; progress: {key: type} of what it holds, with
+    'step' from 0 to `steps`. UserError: begun with other settings, or a checkpoint that is damaged.
+    """
+    begun = checkpoint.get('settings')
+    begun = begun if isinstance(begun, Mapping) else {}
+    for key, value in settings.items():
+        if isinstance(begun.get(key), torch.Tensor) or begun.get(key) != value:
+            raise UserError(f'{path}: begun with {key} {str(begun.get(key))[:60]}, not {value}; resume with the same, '
+                            'or start anew without --resume')
+    found = {key: checkpoint.get(key) for key in progress}
+    for key, kind in progress.items():
+        if not isinstance(found[key], kind) or key == 'step' and not 0 <= found[key] <= steps:
+            raise UserError(f'{path}: damaged: {key} {str(found[key])[:60]} in it; start anew without --resume')
+    state = checkpoint.get('optimizer')
+    try:
+        _check_optimizer(state, optimizer)
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = one_line(error)[:100]
+        raise UserError(f'{path}: damaged: not the state of its optimizer ({reason}); start anew without --resume') \
+            from None
+    return found
+
+
+def _check_optimizer(state, optimizer):
+    """What load_state_dict() does not check: ValueError (or what a wrong type raises) for another optimizer's state."""
+    ours = optimizer.state_dict()['param_groups']
+    if [sorted(group) for group in ours] != [sorted(group) for group in state['param_groups']]:
+        raise ValueError('other parameter groups')
+    parameters = dict(zip((i for group in state['param_groups'] for i in group['params']),
+                          (p for group in optimizer.param_groups for p in group['params'])))
+    for key, values in state['state'].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[key].shape:
+                raise ValueError(f'{name} of shape {_shape(value)} instead of {_shape(parameters[key])}')
 
 
 def _shape(tensor):

@@ -2,14 +2,39 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import typing
 
 import yaml
 
-from ..cli import positive
 from ..errors import UserError
 from ..files import write_text
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, by which a small file can stand for a huge one, and without keys given twice."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.MarkedYAMLError(problem='aliases are not taken', problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f'{key.value} is given twice', problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _short(value, show=repr):
+    """A value as an error line shows it."""
+    try:
+        text = show(value)
+    except ValueError:                                  # an int of thousands of digits
+        return 'too large a number'
+    return text if len(text) <= 60 else text[:57] + '...'
 
 
 def load_config(kind, path, overrides=None, section=None):
@@ -20,18 +45,20 @@ def load_config(kind, path, overrides=None, section=None):
     """
     try:
         with open(path, encoding='utf-8') as file:
-            content = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+            content = yaml.load(file, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:       # ValueError: not UTF-8, a 13th month
         mark = getattr(error, 'problem_mark', None)
         where = f'{path}:{mark.line + 1}' if mark else path
-        raise UserError(f'{where}: not YAML ({getattr(error, "problem", None) or "not text"})') from None
+        reason = getattr(error, 'problem', None) or ('nested too deep' if isinstance(error, RecursionError) else
+                                                     'not text' if isinstance(error, UnicodeError) else error)
+        raise UserError(f'{where}: not YAML ({_short(reason, str)})') from None
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected keys and values, found {type(content).__name__}')
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     values = {key: value for key, value in content.items() if key not in sections}
     for name, part in sections.items():
         if name not in kind.SECTIONS:
-            raise UserError(f'{path}: unknown section {name!r}; known: {" ".join(kind.SECTIONS)}')
+            raise UserError(f'{path}: unknown section {_short(name)}; known: {" ".join(kind.SECTIONS)}')
         checked = {key: _checked(path, f'{name}.{key}', key, value, kind) for key, value in part.items()}
         if name == section:
             values.update(checked)
@@ -41,31 +68,49 @@ def load_config(kind, path, overrides=None, section=None):
 
 
 def _checked(path, shown, key, value, config):
-    kinds = {field.name: typing.get_type_hints(config)[field.name] for field in dataclasses.fields(config)}
-    if key not in kinds:
-        raise UserError(f'{path}: unknown key {shown!r}; known: {" ".join(kinds)}')
-    kind = kinds[key]
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    if key not in fields:
+        raise UserError(f'{path}: unknown key {_short(shown)}; known: {" ".join(fields)}')
+    kind = typing.get_type_hints(config)[key]
     if kind is float and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             value = float(value)                        # 1, and 1e-5, which YAML takes for text
     if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-        raise UserError(f'{path}: {shown}: {value!r} is not of type {kind.__name__}')
-    if kind in (int, float) and not value >= 0 and key not in config.SIGNED:
-        raise UserError(f'{path}: {shown}: {value} is negative')
+        raise UserError(f'{path}: {shown}: {_short(value)} is not of type {kind.__name__}')
+    if problem := _problem(fields[key], value):
+        raise UserError(f'{path}: {shown}: {_short(value, str)} {problem}')
     return value
+
+
+def _problem(field, value):
+    """What is wrong with a value of the right type, by the field's `least`, `most`, `below` and `choices`."""
+    allowed = field.metadata
+    if 'choices' in allowed and value not in allowed['choices']:
+        return f'is not one of {" ".join(allowed["choices"])}'
+    if isinstance(value, float) and not math.isfinite(value):
+        return 'is not a finite number'
+    if 'least' in allowed and value < allowed['least']:
+        return f'is less than {allowed["least"]}'
+    if 'most' in allowed and value > allowed['most']:
+        return f'is more than {allowed["most"]}'
+    if 'below' in allowed and value >= allowed['below']:
+        return f'is not below {allowed["below"]}'
+    return None
 
 
 def add_config_arguments(parser, kind, skip=()):
     """A flag for every key of a dataclass but `skip`; not given, it is None and the file's value counts."""
     for field in (field for field in dataclasses.fields(kind) if field.name not in skip):
         value = typing.get_type_hints(kind)[field.name]
-        options = {'action': argparse.BooleanOptionalAction} if value is bool else {'type': _parse(value)}
+        options = {'action': argparse.BooleanOptionalAction} if value is bool else {'type': _parse(value, field)}
         parser.add_argument(f'--{field.name}', help=f'{field.metadata["help"]}; default: the config file\'s', **options)
 
 
-def _parse(kind):
+def _parse(kind, field):
     def parse(text):
-        return kind(text) if kind is str or float(text) == 0 else positive(kind)(text)
+        if problem := _problem(field, value := kind(text)):
+            raise argparse.ArgumentTypeError(f'{text} {problem}')
+        return value
     parse.__name__ = kind.__name__
     return parse
 

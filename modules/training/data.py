@@ -9,7 +9,6 @@ any rank see the same pixels, and the global random states are left as they were
 
 A picture that cannot be read is left out of its batch, reported once on stderr and counted in `data.broken`.
 """
-import argparse
 import contextlib
 import copy
 import hashlib
@@ -25,9 +24,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..errors import UserError
+from ..cli import not_negative, within
+from ..errors import UserError, one_line
 from .log import note
-from .sources import LAYOUTS, one_line, open_source, plain_name
+from .sources import LAYOUTS, open_source, plain_name
 
 SPLIT_SEED = 2147483647         # the held-out images are the same in every run, whatever --seed says
 AUGMENTATIONS = ('default', 'auto_augment_tf', 'none')
@@ -104,9 +104,8 @@ class ImageSet(Dataset):
             image, label = self.source[position]
         except MemoryError:
             raise
-        except Exception as error:      # decoders raise OSError, SyntaxError, ValueError, struct.error, …
-            reason = getattr(error, 'strerror', None) or re.sub(' ?<_io.BytesIO[^>]*>', '', one_line(error))
-            raise BrokenImage(self.source.name(position), reason) from None
+        except Exception as error:
+            raise BrokenImage(self.source.name(position), _reason(error)) from None
         if self.seed is None:
             return self.transform(image), label
         with _seeded(self.seed, epoch, index % len(self)):
@@ -194,15 +193,12 @@ def add_data_arguments(parser):
     parser.add_argument('--dataset_path', '--dataset_dir', '--imagenet_path', dest='dataset_path',
                         default='./dataset', help=f'ImageNet: {LAYOUTS}')
     parser.add_argument('--dataset', default='imagenet', help='imagenet, digits, or any of torchvision by name')
-    parser.add_argument('--num_workers', type=_count, default=min(8, cores), help='loader processes per rank')
-    parser.add_argument('--valid_size', type=_count, default=50000, help='training images held out for validation')
-    parser.add_argument('--augment', choices=AUGMENTATIONS, default='default')
-
-
-def _count(text):
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f'{text} is negative')
-    return int(text)
+    parser.add_argument('--num_workers', type=within(int, 0, 1024), default=min(8, cores),
+                        help='loader processes per rank')
+    parser.add_argument('--valid_size', type=not_negative(int), default=50000,
+                        help='training images held out for validation')
+    parser.add_argument('--augment', choices=AUGMENTATIONS, default='default',
+                        help='of the training images')
 
 
 def open_data(path, dataset='imagenet', valid_size=50000, augment='default', image_size=224, labelled=True,
@@ -226,6 +222,8 @@ def open_data(path, dataset='imagenet', valid_size=50000, augment='default', ima
         transform = train_transform if train else eval_transform
         return ImageSet(source, indices, transform, eval_transform, seed if train else None, broken)
 
+    for part in filter(None, (source, test_source)):
+        _check_readable(part)
     indices = np.arange(len(source))
     test = None
     if test_source is not None:
@@ -238,6 +236,24 @@ def open_data(path, dataset='imagenet', valid_size=50000, augment='default', ima
     train = image_set(source, np.tile(np.sort(indices[order[held_out:]]), repeat), train=True)
     valid = image_set(source, indices[order[:held_out]])
     return Data(train, valid, valid if test is None else test, num_classes, broken, NORMALIZATIONS[normalize])
+
+
+def _check_readable(source):
+    """UserError where not one of up to 100 pictures, spread evenly over a source, can be read."""
+    first = None
+    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), 100)).astype(int)).tolist():
+        try:
+            return source[index]
+        except MemoryError:
+            raise
+        except Exception as error:
+            first = first or f'{source.name(index)}: {_reason(error)}'
+    raise UserError(f'not one picture could be read; the first: {first}')
+
+
+def _reason(error):
+    """Why a picture cannot be read: decoders raise OSError, SyntaxError, ValueError, struct.error, …"""
+    return getattr(error, 'strerror', None) or re.sub(' ?<_io.BytesIO[^>]*>', '', one_line(error))
 
 
 def _valid_size(wanted, train_size):
@@ -349,9 +365,14 @@ def calibration_batches(dataset, batch_size, num_batches, seed=0, workers=0, ran
     """
     dataset = dataset.evaluated()
     order = _permutation(len(dataset), seed, 'calibration').numpy()
-    return _in_order(dataset, order[:num_batches * batch_size], batch_size, workers, world_size == 1, rank, world_size)
+    return _in_order(dataset, order[:num_batches * batch_size], batch_size, workers, world_size == 1, rank, world_size,
+                     together=True)
 
 
-def _in_order(dataset, indices, batch_size, workers, whole=True, first=0, step=1):
-    batches = [(0, indices[start:start + batch_size]) for start in range(0, len(indices), batch_size)][first::step]
+def _in_order(dataset, indices, batch_size, workers, whole=True, first=0, step=1, together=False):
+    """Loader of batches in this order; together: a last image alone, too few for batch norm, joins the others."""
+    batches = [(0, indices[start:start + batch_size]) for start in range(0, len(indices), batch_size)]
+    if together and len(batches) > 1 and len(batches[-1][1]) == 1:
+        batches[-2:] = [(0, indices[-1 - batch_size:])]
+    batches = batches[first::step]
     return Loader(dataset, batches, len(batches), workers, whole=whole)

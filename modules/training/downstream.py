@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation
 from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
-from .checkpoint import load_checkpoint, load_weights, save_checkpoint
+from .checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
 from .data import calibration_batches, eval_loader, seed_of, train_loader
 from .distributed import average, average_gradients, broadcast
 from .evaluate import accuracy, images_of
@@ -28,7 +28,7 @@ from .optim import parameter_groups, set_learning_rate, warmup_linear
 RECIPES = {'CIFAR10': (0.0125, 4e-5), 'CIFAR100': (0.0125, 4e-5), 'Flowers102': (0.15, 4e-6),
            'OxfordIIITPet': (0.00375, 4e-6), 'Food101': (0.15, 4e-8), 'StanfordCars': (0.15, 0.0),
            'FGVCAircraft': (0.075, 4e-8)}
-PROGRESS = ('step', 'done', 'best', 'results')          # of a FineTuning, in checkpoints
+PROGRESS = {'step': int, 'done': bool, 'best': float, 'results': dict}          # of a FineTuning, in checkpoints
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,7 @@ def _start(network, data, recipe, path, job, identity, resume, steps, workers):
     resumed = load_checkpoint(path) if resume and os.path.isfile(path) else None
     settings = _settings(data, recipe, job, identity, steps)
     if resumed is not None:
-        for key, value in settings.items():
-            if resumed.get('settings', {}).get(key) != value:
-                raise UserError(f'{path}: begun with {key} {resumed.get("settings", {}).get(key)}, not {value}; '
-                                'resume with the same, or start anew without --resume')
-        load_weights(network, resumed['state_dict'], path)
+        load_weights(network, resumed, path)
     network.to(job.device, memory_format=torch.channels_last)
     if resumed is None:
         _prepare(network, data, recipe, workers, job)
@@ -166,9 +162,8 @@ def _start(network, data, recipe, path, job, identity, resume, steps, workers):
                                 momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     tuning = FineTuning(network, optimizer, settings, identity, path)
     if resumed is not None:
-        optimizer.load_state_dict(resumed['optimizer'])
-        for key in PROGRESS:
-            setattr(tuning, key, resumed[key])
+        for key, value in restore(path, resumed, settings, optimizer, PROGRESS, steps * recipe.epochs).items():
+            setattr(tuning, key, value)
     return tuning
 
 

@@ -2,13 +2,10 @@
 import contextlib
 import glob
 import gzip
-import hashlib
 import inspect
 import io
-import json
 import os
 import re
-import tarfile
 import zlib
 
 import numpy as np
@@ -17,9 +14,8 @@ from torch.utils.data import ConcatDataset
 from torchvision import datasets, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from ..errors import UserError
-from ..files import write_text
-from .log import note
+from ..errors import UserError, one_line
+from .tars import is_picture, tar_index
 
 SMALL = 96                      # pixels: data sets of at most this are stretched whole instead of cropped
 DEBIAN = '/usr/share/datasets'
@@ -135,10 +131,6 @@ def plain_name(name):
     return re.sub('[-_ ]', '', name).lower()
 
 
-def one_line(error):
-    return ' '.join(str(error).split()) or type(error).__name__
-
-
 def _found(folder):
     """What is in a folder, for an error line: at most five entries."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -165,10 +157,6 @@ def _open_imagenet(path, labelled, min_side):
     return _open_pictures(path, min_side), None, 0
 
 
-def _is_picture(name):
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
 def _walk(path):
     """Relative names of all pictures below a folder, in order; links to folders are followed, but not in circles."""
     seen = set()
@@ -179,7 +167,7 @@ def _walk(path):
             continue
         seen.add(real)
         subfolders.sort()
-        yield from (os.path.relpath(os.path.join(folder, name), path) for name in sorted(names) if _is_picture(name))
+        yield from (os.path.relpath(os.path.join(folder, name), path) for name in sorted(names) if is_picture(name))
 
 
 def _open_pictures(path, min_side):
@@ -220,9 +208,10 @@ def _check_classes(where, names, classes, train):
 
 def _open_tars(train, val, labelled):
     classes, sources = [], []
-    for path in (train, val):
+    indices = [tar_index(path) for path in (train, val)]
+    for path, (found, _) in zip((train, val), indices):
         members = sorted((name.rpartition('/')[0].rpartition('/')[2], name, offset, size)
-                         for name, offset, size in _tar_index(path))
+                         for name, offset, size in found)
         if not members:
             raise UserError(f'{path}: expected pictures x/<class>/<file>; found none')
         labels = np.zeros(len(members))
@@ -237,63 +226,9 @@ def _open_tars(train, val, labelled):
             labels = [numbers[member[0]] for member in members]
         where = np.array([member[2:] for member in members], dtype=np.int64)
         sources.append(Pictures(path, [member[1] for member in members], labels, where))
+    for _, keep in indices:                 # when both tars have turned out to be good ones
+        keep()
     return *_with_classes(sources, classes), len(classes)
-
-
-def _tar_index(path):
-    """[(name, offset, size), …] of the pictures in a tar: offsets and sizes in bytes.
-
-    Read once, then kept as JSON beside the tar or in ~/.cache/spaceevo; used while size and time of the tar agree.
-    """
-    stat = os.stat(path)
-    stamp = {'version': 1, 'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
-    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    digest = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:12]
-    places = [path + '.index.json',
-              os.path.join(cache, 'spaceevo', f'{digest}-{os.path.basename(path)}.index.json')]
-    for place in places:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            with open(place, encoding='utf-8') as f:
-                index = json.load(f)
-            if all(index[key] == value for key, value in stamp.items()):
-                return list(zip(index['names'], index['offsets'], index['sizes'], strict=True))
-    note(f'{path}: looking for the pictures in it (once)')
-    members = _scan_tar(path)
-    names, offsets, sizes = map(list, zip(*members)) if members else ([], [], [])
-    text = json.dumps({**stamp, 'names': names, 'offsets': offsets, 'sizes': sizes})
-    for place in places:
-        with contextlib.suppress(OSError):
-            write_text(place, text)
-            return members
-    note(f'{path}: its index could not be kept ({" ".join(places)})')
-    return members
-
-
-def _scan_tar(path):
-    """The pictures of a tar; members that are tars themselves, as in ILSVRC's train tar, are classes."""
-    members = []
-    try:
-        with open(path, 'rb') as outer, open(path, 'rb') as inner:
-            for member in _tar_files(outer):
-                if member.name.endswith('.tar'):
-                    label = os.path.basename(member.name)[:-len('.tar')]
-                    inner.seek(member.offset_data)
-                    members += [(f'{label}/{os.path.basename(nested.name)}', nested.offset_data, nested.size)
-                                for nested in _tar_files(inner) if _is_picture(nested.name)]
-                elif _is_picture(member.name):
-                    members.append((member.name, member.offset_data, member.size))
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f'{path}: expected an uncompressed tar, found one that cannot be read: {error}') from None
-    return members
-
-
-def _tar_files(file):
-    """TarInfos of the plain files in the tar that begins at the file's position."""
-    with tarfile.open(fileobj=file, mode='r:') as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()         # a million TarInfos would stay in memory
-            if member.isfile():
-                yield member
 
 
 class _Arrays:
@@ -320,7 +255,7 @@ def _open_torchvision(path, dataset, name):
                        *(folder for root in (path, DEBIAN) for folder in sorted(glob.glob(f'{glob.escape(root)}/*'))
                          if plain_name(os.path.basename(folder)) == name)):
             if (files := _idx_files(folder)) is not None:
-                train, test = (Named(name, _Arrays(*map(_read_idx, pair))) for pair in (files[:2], files[2:]))
+                train, test = (Named(name, _idx_pair(*pair)) for pair in (files[:2], files[2:]))
                 return train, test, len(cls.classes)
 
     parameters = inspect.signature(cls.__init__).parameters
@@ -375,6 +310,15 @@ def _idx_files(folder):
     return files if len(files) == 4 else None
 
 
+def _idx_pair(images, labels):
+    """_Arrays of a file of images and one of labels; UserError where they do not belong together."""
+    pixels, numbers = _read_idx(images), _read_idx(labels)
+    if pixels.ndim != 3 or numbers.shape != pixels.shape[:1] or not len(pixels):
+        raise UserError(f'{labels}: expected one label for each of the images in {images}; found sizes '
+                        f'{numbers.shape} for {pixels.shape}')
+    return _Arrays(pixels, numbers)
+
+
 def _read_idx(path):
     """uint8 array of an idx file, gzipped or not."""
     try:
@@ -382,6 +326,8 @@ def _read_idx(path):
             data = f.read()
         dims = data[3]
         shape = np.frombuffer(data, '>i4', dims, offset=4)
+        if shape.min() < 0:
+            raise ValueError(f'sizes {shape.tolist()}')
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
     except (ValueError, IndexError, EOFError, OSError, zlib.error) as error:
         raise UserError(f'{path}: expected an idx file of bytes, found one that cannot be read: {error}') from None

@@ -2,7 +2,7 @@
 import contextlib
 import itertools
 
-from ..cli import positive
+from ..cli import SEED, positive
 from ..files import write_csv
 from ..modeling.complexity import config_complexity
 from ..modeling.ops.lsq_plus import quantised_ops
@@ -27,7 +27,7 @@ def add_evaluation_arguments(parser):
     parser.add_argument('--platform', help="latency platform, or a block table *.json; default: the superspace's")
     parser.add_argument('--fallback', action='store_true', help='predict the blocks that a block table lacks')
     parser.add_argument('--trust_pickles', action='store_true', help="open nn-Meter's pickles, which are code")
-    parser.add_argument('--seed', type=int, default=0, help='of the calibration images')
+    parser.add_argument('--seed', type=SEED, default=0, help='of the calibration images')
     add_data_arguments(parser)
     add_distributed_arguments(parser)
 

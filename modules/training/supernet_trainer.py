@@ -19,8 +19,9 @@ from torch import nn
 from ..errors import UserError
 from ..search_space import sampling
 from .calibrate import initialize_all_scales
-from .checkpoint import load_checkpoint, load_weights, save_checkpoint
-from .data import calibration_batches, eval_loader, seed_of, train_loader
+from .checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
+from .config import save_config
+from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of, train_loader
 from .distributed import average, average_gradients, broadcast
 from .evaluate import DecodedImages, evaluate_subnet
 from .log import curves, note, progress
@@ -28,42 +29,46 @@ from .losses import adaptive_alpha_loss
 from .memory import keep_freed_memory
 from .optim import parameter_groups, set_learning_rate, warmup_cosine
 
-PROGRESS = ('step', 'done', 'best', 'learned', 'loss_sum', 'loss_count', 'results')     # of a Training, in checkpoints
+PROGRESS = {'step': int, 'done': bool, 'best': float, 'learned': bool, 'loss_sum': float, 'loss_count': int,
+            'results': dict}            # of a Training, in checkpoints
 LEARNED, CHANCE = 0.9, 0.98             # of the loss of guessing: below the one it has learned, above it collapsed
 
 
-def _setting(default, help):
-    return field(default=default, metadata={'help': help})
+def _setting(default, help, least=0, **limits):
+    """A key of the recipe; least, most, below, choices: see training/config.py."""
+    if not isinstance(default, (bool, str)):
+        limits = {'least': least, 'most': math.inf if isinstance(default, float) else 10 ** 9} | limits
+    return field(default=default, metadata={'help': help, **limits})
 
 
 @dataclass(frozen=True)
 class SupernetRecipe:
     """How to train a supernet; the keys of supernet_training_configs/*.yaml."""
-    SIGNED = ('alpha_min', 'alpha_max')
     SECTIONS = ('quant',)               # keys under `quant:` replace the others with --quant_mode
-    epochs: int = _setting(360, 'passes over the training images')
+    epochs: int = _setting(360, 'passes over the training images', least=1)
     warmup_epochs: float = _setting(5.0, 'epochs of linear warm-up')
     base_lr: float = _setting(0.1, 'learning rate, times max(1, images a step // 256)')
-    momentum: float = _setting(0.9, 'of SGD, Nesterov')
+    momentum: float = _setting(0.9, 'of SGD, Nesterov', below=1)
     weight_decay: float = _setting(1e-5, 'not of norms, biases and LSQ+ scales')
-    label_smoothing: float = _setting(0.1, 'of the largest subnet')
-    dropout: float = _setting(0.2, 'before the last layer of the largest subnet')
+    label_smoothing: float = _setting(0.1, 'of the largest subnet', below=1)
+    dropout: float = _setting(0.2, 'before the last layer of the largest subnet', below=1)
     grad_clip_value: float = _setting(1.0, 'bound of each gradient')
-    num_arch_training: int = _setting(4, 'subnets a step: largest, random ones, smallest')
-    alpha_min: float = _setting(-1.0, 'smaller alpha of the adaptive alpha-divergence')
-    alpha_max: float = _setting(1.0, 'larger alpha')
+    num_arch_training: int = _setting(4, 'subnets a step: largest, random ones, smallest', least=1)
+    alpha_min: float = _setting(-1.0, 'smaller alpha of the adaptive alpha-divergence', least=-math.inf)
+    alpha_max: float = _setting(1.0, 'larger alpha', least=-math.inf)
     iw_clip: float = _setting(5.0, 'bound of its importance weights')
-    batch_size_per_gpu: int = _setting(64, 'images a step and rank')
+    batch_size_per_gpu: int = _setting(64, 'images a step and rank', least=2)
     max_batch_size_per_gpu: int = _setting(0, 'larger batches are cut to this; 0: no limit')
-    augment: str = _setting('auto_augment_tf', 'default, auto_augment_tf or none')
+    augment: str = _setting('auto_augment_tf', 'default, auto_augment_tf or none', choices=AUGMENTATIONS)
     valid_size: int = _setting(10000, 'training images held out for validation and the subnet search')
-    valid_freq: int = _setting(5, 'epochs between validations')
-    num_calib_batches: int = _setting(20, 'of batch-norm calibration')
-    checkpoint_freq: int = _setting(500, 'steps between checkpoints')
+    valid_freq: int = _setting(5, 'epochs between validations', least=1)
+    num_calib_batches: int = _setting(20, 'of batch-norm calibration', least=1)
+    checkpoint_freq: int = _setting(500, 'steps between checkpoints', least=1)
     max_steps: int = _setting(0, 'steps of an epoch, for short runs; 0: all')
     num_valid_images: int = _setting(0, 'of the validation, for short runs; 0: all')
     zero_last_gamma: bool = _setting(True, "start a block's last batch norm at 0 where it always has a shortcut")
-    seed: int = _setting(0, 'of weights, subnets, dropout and augmentation')
+    seed: int = _setting(0, 'of weights, subnets, dropout and augmentation',
+                         most=2 ** 32 - 1)
 
 
 @dataclass
@@ -98,7 +103,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
     """Train into <folder>/checkpoint.pth, or lsq.pth with `quant`; returns {'max': {'top1': …}, 'min': …, 'random': …}.
 
     supernet: modeling.Supernet, already in int8 mode for `quant`; data: training.data.Data at its largest
-    resolution. The best validated state is beside it as checkpoint_best.pth or lsq_best.pth.
+    resolution. Beside it: the best validated state as checkpoint_best.pth or lsq_best.pth, and the recipe as *.yaml.
     """
     keep_freed_memory()
     steps = len(train_loader(data.train, recipe.batch_size_per_gpu, 0, recipe.seed, job.rank, job.world_size))
@@ -112,6 +117,8 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
         job.world_size), data.mean_std)
     valid = DecodedImages(eval_loader(data.valid, recipe.batch_size_per_gpu, job.rank, job.world_size, workers,
                                       limit_images=recipe.num_valid_images or None), data.mean_std)
+    if job.is_main:
+        save_config(recipe, folder, 'lsq.yaml' if quant else 'checkpoint.yaml')
     kind = 'lsq' if quant else 'fp32'
     writer = curves(os.path.join(folder, 'tensorboard', kind), training.step, job.is_main)
     bar = progress(steps * recipe.epochs, f'supernet {kind}', training.step, job.is_main)
@@ -163,13 +170,8 @@ def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, ali
                  'ranks': job.world_size, 'training images': len(data.train), 'classes': supernet.num_classes}
     training = Training(supernet, optimizer, settings, path)
     if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
-        for key, value in settings.items():
-            if resumed['settings'].get(key) != value:
-                raise UserError(f'{path}: begun with {key} {resumed["settings"].get(key)}, not {value}; resume with '
-                                'the same, or start anew without --resume')
-        optimizer.load_state_dict(resumed['optimizer'])
-        for key in PROGRESS:
-            setattr(training, key, resumed[key])
+        for key, value in restore(path, resumed, settings, optimizer, PROGRESS, steps * recipe.epochs).items():
+            setattr(training, key, value)
     return training
 
 
