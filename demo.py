@@ -14,7 +14,7 @@ none of them can be had, scikit-learn's digits.
 import os
 
 from modules import ROOT
-from modules.cli import parser, run
+from modules.cli import SEED, parser, run
 from modules.demo.runner import alone, run_steps
 from modules.demo.steps import FULL, QUICK, STEPS, Demo
 from modules.demo.summary import write_summary
@@ -29,7 +29,7 @@ def get_args():
     p.add_argument('--platform', help='a latency platform, instead of measuring this machine')
     p.add_argument('--measured_name', default='demo_host', help='platform that this machine is registered as')
     p.add_argument('--quick', action='store_true', help='a few steps of everything: shows that it runs, finds nothing')
-    p.add_argument('--seed', type=int, default=0, help='of the random space and subnets')
+    p.add_argument('--seed', type=SEED, default=0, help='of the random space and subnets')
     return p.parse_args()
 
 

@@ -173,7 +173,7 @@ NUMBERS = {
         'drop_rate',
     ],
 }
-SEEDED = ['teacher', 'block_kd', 'lut', 'spaces', 'supernet', 'subnets', 'accuracy', 'downstream', 'export']
+SEEDED = ['teacher', 'block_kd', 'lut', 'spaces', 'supernet', 'subnets', 'accuracy', 'downstream']
 LOADING = ['teacher', 'block_kd', 'lut', 'supernet', 'subnets', 'accuracy', 'downstream', 'export', 'eval_onnx']
 FLAGS = [
     (run, flag, value)

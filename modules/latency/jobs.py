@@ -5,7 +5,7 @@ from datetime import date
 
 import numpy as np
 
-from ..cli import positive
+from ..cli import SEED, positive
 from ..errors import UserError
 from ..search_space.superspace import SUPERSPACES
 from .builder import Platform, measure, test_networks
@@ -28,7 +28,7 @@ def add_build_arguments(parser, minutes=25.0):
                         'off by more than this share was disturbed; with too many of them no platform is written')
     parser.add_argument('--resume', action='store_true', help='go on with the measurements of a run that was stopped')
     parser.add_argument('--force', action='store_true', help='replace a platform of this name')
-    parser.add_argument('--seed', type=int, default=0, help='of what is measured')
+    parser.add_argument('--seed', type=SEED, default=0, help='of what is measured')
     parser.add_argument('--output', default=CHECKPOINTS, help='folder of <platform>/measurements.csv')
     parser.add_argument('--data', default=DATA, help='folder of the platforms')
 

@@ -19,6 +19,7 @@ from ..errors import UserError, one_line
 from ..files import atomic_path
 
 WEIGHTS = ('state_dict', 'model')           # where checkpoints keep their weights
+_HYPERPARAMETERS = ('params', 'lr', 'weight_decay', 'momentum', 'dampening', 'betas', 'eps')      # in every torch
 _SHOWN = 3                                  # keys that an error message names
 
 
@@ -203,9 +204,10 @@ def restore(path, checkpoint, settings, optimizer, progress, steps):
 
 def _check_optimizer(state, optimizer):
     """What load_state_dict() does not check: ValueError (or what a wrong type raises) for another optimizer's state."""
-    ours = optimizer.state_dict()['param_groups']
-    if [sorted(group) for group in ours] != [sorted(group) for group in state['param_groups']]:
-        raise ValueError('other parameter groups')
+    for ours, theirs in zip(optimizer.param_groups, state['param_groups']):
+        lacking = [key for key in _HYPERPARAMETERS if key in ours and key not in theirs]
+        if lacking:
+            raise ValueError(f'no {lacking[0]}')
     parameters = dict(zip((i for group in state['param_groups'] for i in group['params']),
                           (p for group in optimizer.param_groups for p in group['params'])))
     for key, values in state['state'].items():

@@ -90,7 +90,7 @@ def _problem(field, value):
     if isinstance(value, float) and not math.isfinite(value):
         return 'is not a finite number'
     if 'least' in allowed and value < allowed['least']:
-        return f'is less than {allowed["least"]}'
+        return 'is negative' if value < 0 <= allowed['least'] else f'is less than {allowed["least"]}'
     if 'most' in allowed and value > allowed['most']:
         return f'is more than {allowed["most"]}'
     if 'below' in allowed and value >= allowed['below']:
