@@ -28,7 +28,8 @@ FOLDS = 3                   # a third of the blocks tells errors to a fit of the
 EPOCHS, BATCH = 50, 128
 PRIOR, NOISE = 0.06, 0.02   # of the corrections, see regression.fit_corrections
 OUTLIER = 0.02              # relative residual of a network from which it counts less for the context
-UNITS = np.array([0.05, 0.001])                     # of a Context's numbers: what they may be
+RATE = 0.05                 # of a Context, to begin with
+MOST_CALL = 0.1             # its call is at most this share of the quickest tenth of blocks: it may not hide a rate
 LEAST_SHARE = 0.5           # of its time alone that a block takes in a network at least
 NETWORK_DRAWS = 3           # of a network in an epoch; single blocks are drawn once
 RESERVE = 0.12              # share of the time for the last fit and the pictures
@@ -127,12 +128,14 @@ def fit_context(platform, singles, networks, epochs, seed):
     """Context that explains rows of networks by a fit to rows of single blocks."""
     design, ms = Design([row.blocks for row in singles]), np.array([row.ms for row in singles])
     model = _fit_nets(platform, design, ms, [np.arange(len(ms))], epochs, seed)
+    most = MOST_CALL * np.quantile(ms, 0.1)
     sums = Design([row.blocks for row in networks]).predict(model)
     ms = np.array([row.ms for row in networks])
     terms = np.array([[sum(map(weights_mb, row.blocks)), -len(row.blocks)] for row in networks])
-    found = least_squares(lambda x: (terms @ (UNITS * x) + sums) / ms - 1, (1.0, 0.0), bounds=((0, -np.inf), np.inf),
+    units = np.array([RATE, most])
+    found = least_squares(lambda x: (terms @ (units * x) + sums) / ms - 1, (1.0, 0.0), bounds=((0, -1), (np.inf, 1)),
                           loss='soft_l1', f_scale=OUTLIER)
-    return Context(*map(float, UNITS * found.x))
+    return Context(*map(float, units * found.x))
 
 
 class Platform:
