@@ -28,14 +28,15 @@ SPACES = '--num_spaces 12 --population_size 8 --parent_sample_size 4'
 
 # {script: (flags that shorten it, {part of a command: more flags where it is there})}
 SHORTER = {
-    'train_block_kd.py': (KD, {'onnxw': ONE_BLOCK, '--plugin': SMALL}),
-    'lsq_block_kd.py': (f'{KD} {TEACHER}', {'onnxw': ONE_BLOCK, '--plugin': SMALL}),
+    'train_block_kd.py': (KD, {'onnxw': ONE_BLOCK, 'fashion-mnist': SMALL}),
+    'lsq_block_kd.py': (f'{KD} {TEACHER}', {'onnxw': ONE_BLOCK, 'fashion-mnist': SMALL}),
     'lsq_finetune_teacher.py': (f'--teacher_arch efficientnet-lite0 --max_steps 1 --train_batch_size 2 --image_size 32 '
                                 f'--num_eval_images 2 --output_path checkpoints/teachers {DATA} {CPU} '
-                                '--from_teacher', {}),                      # the pictures have 3 classes
+                                '--from_teacher',                           # the pictures have 3 classes
+                                {'fashion-mnist': DIGITS}),
     'eval_block_kd.py': (f'--teacher_arch efficientnet-lite0 {TEACHER} --num_samples_per_stage 2 --calib_batch_size 2 '
                          f'--num_calib_batches 1 --eval_batch_size 2 --num_eval_batches 1 {DATA} {CPU}',
-                         {'onnxw': '--hw_list 64 --platform onnx_lut', '--plugin': SMALL}),
+                         {'onnxw': '--hw_list 64 --platform onnx_lut', 'fashion-mnist': SMALL}),
     'search_block_kd.py': ('', {'--lut_path': SPACES, '--plugin': '--latency_constraint 100'}),
     'train_supernet.py': (f'--batch_size_per_gpu 2 --max_steps 1 --epochs 1 --num_valid_images 4 --num_calib_batches 1 '
                           f'{DATA} {CPU}', {'fashion-mnist': f'--output_path checkpoints/trained {DIGITS}'}),
@@ -43,7 +44,8 @@ SHORTER = {
                          '--num_valid_images 2', {'fashion-mnist': DIGITS, 'my_host': '--platform onnx_lut', '--plugin':
                                                   '--latency_constraint 5 --latency_delta 4.9 '
                                                   '--checkpoint_path checkpoints/trained'}),
-    'eval_supernet.py': ('--num_samples 20', {'--mode acc': EVALUATION, 'my_host': '--platform onnx_lut'}),
+    'eval_supernet.py': ('--num_samples 20', {'--mode acc': EVALUATION, 'my_host': '--platform onnx_lut',
+                                              'fashion-mnist': DIGITS}),
     'eval_specific_net.py': (EVALUATION, {}),
     'downstream_cls.py': (f'--num_epochs 1 --max_steps 1 --learning_rate 0.01 --weight_decay 4e-5 {EVALUATION}',
                           {'--dataset': DIGITS}),

@@ -7,6 +7,7 @@ What they compute is in the tests of their stages.
 import importlib.util
 import os
 import random
+import re
 import shlex
 import sys
 
@@ -26,7 +27,7 @@ from modules.zoo import save_network
 
 from .checkpoints import call, published_root, random_supernet, write_supernet
 from .conftest import ROOT
-from .documented import IGNORED, KD, PARSED, SHORTER, TEACHER, commands, others, parse_command
+from .documented import IGNORED, KD, PAGES, PARSED, SHORTER, TEACHER, commands, others, parse_command
 from .launching import run_script
 from .test_eval_specific_net import write_pictures
 
@@ -183,6 +184,26 @@ def test_documented_commands(page, home, monkeypatch, capsys):
                 if new:
                     code = _in_process(module, command.short(), monkeypatch)
                     assert code == 0, f'{shlex.join(command.short())}\n{"".join(capsys.readouterr())[-2000:]}'
+
+
+def _headings(path):
+    """Anchors of a page's headings, as GitHub names them."""
+    with open(path, encoding='utf-8') as f:
+        text = re.sub(r'^```.*?^```', '', f.read(), flags=re.DOTALL | re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
+            for title in re.findall('^#+ (.*)$', text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: os.path.relpath(page, ROOT))
+def test_links_lead_somewhere(page):
+    with open(page, encoding='utf-8') as f:
+        links = re.findall(r'\]\(([^)\s]+)\)', f.read())
+    for link in links:
+        if not link.startswith('http'):
+            name, _, anchor = link.partition('#')
+            target = os.path.normpath(os.path.join(os.path.dirname(page), name)) if name else page
+            assert os.path.exists(target), link
+            assert not anchor or anchor in _headings(target), link
 
 
 def test_other_programs_are_the_known_ones():
