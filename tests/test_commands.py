@@ -33,8 +33,8 @@ from .test_eval_specific_net import write_pictures
 
 LAUNCHERS = ['torch.distributed.launch', 'torch.distributed.run']
 SHORT = ['--num_workers', 0, '--device', 'cpu', '--num_calib_batches', 1]
-TRAINING = [*SHORT, '--batch_size_per_gpu', 2, '--max_steps', 1, '--epochs', 1, '--num_valid_images', 4,
-            '--valid_size', 4]
+TRAINING = [*SHORT, '--batch_size_per_gpu', 2, '--max_steps', 1, '--epochs', 1, '--num_valid_images', 2,
+            '--valid_size', 4, '--num_arch_training', 2]
 EVALUATION = [*SHORT, '--batch_size', 2, '--num_eval_images', 2]
 SEARCH = [*EVALUATION, '--population_size', 2, '--num_rounds', 1, '--num_mutations', 1, '--num_crossovers', 1,
           '--num_valid_images', 2, '--valid_size', 4]
