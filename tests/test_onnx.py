@@ -19,15 +19,12 @@ from modules.deploy.runtimes import ONNX
 from modules.deploy.store import Entry, read_entries, read_model
 from modules.deploy.trace import observe
 from modules.errors import UserError
-from modules.modeling.layout import LAYOUTS
-from modules.modeling.network import Network
 from modules.modeling.ops.lsq_plus import quantised_ops, quantize_activation, quantize_weight, set_quant_mode
 from modules.modeling.ops.op import QConv
-from modules.search_space.encoding import BlockConfig, SubnetConfig, parse_subnet, parse_supernet
+from modules.search_space.encoding import parse_subnet
 from modules.search_space.sampling import max_subnet, min_subnet
-from modules.training.data import open_data, train_loader
-from modules.zoo import save_network
 
+from .blocks import CASES, DEMO, SEARCHED, difference, some_block, write_trained
 from .checkpoints import call, fails, write_supernet
 from .conftest import ROOT
 
@@ -37,37 +34,11 @@ import benchmark
 import eval_onnx
 import export_onnx
 
-DEMO = parse_supernet('demo-012-000')
-SEARCHED = sorted(name for name in LAYOUTS if name.startswith(('Mobile', 'ResNet', 'Fused')))
-
-
-def some_block(name, cin=16, cout=24, kernel=3, stride=2, activation='relu', hw=9, count=1, seed=0):
-    """Network of blocks of one type, the first with the stride, with a random batch norm that also turns signs."""
-    torch.manual_seed(seed)
-    blocks, size = [], hw
-    for i in range(count):
-        stride = stride if i == 0 else 1
-        blocks.append(BlockConfig('stage', name, size, cin if i == 0 else cout, cout, kernel, 2, stride, activation))
-        size = -(-size // stride)
-    network = Network(SubnetConfig(hw, tuple(blocks))).eval()
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, -1.5, 1.5)
-            module.weight.data[0] = 0
-            torch.nn.init.normal_(module.bias, 0.2, 0.3)
-            torch.nn.init.normal_(module.running_mean, 0, 0.1)
-            torch.nn.init.uniform_(module.running_var, 0.1, 0.4)
-    return network, torch.randn(8, cin, hw, hw)
-
 
 def outputs(network, model, images):
     """(torch's, ONNX Runtime's) outputs."""
     with torch.no_grad():
         return network(images).numpy(), run_session(open_session(model), images.numpy())
-
-
-def difference(ours, theirs):
-    return np.sqrt(np.mean((ours - theirs) ** 2)) / ours.std()
 
 
 def operators(model, folder):
@@ -81,10 +52,9 @@ def operators(model, folder):
 
 
 @pytest.mark.parametrize('name', SEARCHED)
-@pytest.mark.parametrize('activation', ['relu', 'relu6', 'hswish', 'swish'])
+@pytest.mark.parametrize('activation', CASES)
 def test_every_block_type_as_torch(name, activation):
-    # kernel 7, and a stride in two of the cases; two blocks: a shortcut of each kind
-    kernel, stride = {'relu': (3, 2), 'relu6': (5, 1), 'hswish': (3, 1), 'swish': (7, 2)}[activation]
+    kernel, stride = CASES[activation]              # two blocks: a shortcut of each kind
     network, images = some_block(name, kernel=kernel, stride=stride, activation=activation, count=2)
     ours, theirs = outputs(network, export_fp32(network), images)
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4 * abs(ours).max())
@@ -279,22 +249,9 @@ def test_a_checkpoint_of_a_supernet(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A demo subnet trained on digits, then LSQ+: (file of save_network(), Data)."""
-    data, subnet = open_data('', 'digits', image_size=32), min_subnet(DEMO)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Network.build(DEMO, subnet, 10)
-        for epochs, rate in ((5, 0.05), (2, 0.01)):
-            optimizer = torch.optim.SGD(network.parameters(), rate, 0.9, nesterov=True)
-            for epoch in range(epochs):
-                for images, labels in train_loader(data.train, 32, epoch):
-                    F.cross_entropy(network.train()(images), labels).backward()
-                    torch.nn.utils.clip_grad_value_(network.parameters(), 1)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            set_quant_mode(network)
+    """File of a demo subnet trained on digits, then LSQ+."""
     path = tmp_path_factory.mktemp('trained') / 'net.pth'
-    save_network(path, network, DEMO, subnet, True)
+    write_trained(path)
     return path
 
 

@@ -27,10 +27,10 @@ class Graph:
         count = self._names[wanted] = self._names.get(wanted, 0) + 1
         return wanted if count == 1 else f'{wanted}_{count}'
 
-    def constant(self, name, value, dtype=np.float32):
-        """A constant; equal ones (scales and zero points are many) are stored once."""
+    def constant(self, name, value, dtype=np.float32, shared=True):
+        """A constant; equal ones (scales and zero points are many) are stored once, where they may be `shared`."""
         value = np.array(value, dtype, order='C')
-        key = (value.dtype.str, value.shape, value.tobytes())
+        key = (value.dtype.str, value.shape, value.tobytes(), None if shared else name)
         if key not in self.constants:
             name = self.name(name)
             self.constants[key] = self.onnx.numpy_helper.from_array(value, name)
@@ -82,8 +82,9 @@ class Graph:
         return self._dequantised(name, np.round(bias / steps), steps, np.int32)
 
     def _dequantised(self, name, codes, scales, dtype):
-        zeros = self.constant('zeros', np.zeros(len(scales)), dtype)
-        return self.add('DequantizeLinear', [self.constant(name + '.codes', codes, dtype),
+        # not shared: without VNNI, ONNX Runtime turns int8 weights into uint8, each with zero points of its own
+        zeros = self.constant(name + '.zeros', np.zeros(len(scales)), dtype, shared=False)
+        return self.add('DequantizeLinear', [self.constant(name + '.codes', codes, dtype, shared=False),
                                              self.constant(name + '.scale', scales), zeros], name, axis=0)
 
     def real_map(self, values, grid, name):

@@ -6,18 +6,21 @@ import torch
 
 from ..cli import positive
 from ..errors import UserError
+from ..files import write_csv
 from ..modeling.network import Network
 from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
+from ..modeling.ops.op import resize
 from ..optional import need
 from ..search_space.encoding import parse_subnet, parse_supernet
 from ..training.calibrate import calibrate
 from ..training.checkpoint import load_checkpoint
 from ..training.classes import fit_classes
-from ..training.data import add_data_arguments, calibration_batches, open_data, seed_of
+from ..training.data import add_data_arguments, calibration_batches, eval_loader, open_data, seed_of
 from ..training.distributed import Job
 from ..training.evaluate import DecodedImages, images_of
 from ..training.subnet_report import calibrated_network, complete_scales
 from ..zoo import CHECKPOINTS, find_checkpoint, load_network, load_supernet
+from .measure import compare, describe
 from .runtimes import ONNX
 from .store import Entry, append_line, fingerprint, model_path, read_entries, read_model, write_model
 from .trace import observe
@@ -139,13 +142,45 @@ def export_all(args, runtime, each=None):
                 each(source, model)
 
 
+def add_evaluation_arguments(parser, runtime):
+    """Those of the export, and which images."""
+    add_export_arguments(parser, runtime)
+    parser.add_argument('--quant_mode', action='store_true', help='INT8 models too')
+    parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
+    parser.add_argument('--threads', type=positive(int), default=1, help=f'of {runtime.name}')
+    parser.add_argument('--output', metavar='FILE', help='CSV of the results')
+
+
+def evaluate(args, runtime, open_model):
+    """What eval_onnx.py and eval_tflite.py do; open_model(model) gives a function from images to logits."""
+    for package in runtime.packages:
+        need(package)
+    if args.skip_weights:
+        raise UserError('--skip_weights: random weights have no accuracy')
+    entries, rows = entries_of(args), []
+    data = images_for(entries, args)
+    for entry in entries:
+        print(f'{entry.supernet} {entry.subnet}')
+        for quant_mode in (False, True)[:1 + args.quant_mode]:
+            source = subject(entry, args, quant_mode, data)
+            path, model, _ = export(source, args.model_path, quant_mode, runtime)
+            test = eval_loader(data.test, args.batch_size, workers=args.num_workers, limit_images=args.num_eval_images)
+            *figures, images = compare(source.network, open_model(model), test, resize)
+            kind = 'int8' if quant_mode else 'fp32'
+            print(f'  {kind}: {describe(runtime.name, *figures, images)}\n        {path}', flush=True)
+            rows.append([entry.supernet, entry.subnet, kind, *(f'{figure:.4f}' for figure in figures), images])
+            if args.output:
+                write_csv(args.output, ('supernet', 'subnet', 'kind', 'torch', runtime.ending, 'agree', 'error',
+                                        'images'), rows)
+
+
 def add_benchmark_arguments(parser, runtime):
     """Which subnets, where models and latencies go, how many runs."""
     parser.add_argument('--input', default=runtime.input, help='csv of <superspace>,<supernet_choice>,<subnet_choice> '
                         'lines')
     parser.add_argument('--model_path', default=runtime.models, help='folder of the models')
     parser.add_argument('--output', metavar='FILE', help='csv to append to; default: <model_path>/latency.csv')
-    parser.add_argument('--threads', type=positive(int), default=1, help='of the runtime')
+    parser.add_argument('--threads', type=positive(int), default=1, help=f'of {runtime.name}')
     parser.add_argument('--warmup', type=positive(int), default=100, help='untimed runs of each model')
     parser.add_argument('--runs', type=positive(int), default=100, help='timed runs of each model')
 

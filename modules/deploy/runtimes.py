@@ -11,8 +11,10 @@ from .graph import metadata
 
 class Runtime(NamedTuple):
     """A runtime. A model is what it exports and opens: a ModelProto of ONNX, the bytes of a .tflite file."""
+    name: str
     ending: str                 # of files; <ending>_tools/, checkpoints/models/<ending>_model/
     exporters: tuple            # packages that the exporters need
+    packages: tuple             # that exporting and running need
     export_fp32: Callable       # (network, facts) -> model
     export_int8: Callable       # (network, ranges, facts) -> model
     facts: Callable             # model -> the facts it was exported with
@@ -34,7 +36,7 @@ def _load_onnx(data):
     return need('onnx').load_from_string(data)
 
 
-ONNX = Runtime('onnx', ('onnx',), onnx_fp32.export_fp32, onnx_int8.export_int8, metadata,
-               lambda model: model.SerializeToString(), _load_onnx)
-TFLITE = Runtime('tflite', ('tensorflow', 'ai_edge_litert'), tflite.export_tflite_fp32, tflite.export_tflite_int8,
-                 tflite.facts, bytes, bytes)
+ONNX = Runtime('ONNX Runtime', 'onnx', ('onnx',), ('onnx', 'onnxruntime'), onnx_fp32.export_fp32,
+               onnx_int8.export_int8, metadata, lambda model: model.SerializeToString(), _load_onnx)
+TFLITE = Runtime('TFLite', 'tflite', ('tensorflow', 'ai_edge_litert'), ('tensorflow', 'ai_edge_litert'),
+                 tflite.export_tflite_fp32, tflite.export_tflite_int8, tflite.facts, bytes, bytes)

@@ -9,7 +9,7 @@ from ..files import atomic_path
 from ..search_space.encoding import Subnet, Supernet, parse_subnet, parse_supernet
 from ..search_space.superspace import SearchSpaceError
 
-VERSION = 1                     # of the exporters: another number makes every model be written anew
+VERSION = 2                     # of the exporters: another number makes every model be written anew
 
 
 class Entry(NamedTuple):

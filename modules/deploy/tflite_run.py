@@ -21,6 +21,8 @@ class Interpreter:
             name = os.fspath(model) if named else 'the model'
             raise UserError(f'{name}: TFLite cannot open it ({str(error)[:120]})') from None
         self._input, self._output = self.litert.get_input_details()[0], self.litert.get_output_details()[0]
+        noise = np.random.default_rng(0).standard_normal(self._input['shape'], np.float32)
+        self.litert.set_tensor(self._input['index'], noise)
 
     def run(self, images):
         """Logits (N, classes) of images (N, C, r, r), normalised; without a classifier features (N, C * H * W)."""
@@ -33,7 +35,7 @@ class Interpreter:
         return outputs if outputs.ndim == 2 else outputs.transpose(0, 3, 1, 2).reshape(len(outputs), -1)
 
     def invoke(self):
-        """One run on the last image (zeros before the first), for timing."""
+        """One run on the last image (noise before the first), for timing."""
         self.litert.invoke()
 
 

@@ -1,0 +1,53 @@
+"""Latency of exported subnets in TFLite on one thread, fp32 and INT8: on a phone through adb, or on this machine.
+
+    python tflite_tools/benchmark.py
+    python tflite_tools/benchmark.py --adb --serial 9A201FFAZ000AB --push_binary ./benchmark_model
+    python tflite_tools/benchmark.py --input my_subnets.csv --warmup 20 --runs 50
+
+Exports what is missing below --model_path (with random weights: latency does not depend on them), takes --warmup
+untimed and --runs timed runs of one image of each model, and appends `<encoding>,<fp32 ms>,<int8 ms>,<speed-up>`
+(means) to latency.csv beside the models. With --adb or --serial each model is pushed to the phone and timed there by
+`taskset <mask> <benchmark_binary>`. Without, the models run here in turns, by ai-edge-litert: keep the machine idle,
+and pin the process where others run: taskset -c 1 python tflite_tools/benchmark.py.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from modules.cli import parser, run
+from modules.deploy.adb import BINARY, MASK, Phone
+from modules.deploy.jobs import add_benchmark_arguments, benchmark
+from modules.deploy.measure import in_turns
+from modules.deploy.runtimes import TFLITE
+from modules.deploy.tflite_run import open_interpreter
+from modules.errors import UserError
+from modules.optional import need
+
+
+def get_args():
+    p = parser(__doc__)
+    add_benchmark_arguments(p, TFLITE)
+    p.add_argument('--adb', nargs='?', const='adb', metavar='PATH', help='on a phone, through this adb')
+    p.add_argument('--serial', help='on the phone with this serial number')
+    p.add_argument('--mask', default=MASK, help="hexadecimal mask of the phone's cores, for taskset")
+    p.add_argument('--benchmark_binary', default=BINARY, help='benchmark_model on the phone')
+    p.add_argument('--push_binary', metavar='FILE', help='a local benchmark_model to push there first')
+    return p.parse_args()
+
+
+def main(args):
+    need('ai_edge_litert')
+    if args.adb or args.serial:
+        phone = Phone(args.adb or 'adb', args.serial, args.mask, args.benchmark_binary, args.push_binary, args.threads)
+        benchmark(args, TFLITE, lambda paths: {kind: phone.latency(path, args.warmup, args.runs)
+                                               for kind, path in paths.items()})
+        return
+    if args.push_binary:
+        raise UserError('--push_binary: for a phone, with --adb or --serial')
+    benchmark(args, TFLITE, lambda paths: in_turns({kind: open_interpreter(path, args.threads).invoke
+                                                    for kind, path in paths.items()}, args.warmup, args.runs))
+
+
+if __name__ == '__main__':
+    run(main, get_args)
