@@ -108,7 +108,7 @@ def test_weights_of_minus_128_and_a_trained_relu6():
 
 
 def test_a_shortcut_that_the_first_scale_would_clip():
-    network, images = some_block('MobileNetV2ResBlock', stride=1, cin=24, activation='relu6', count=2)
+    network, images = some_block('MobileNetV2ResBlock', stride=1, activation='relu6', count=2)
     set_quant_mode(network)
     observe(network, [images])
     op = network.stages['stage'][1].point_conv1.conv
@@ -120,11 +120,12 @@ def test_a_shortcut_that_the_first_scale_would_clip():
 
 
 def test_dead_channels_with_a_tiny_variance():
-    network, images = some_block('MobileNetV1Block', cin=16, kernel=3, stride=1, hw=8)
+    """A channel that is 0 everywhere: beta is all that its batch norm sees, and enlarges 316 times."""
+    network, images = some_block('MobileNetV1Block', kernel=3, stride=1, hw=8, count=2)
     set_quant_mode(network)
-    images = images.abs()
-    images[:, 3] = 0
-    unit = network.stages['stage'][0].depth_conv
+    first, second = network.stages['stage']
+    first.point_conv.norm.weight.data[3], first.point_conv.norm.bias.data[3] = 0, -1
+    unit = second.depth_conv
     observe(network, [images])
     unit.dwconv.beta.data[:] = -0.3 * unit.dwconv.sa.data
     unit.norm.running_mean[3], unit.norm.running_var[3], unit.norm.weight.data[3] = 0, 0, 1
@@ -147,7 +148,7 @@ def test_a_whole_network():
     images, network = source.batches[0][0], source.network
     model = export_tflite_int8(network, observe(network, [images]), {'subnet': 'x'})
     ours, theirs = outputs(network, model, images)
-    assert ours.shape == theirs.shape == (len(images), 1000) and difference(ours, theirs) < 0.1
+    assert ours.shape == theirs.shape == (len(images), 10) and difference(ours, theirs) < 0.25
     assert floats(model) == ['QUANTIZE', 'DEQUANTIZE'] and facts(model) == {'subnet': 'x'}
     interpreter = open_interpreter(model)
     once = interpreter.run(images[:1])
@@ -308,7 +309,8 @@ def test_commands_run_and_models_are_used_again(tmp_path, monkeypatch, capsys):
     os.remove(models / f'{name}_quant_int8.tflite')
     for _ in range(2):
         assert call(benchmark, monkeypatch, *options, '--warmup', 1, '--runs', 5) == 0
-    assert all(word in capsys.readouterr().out for word in ('mean', 'median', 'p95', 'with random weights'))
+    output = capsys.readouterr().out                # reading it empties it
+    assert all(word in output for word in ('mean', 'median', 'p95', 'random weights'))
     lines = (models / 'latency.csv').read_text().split('\n')
     assert len(lines) == 3 and lines[2] == ''
     encoding, fp32, int8, speed_up = lines[0].split(',')

@@ -39,9 +39,12 @@ class TfGraph:
         six = round(6 / grid.scale) + grid.zero
         if x is not None and low == grid.zero and (high >= 255 or high == six) and (low > 0 or high < 255):
             return self.quantise((self.tf.nn.relu6 if high < 255 else self.tf.nn.relu)(x), grid, name)
+        name = name or 'clipped'
         if high < 255:
-            codes = self.tf.minimum(codes, np.float32(grid.scale * (high - grid.zero)))
-        return self.tf.maximum(codes, np.float32(grid.scale * (low - grid.zero))) if low > 0 else codes
+            codes = self.quantise(self.tf.minimum(codes, np.float32(grid.scale * (high - grid.zero))), grid, name)
+        if low > 0:                     # quantised anew: the converter turns a maximum with 0 into a relu of its own
+            codes = self.quantise(self.tf.maximum(codes, np.float32(grid.scale * (low - grid.zero))), grid, name)
+        return codes
 
     def conv(self, x, op, codes, scales, bias, name):
         """Float result of a convolution like `op` (torch's) with weights codes * scales (by output channel).

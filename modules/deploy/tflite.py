@@ -31,7 +31,7 @@ def convert(network, write, quantised):
     tf = need('tensorflow')
     channels, height, width = io_sizes(network)[0]
     image = tf.TensorSpec((1, height, width, channels), tf.float32, 'image')
-    function = tf.function(write, input_signature=[image]).get_concrete_function()
+    function = tf.function(write, input_signature=[image], autograph=False).get_concrete_function()
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], tf.Module())
     if quantised:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
