@@ -9,7 +9,7 @@ demo: $(VENV)/demo.done
 	$(BIN)/python demo.py
 
 test: $(VENV)/dev.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Networks: names and shapes of published checkpoints, published logits, extraction, batches of one."""
+import copy
 import glob
 import gzip
-import copy
 import json
 import os
 import random
