@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-from modules.cli import parser, positive, run
+from modules.cli import parser, positive, run, within
 from modules.deploy.ort_device import OrtDevice
 from modules.latency.jobs import add_build_arguments, build, pin
 
@@ -25,7 +25,7 @@ from modules.latency.jobs import add_build_arguments, build, pin
 def get_args():
     p = parser(__doc__)
     add_build_arguments(p)
-    p.add_argument('--core', type=int, help='core to run on; default: the last one')
+    p.add_argument('--core', type=within(int, 0, 4095), help='core to run on; default: the last one')
     p.add_argument('--threads', type=positive(int), default=1,
                    help='of ONNX Runtime; with more than one the process is not pinned')
     return p.parse_args()

@@ -173,7 +173,7 @@ NUMBERS = {
         'drop_rate',
     ],
 }
-SEEDED = ['teacher', 'block_kd', 'lut', 'spaces', 'supernet', 'subnets', 'accuracy', 'downstream']
+SEEDED = ['teacher', 'block_kd', 'lut', 'spaces', 'supernet', 'subnets', 'accuracy', 'downstream', 'export']
 LOADING = ['teacher', 'block_kd', 'lut', 'supernet', 'subnets', 'accuracy', 'downstream', 'export', 'eval_onnx']
 # three values for each flag, so that all of them come often
 FLAGS = [

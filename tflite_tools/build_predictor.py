@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-from modules.cli import parser, positive, run
+from modules.cli import parser, positive, run, within
 from modules.deploy.adb import BINARY, MASK, Phone
 from modules.deploy.tflite_device import LiteRtDevice, PhoneDevice
 from modules.latency.jobs import add_build_arguments, build, pin
@@ -28,7 +28,7 @@ def get_args():
     p = parser(__doc__)
     add_build_arguments(p)
     p.add_argument('--threads', type=positive(int), default=1, help='of TFLite')
-    p.add_argument('--core', type=int, help='core of this machine to run on; default: the last one')
+    p.add_argument('--core', type=within(int, 0, 4095), help='core of this machine to run on; default: the last one')
     p.add_argument('--adb', nargs='?', const='adb', metavar='PATH', help='on a phone, through this adb')
     p.add_argument('--serial', help='on the phone with this serial number')
     p.add_argument('--phone', default='a phone', metavar='NAME', help='what the report calls it')

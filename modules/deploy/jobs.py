@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..cli import positive
+from ..cli import SEED, positive
 from ..errors import UserError
 from ..files import write_csv
 from ..modeling.network import Network
@@ -50,7 +50,7 @@ def add_export_arguments(parser, runtime=ONNX):
     parser.add_argument('--batch_size', type=positive(int), default=64, help='images a batch')
     parser.add_argument('--num_calib_batches', type=positive(int), default=20,
                         help='of training images, for batch-norm statistics and ranges')
-    parser.add_argument('--seed', type=int, default=0, help='of the random weights and the calibration images')
+    parser.add_argument('--seed', type=SEED, default=0, help='of the random weights and the calibration images')
     add_data_arguments(parser)
 
 

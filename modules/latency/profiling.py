@@ -7,6 +7,7 @@ Models are measured in chunks. All models of a chunk take turns, several rounds 
 is in every chunk: a chunk in which the reference is slow was disturbed and is measured again.
 """
 import csv
+import math
 import json
 import os
 import statistics
@@ -170,8 +171,11 @@ def _append(path, rows):
 
 def _read(path, header):
     """[Row] of a file's whole chunks; cuts off what a killed run left after them."""
-    with open(path, encoding='utf-8', newline='') as f:
-        text = f.read()
+    try:
+        with open(path, encoding='utf-8', newline='') as f:
+            text = f.read()
+    except UnicodeDecodeError as error:
+        raise LatencyError(f'{path}: not text ({error.reason}); begin anew, without --resume') from None
     if not text.startswith(header):
         raise UserError(f'{path}: measured on another device, for other spaces or with another seed '
                         f'({text.partition(chr(10))[0][:200]}); begin anew, without --resume')
@@ -192,7 +196,9 @@ def _parse(path, line):
     cells = next(csv.reader([line]))
     try:
         number, use, *numbers, blocks = cells
-        ms, spread, reference_ms, seconds = map(float, numbers)
+        ms, spread, reference_ms, seconds = values = list(map(float, numbers))
+        if not all(map(math.isfinite, values)):
+            raise ValueError('numbers have to be finite')
         return Row(int(number), use, ms, spread, reference_ms, seconds, tuple(map(_block, blocks.split(' '))))
     except ValueError as error:
         raise LatencyError(f'{path}: {line.strip()[:120]!r}: not a measurement ({error})') from None
