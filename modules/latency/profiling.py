@@ -7,8 +7,8 @@ Models are measured in chunks. All models of a chunk take turns, several rounds 
 is in every chunk: a chunk in which the reference is slow was disturbed and is measured again.
 """
 import csv
-import math
 import json
+import math
 import os
 import statistics
 import time
