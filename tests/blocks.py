@@ -47,7 +47,7 @@ def write_trained(path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Network.build(DEMO, subnet, 10)
-        for epochs, rate in ((5, 0.05), (2, 0.01)):
+        for epochs, rate in ((4, 0.05), (1, 0.01)):
             optimizer = torch.optim.SGD(network.parameters(), rate, 0.9, nesterov=True)
             for epoch in range(epochs):
                 for images, labels in train_loader(data.train, 32, epoch):
