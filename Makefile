@@ -1,15 +1,18 @@
-# make demo, make test, make lint: each sets up what it needs in .venv first.
+# make demo, make test, make test-slow, make lint: each sets up what it needs in .venv first.
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python demo.py
 
 test: $(VENV)/dev.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+test-slow: $(VENV)/dev.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -195,9 +195,9 @@ class SharedHistory:
             old = os.path.join(folder, 'history_old.csv')
             os.replace(path, old)
             note(f'without --resume the search starts anew; the scores so far are kept as {old}')
+
         def check(encoding):
             parse_subnet(encoding, settings['supernet'])
-
         self.history = History(folder, COLUMNS, settings, resume, check) if job.is_main else None
         self.entries = dict(share(self.history.entries if job.is_main else None, job))
 

@@ -31,7 +31,7 @@ from .documented import IGNORED, KD, PAGES, PARSED, SHORTER, TEACHER, commands, 
 from .launching import run_script
 from .test_eval_specific_net import write_pictures
 
-LAUNCHERS = ['torch.distributed.launch', 'torch.distributed.run']
+LAUNCHERS = ['torch.distributed.launch', pytest.param('torch.distributed.run', marks=pytest.mark.slow)]
 SHORT = ['--num_workers', 0, '--device', 'cpu', '--num_calib_batches', 1]
 TRAINING = [*SHORT, '--batch_size_per_gpu', 2, '--max_steps', 1, '--epochs', 1, '--num_valid_images', 2,
             '--valid_size', 4, '--num_arch_training', 2]
@@ -66,7 +66,8 @@ TRAIN = ('train_supernet.py --config-file supernet_training_configs/train.yaml -
          '--supernet_choice 123214-012321 --batch_size_per_gpu ')
 
 
-@pytest.mark.parametrize('ranks, launcher', [(1, None), *((2, launcher) for launcher in LAUNCHERS)])
+@pytest.mark.parametrize('ranks', [1, 2])
+@pytest.mark.parametrize('launcher', LAUNCHERS)
 def test_supernet_training(tree, ranks, launcher):
     folder = tree / 'checkpoints' / 'supernet_training' / f'{MOBILEW}-align0'
     for file in ('checkpoint.pth', 'lsq.pth'):
@@ -102,7 +103,8 @@ EVAL_SUPERNET = ('eval_supernet.py --superspace onnxw --supernet_choice 121122-1
 LATENCIES = f'eval_supernet.py --superspace onnxw --supernet_choice 121122-133333 --mode lat --subnet_choice {SUBNETS}'
 
 
-@pytest.mark.parametrize('ranks, launcher', [(1, None), *((2, launcher) for launcher in LAUNCHERS)])
+@pytest.mark.parametrize('ranks', [1, 2])
+@pytest.mark.parametrize('launcher', LAUNCHERS)
 def test_eval_supernet(tree, ranks, launcher):
     _runs(tree, EVAL_SUPERNET + '--quant_mode', EVALUATION, ranks, launcher, '(2 images)')
     if ranks == 1:

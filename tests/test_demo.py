@@ -82,6 +82,7 @@ def test_a_second_demo_does_nothing_anew(whole):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob('*.pth')}
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(whole, tmp_path):
     rng, folder, steps = random.Random(0), tmp_path / 'killed', set()
     for _ in range(KILLS):

@@ -74,7 +74,7 @@ def _search(space, folder, windows, fake, recipe=RECIPE, seed=0, resume=False):
     """(found Members, all Members, lines said) of a search with a fake accuracy."""
     said = []
     starts = {w: initial_population(space, w, recipe.population_size, random.Random(f'{seed} {w}')) for w in windows}
-    with SharedHistory(str(folder), {'seed': seed}, Job(), resume) as history:
+    with SharedHistory(str(folder), {'seed': seed, 'supernet': str(space.supernet)}, Job(), resume) as history:
         def score(subnets, tick):
             return score_subnets(subnets, fake, history, Job(), 3, tick)
         found = search_windows(space, starts, score, recipe, seed, Job(), said.append)
