@@ -58,6 +58,7 @@ def whole(tmp_path_factory):
     return folder, _finish(folder)
 
 
+@pytest.mark.slow
 def test_every_step_runs_and_is_summed_up(whole):
     folder, output = whole
     for number, step in enumerate(STEPS, 1):
@@ -74,6 +75,7 @@ def test_every_step_runs_and_is_summed_up(whole):
         assert (folder / picture).read_bytes()[:4] == b'\x89PNG'
 
 
+@pytest.mark.slow
 def test_a_second_demo_does_nothing_anew(whole):
     folder, _ = whole
     before = {path: path.stat().st_mtime_ns for path in folder.rglob('*.pth')}
