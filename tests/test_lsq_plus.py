@@ -304,3 +304,11 @@ def test_fast_convolutions_have_torchs_gradients(geometry):
                                   [True] * 3)
     for got, value in zip(direct, expected):
         torch.testing.assert_close(got, value, atol=1e-4, rtol=1e-4)
+
+
+def test_a_padded_single_pixel_is_no_linear_layer():
+    op, x = QConv(4, 5, 1, padding=1), torch.randn(2, 4, 1, 1, requires_grad=True)
+    torch.testing.assert_close(op(x), F.conv2d(x, op.weight, op.bias, padding=1))
+    set_quant_mode(op)
+    op(x).sum().backward()
+    assert x.grad.shape == x.shape and op.weight.grad.shape == op.weight.shape

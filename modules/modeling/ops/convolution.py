@@ -16,7 +16,7 @@ _SMALLEST_KERNEL = 5                        # below it oneDNN's weight gradient 
 def conv2d(x, weight, bias, stride, padding, dilation, groups):
     """F.conv2d(), with a fast backward pass where there is one."""
     if torch.is_grad_enabled() and weight.requires_grad:
-        if _is_linear(x, weight, groups):
+        if _is_linear(x, weight, padding, groups):
             return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
         if _is_slow(x, weight, dilation, groups):
             return _DepthwiseConv.apply(x, weight, bias, stride, padding, dilation, groups)
@@ -25,7 +25,7 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups):
 
 def convolution_backward(grad, x, weight, bias_sizes, stride, padding, dilation, groups, mask):
     """Gradients of conv2d() to (x, weight, bias), None where the mask is False."""
-    if _is_linear(x, weight, groups):
+    if _is_linear(x, weight, padding, groups):
         rows = grad.flatten(1)
         return [(rows @ weight.flatten(1)).view_as(x) if mask[0] else None,
                 (rows.t() @ x.flatten(1)).view_as(weight) if mask[1] else None, rows.sum(0) if mask[2] else None]
@@ -38,8 +38,9 @@ def convolution_backward(grad, x, weight, bias_sizes, stride, padding, dilation,
     return grads
 
 
-def _is_linear(x, weight, groups):
-    return x.shape[2:] == weight.shape[2:] == (1, 1) and groups == 1 and x.device.type == 'cpu'
+def _is_linear(x, weight, padding, groups):
+    return (x.shape[2:] == weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0) and groups == 1
+            and x.device.type == 'cpu')
 
 
 def _is_slow(x, weight, dilation, groups):
