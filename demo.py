@@ -16,7 +16,7 @@ import os
 from modules import ROOT
 from modules.cli import SEED, parser, run
 from modules.demo.runner import alone, run_steps
-from modules.demo.steps import FULL, QUICK, STEPS, Demo
+from modules.demo.steps import FULL, MEASURED, QUICK, STEPS, Demo
 from modules.demo.summary import write_summary
 from modules.errors import UserError
 
@@ -27,7 +27,7 @@ def get_args():
     p.add_argument('--dataset_path', default=os.path.join(ROOT, 'dataset'), help='folder of the data set')
     p.add_argument('--dataset', choices=['fashion-mnist', 'digits'], help='default: the first that can be had')
     p.add_argument('--platform', help='a latency platform, instead of measuring this machine')
-    p.add_argument('--measured_name', default='demo_host', help='platform that this machine is registered as')
+    p.add_argument('--measured_name', default=MEASURED, help='platform that this machine is registered as')
     p.add_argument('--quick', action='store_true', help='a few steps of everything: shows that it runs, finds nothing')
     p.add_argument('--seed', type=SEED, default=0, help='of the random space and subnets')
     return p.parse_args()
@@ -37,10 +37,11 @@ def main(args):
     folder, dataset_path = (os.path.relpath(path, ROOT) if os.path.abspath(path).startswith(ROOT + os.sep) else
                             os.path.abspath(path) for path in (args.output_path, args.dataset_path))
     os.chdir(ROOT)
+    dataset = args.dataset or find_dataset(dataset_path)
+    demo = Demo(folder, dataset, dataset_path, QUICK if args.quick else FULL, args.platform, args.measured_name,
+                args.seed)
+    demo.check()
     with alone(folder) as lock:
-        dataset = args.dataset or find_dataset(dataset_path)
-        demo = Demo(folder, dataset, dataset_path, QUICK if args.quick else FULL, args.platform, args.measured_name,
-                    args.seed)
         try:
             seconds = run_steps(demo, STEPS, lock, lambda line: print(line, flush=True))
         except KeyboardInterrupt:

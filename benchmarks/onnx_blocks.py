@@ -48,12 +48,8 @@ def part(event):
 
 def shares(model, image, runs):
     """{part: share of the time} of a ModelProto by ONNX Runtime's profile."""
-    import onnxruntime as ort
     with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level, options.enable_profiling = 1, 3, True
-        options.profile_file_prefix = os.path.join(folder, 'profile')
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
+        session = open_session(model, profile=os.path.join(folder, 'profile'))
         for _ in range(runs):
             session.run(None, {'image': image})
         with open(session.end_profiling(), encoding='utf-8') as f:

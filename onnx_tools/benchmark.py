@@ -17,7 +17,6 @@ from modules.cli import parser, run
 from modules.deploy.jobs import add_benchmark_arguments, benchmark
 from modules.deploy.onnx_run import latencies, open_session
 from modules.deploy.runtimes import ONNX
-from modules.optional import need
 
 
 def get_args():
@@ -27,12 +26,10 @@ def get_args():
 
 
 def main(args):
-    need('onnx'), need('onnxruntime')
-
     def measure(paths):
         sessions = {kind: open_session(path, args.threads) for kind, path in paths.items()}
         return latencies(sessions, args.warmup, args.runs)
-    benchmark(args, ONNX, measure)
+    benchmark(args, ONNX, ONNX.packages, measure)
 
 
 if __name__ == '__main__':

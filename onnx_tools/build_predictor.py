@@ -32,11 +32,10 @@ def get_args():
 
 
 def main(args):
-    device = OrtDevice(args.threads)
     if args.threads == 1:
         torch.set_num_threads(1)
         pin(args.core)
-    build(args, device)
+    build(args, lambda: OrtDevice(args.threads))
 
 
 if __name__ == '__main__':

@@ -167,7 +167,7 @@ def test_too_much_noise_is_refused_and_nothing_is_written(tmp_path):
     noise = random.Random(0)
     device = Synthetic(slow=lambda: 1 + noise.random() * 3)
     with pytest.raises(UserError, match=r'too noisy: one and the same model took [\d.]+ to [\d.]+ ms') as error:
-        jobs.build(arguments(tmp_path), device, QUICK)
+        jobs.build(arguments(tmp_path), lambda: device, QUICK)
     assert '\n' not in str(error.value) and not os.path.exists(tmp_path / 'data')
 
 
@@ -181,7 +181,7 @@ def test_blocks_that_take_another_time_are_refused():
 
 def test_too_little_is_refused(tmp_path):
     with pytest.raises(UserError, match='too little was measured undisturbed'):
-        jobs.build(arguments(tmp_path, minutes=1e-6), Synthetic(), QUICK)
+        jobs.build(arguments(tmp_path, minutes=1e-6), Synthetic, QUICK)
     assert not os.path.exists(tmp_path / 'data')
 
 

@@ -16,37 +16,31 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.adb import BINARY, MASK, Phone
+from modules.deploy.adb import add_phone_arguments, phone_of
 from modules.deploy.jobs import add_benchmark_arguments, benchmark
 from modules.deploy.measure import in_turns
 from modules.deploy.runtimes import TFLITE
 from modules.deploy.tflite_run import open_interpreter
-from modules.errors import UserError
-from modules.optional import need
+
+PACKAGES = ('ai_edge_litert',)       # TensorFlow only where models are missing
 
 
 def get_args():
     p = parser(__doc__)
     add_benchmark_arguments(p, TFLITE)
-    p.add_argument('--adb', nargs='?', const='adb', metavar='PATH', help='on a phone, through this adb')
-    p.add_argument('--serial', help='on the phone with this serial number')
-    p.add_argument('--mask', default=MASK, help="hexadecimal mask of the phone's cores, for taskset")
-    p.add_argument('--benchmark_binary', default=BINARY, help='benchmark_model on the phone')
-    p.add_argument('--push_binary', metavar='FILE', help='a local benchmark_model to push there first')
+    add_phone_arguments(p)
     return p.parse_args()
 
 
 def main(args):
-    need('ai_edge_litert')
-    if args.adb or args.serial:
-        phone = Phone(args.adb or 'adb', args.serial, args.mask, args.benchmark_binary, args.push_binary, args.threads)
-        benchmark(args, TFLITE, lambda paths: {kind: phone.latency(path, args.warmup, args.runs)
-                                               for kind, path in paths.items()})
-        return
-    if args.push_binary:
-        raise UserError('--push_binary: for a phone, with --adb or --serial')
-    benchmark(args, TFLITE, lambda paths: in_turns({kind: open_interpreter(path, args.threads).invoke
-                                                    for kind, path in paths.items()}, args.warmup, args.runs))
+    phone = phone_of(args)
+
+    def measure(paths):
+        if phone is not None:
+            return {kind: phone.latency(path, args.warmup, args.runs) for kind, path in paths.items()}
+        runs = {kind: open_interpreter(path, args.threads).invoke for kind, path in paths.items()}
+        return in_turns(runs, args.warmup, args.runs)
+    benchmark(args, TFLITE, PACKAGES, measure)
 
 
 if __name__ == '__main__':

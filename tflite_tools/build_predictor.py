@@ -16,7 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from modules.cli import parser, positive, run, within
-from modules.deploy.adb import BINARY, MASK, Phone
+from modules.deploy.adb import add_phone_arguments, phone_of
 from modules.deploy.tflite_device import LiteRtDevice, PhoneDevice
 from modules.latency.jobs import add_build_arguments, build, pin
 from modules.latency.profiling import Turns
@@ -29,25 +29,20 @@ def get_args():
     add_build_arguments(p)
     p.add_argument('--threads', type=positive(int), default=1, help='of TFLite')
     p.add_argument('--core', type=within(int, 0, 4095), help='core of this machine to run on; default: the last one')
-    p.add_argument('--adb', nargs='?', const='adb', metavar='PATH', help='on a phone, through this adb')
-    p.add_argument('--serial', help='on the phone with this serial number')
+    add_phone_arguments(p)
     p.add_argument('--phone', default='a phone', metavar='NAME', help='what the report calls it')
-    p.add_argument('--mask', default=MASK, help="hexadecimal mask of the phone's cores, for taskset")
-    p.add_argument('--benchmark_binary', default=BINARY, help='benchmark_model on the phone')
-    p.add_argument('--push_binary', metavar='FILE', help='a local benchmark_model to push there first')
     return p.parse_args()
 
 
 def main(args):
-    if args.adb or args.serial:
-        phone = Phone(args.adb or 'adb', args.serial, args.mask, args.benchmark_binary, args.push_binary, args.threads)
-        build(args, PhoneDevice(phone, args.phone), PHONE_TURNS)
+    phone = phone_of(args)
+    if phone is not None:
+        build(args, lambda: PhoneDevice(phone, args.phone), PHONE_TURNS)
         return
-    device = LiteRtDevice(args.threads)
     if args.threads == 1:
         torch.set_num_threads(1)
         pin(args.core)
-    build(args, device)
+    build(args, lambda: LiteRtDevice(args.threads))
 
 
 if __name__ == '__main__':

@@ -11,10 +11,12 @@ import numpy as np
 from ..errors import UserError
 from ..files import write_text
 from ..latency import LatencyPredictor
+from ..latency.validation import check_name
 from ..search_space.encoding import parse_subnet, parse_supernet, subnet_config
 from ..search_space.sampling import max_subnet, min_subnet, sample_subnet, sample_supernet
 
 SPACE, TEACHER, CONFIG = 'demo', 'efficientnet-lite0', 'supernet_training_configs/demo.yaml'
+MEASURED = 'demo_host'                  # platform that a demo may replace
 LOSS_T, LOSS_A = 0.1, 0.01              # the space search's defaults
 DRAWN = 300                             # random spaces, to choose a latency and a space by
 QUANTILE, WIDTH = 0.4, 0.15             # of their subnets' latencies the one searched for; share of it the window takes
@@ -58,7 +60,7 @@ class Demo:
     platform: latency platform; None: this machine is measured and registered as `measured_name`.
     """
 
-    def __init__(self, folder, dataset, dataset_path, scale=FULL, platform=None, measured_name='demo_host', seed=0):
+    def __init__(self, folder, dataset, dataset_path, scale=FULL, platform=None, measured_name=MEASURED, seed=0):
         self.folder, self.scale, self.seed = folder, scale, seed
         self.measured, self.platform = platform is None, platform or measured_name
         self.data = ['--dataset_path', dataset_path, '--dataset', dataset]
@@ -66,6 +68,14 @@ class Demo:
 
     def path(self, *names):
         return os.path.join(self.folder, *names)
+
+    def check(self):
+        """UserError for a platform that does not predict the demo's blocks, or a name that is another's."""
+        if self.measured:
+            ours = self.platform == MEASURED or os.path.isdir(self.path('predictor', self.platform))
+            check_name(self.platform, force=ours)
+        else:
+            self.window             # predicts subnets of all sorts
 
     @cached_property
     def predictor(self):
@@ -181,7 +191,7 @@ def block_kd_lsq(demo):
 
 def predictor(demo):
     return [['onnx_tools/build_predictor.py', '--platform', demo.platform, '--superspace', SPACE, '--minutes',
-             demo.scale.measure_minutes, '--resume']] if demo.measured else []
+             demo.scale.measure_minutes, '--output', demo.path('predictor'), '--resume', '--force']] if demo.measured else []
 
 
 def block_lut(demo):

@@ -3,6 +3,7 @@
 benchmark_model is built from TensorFlow's source or fetched as a nightly build (docs/tflite.md); it prints statistics
 of its runs, from which the figures come.
 """
+import argparse
 import os
 import posixpath
 import re
@@ -18,6 +19,36 @@ MASK = '70'                             # of taskset, hexadecimal: the three big
 _STATISTICS = re.compile(r'count=(\d+) .*?avg=([\d.e+]+) std=([\d.e+]+)')        # microseconds
 _MEMORY = re.compile(r'[Mm]emory footprint.*overall=([\d.]+)')                  # MB
 _STATUS = 'spaceevo exit status'
+
+
+def add_phone_arguments(parser):
+    """Which phone, and how it runs models."""
+    parser.add_argument('--adb', nargs='?', const='adb', metavar='PATH', help='on a phone, through this adb')
+    parser.add_argument('--serial', help='on the phone with this serial number')
+    parser.add_argument('--mask', type=_mask, default=MASK, help="hexadecimal mask of the phone's cores, for taskset")
+    parser.add_argument('--benchmark_binary', type=_plain, default=BINARY, help='benchmark_model on the phone')
+    parser.add_argument('--push_binary', metavar='FILE', help='a local benchmark_model to push there first')
+
+
+def _mask(text):
+    if not re.fullmatch('(0x)?[0-9a-fA-F]*[1-9a-fA-F][0-9a-fA-F]*', text):
+        raise argparse.ArgumentTypeError(f'{text} is not a hexadecimal mask such as {MASK}')
+    return text
+
+
+def _plain(text):
+    if not re.fullmatch(r'[\w./+-]+', text, re.ASCII):
+        raise argparse.ArgumentTypeError(f'{text} is not the plain path of a program')
+    return text
+
+
+def phone_of(args):
+    """Phone that the arguments ask for, None for this machine."""
+    if args.adb or args.serial:
+        return Phone(args.adb or 'adb', args.serial, args.mask, args.benchmark_binary, args.push_binary, args.threads)
+    if args.push_binary:
+        raise UserError('--push_binary: for a phone, with --adb or --serial')
+    return None
 
 
 class PhoneLatency(NamedTuple):

@@ -129,9 +129,9 @@ def export(subject, folder, quant_mode, runtime=ONNX):
 
 def export_all(args, runtime, each=None):
     """What export_onnx.py and export_tflite.py do; each(subject, model): after every INT8 model."""
+    entries = entries_of(args)
     for package in runtime.exporters:
         need(package)
-    entries = entries_of(args)
     data = images_for(entries, args)
     for entry in entries:
         for quant_mode in (False, True)[:1 + (args.quant_mode or args.skip_weights)]:
@@ -153,11 +153,11 @@ def add_evaluation_arguments(parser, runtime):
 
 def evaluate(args, runtime, open_model):
     """What eval_onnx.py and eval_tflite.py do; open_model(model) gives a function from images to logits."""
-    for package in runtime.packages:
-        need(package)
     if args.skip_weights:
         raise UserError('--skip_weights: random weights have no accuracy')
     entries, rows = entries_of(args), []
+    for package in runtime.packages:
+        need(package)
     data = images_for(entries, args)
     for entry in entries:
         print(f'{entry.supernet} {entry.subnet}')
@@ -185,13 +185,15 @@ def add_benchmark_arguments(parser, runtime):
     parser.add_argument('--runs', type=positive(int), default=100, help='timed runs of each model')
 
 
-def benchmark(args, runtime, measure):
-    """What both benchmark.py do; measure({'fp32': path, 'int8': path}) gives {kind: Latency}.
+def benchmark(args, runtime, packages, measure):
+    """What both benchmark.py do; measure({'fp32': path, 'int8': path}), which needs the packages, gives {kind: Latency}.
 
     Missing models are exported with random weights: latency does not depend on them.
     """
-    output = args.output or os.path.join(args.model_path, 'latency.csv')
-    for entry in read_entries(args.input):
+    output, entries = args.output or os.path.join(args.model_path, 'latency.csv'), read_entries(args.input)
+    for package in packages:
+        need(package)
+    for entry in entries:
         paths = {}
         for kind, quant_mode in (('fp32', False), ('int8', True)):
             path = paths[kind] = model_path(args.model_path, entry, quant_mode, runtime.ending)

@@ -2,13 +2,13 @@
 import numpy as np
 
 from .fitting import space_blocks
-from .kernel_model import Block
+from .kernel_model import Block, LatencyError
 from .predictor import LatencyPredictor
 from .regression import Design, fit_nets
 from .tables import read_table, save_platform
 from .validation import new_folder
 
-MOST = 6000         # blocks of a table that its model is fitted to
+LEAST, MOST = 20, 6000         # blocks of a table that its model is fitted to
 
 
 def platform_table(platform, superspaces=(), trust_pickles=False):
@@ -24,6 +24,8 @@ def import_table(path, folder, epochs=40, seed=0):
     """Write the platform `folder` of a JSON block table: its latencies as they are, and nets fitted to them for
     blocks it lacks. Returns (number of blocks, median relative error of the nets on blocks they were not fitted to)."""
     table = read_table(path)
+    if len(table) < LEAST:
+        raise LatencyError(f'{path}: {len(table)} blocks, too few to fit nets to (needed: {LEAST})')
     blocks = list(table)
     chosen = np.random.default_rng(seed).permutation(len(blocks))[:MOST]
     held = chosen[:len(chosen) // 10]

@@ -46,9 +46,13 @@ def pin(core=None):
     return core
 
 
-def build(args, device, turns=None):
-    """Measure, fit, validate, register a platform as add_build_arguments() say; returns its folder."""
+def build(args, make_device, turns=None):
+    """Measure, fit, validate, register a platform as add_build_arguments() say; returns its folder.
+
+    make_device() gives a device as profiling.py describes it.
+    """
     folder = check_name(args.platform, args.data, args.force)
+    device = make_device()
     superspaces = list(dict.fromkeys(args.superspace))
     path = os.path.join(args.output, args.platform, 'measurements.csv')
     facts = {'device': str(device), 'superspaces': superspaces, 'networks': args.networks, 'seed': args.seed}

@@ -1,13 +1,15 @@
 """LatencyPredictor: latencies in ms of blocks, sub-stages and networks, one interface for all platforms.
 
-    LatencyPredictor('tflite27_cpu_int8')      a shipped platform: Pixel 4, TFLite 2.7, one big core, int8
-    LatencyPredictor('onnx_lut')               a shipped platform: x86 VNNI, ONNX Runtime, one thread, int8
+    LatencyPredictor('tflite27_cpu_int8')      Pixel 4, TFLite 2.7, one big core, int8
+    LatencyPredictor('onnx_lut')               x86 VNNI, ONNX Runtime, one thread, int8
+    LatencyPredictor('epyc_zen3_ort1.32_1t')   AMD Zen 3, ONNX Runtime 1.32, one thread, int8
     LatencyPredictor('my_host')                a folder data/latency/my_host/ written by build_predictor.py
     LatencyPredictor('path/to/onnx_lut.json')  a block table in nn-Meter's JSON format
     LatencyPredictor('my_phone')               kernel predictors registered with nn-Meter
 
-A network's latency is the sum over its blocks. The shipped platforms are models fitted to the latencies that
-were published with SpaceEvo (ICCV 2023); fitting.py says how, and prints their errors on held-out figures.
+A network's latency is the sum over its blocks. The first two are models fitted to the latencies that were published
+with SpaceEvo (ICCV 2023); fitting.py says how, and prints their errors on held-out figures. The third was measured by
+build_predictor.py, whose report is in its folder.
 """
 import os
 
@@ -17,7 +19,7 @@ from ..modeling.complexity import sub_stage_config
 from .kernel_model import LatencyError
 from .tables import DATA, as_block, format_key, load_platform, read_table
 
-SHIPPED = ('onnx_lut', 'tflite27_cpu_int8')
+PUBLISHED = ('onnx_lut', 'tflite27_cpu_int8')
 MIN_BLOCKS_OF_A_TYPE = 5        # a table's block types with fewer share one factor
 MAX_BLOCKS_OF_A_TYPE = 1000     # of a block type, this many are enough for its factor
 
@@ -88,7 +90,7 @@ class TableModel:
         self.path, by_type = path, {}
         for block in table:
             by_type.setdefault(block.name, []).append(block)
-        fits = [self._fit(LatencyPredictor(platform), table, by_type) for platform in SHIPPED]
+        fits = [self._fit(LatencyPredictor(platform), table, by_type) for platform in PUBLISHED]
         if not any(fits):
             raise LatencyError(f'{path}: no block type of it is known to a shipped platform, nothing to fit '
                                'a fallback to')
@@ -123,6 +125,11 @@ class TableModel:
         return np.median(left) * len(by_type) / len(log_ratios), base, log_factors
 
 
+def _platforms():
+    """Names of the platforms in data/latency/."""
+    return sorted(entry.name for entry in os.scandir(DATA) if entry.is_dir())
+
+
 def _open_platform(platform, fallback, trust_pickles):
     """({Block: ms}, model or None); a model has predict_blocks(Blocks) -> ms."""
     if platform.endswith('.json'):
@@ -135,5 +142,5 @@ def _open_platform(platform, fallback, trust_pickles):
     try:
         return {}, nn_meter_adapter.load(platform, trust_pickles)
     except LatencyError as error:
-        raise LatencyError(f'{error}; shipped platforms are {" and ".join(SHIPPED)}, and the path of a block '
+        raise LatencyError(f'{error}; platforms here are {", ".join(_platforms())}, and the path of a block '
                            'table ends in .json') from None

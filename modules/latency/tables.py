@@ -64,7 +64,7 @@ def read_table(path):
         with open(path, encoding='utf-8') as file:
             table = json.load(file, object_pairs_hook=_unique(path))
     except OSError as error:
-        raise LatencyError(f'{path}: {error.strerror or error}') from None
+        raise LatencyError(f'{path or repr(path)}: {error.strerror or error}') from None
     except RecursionError:
         raise LatencyError(f'{path}: not a block table, but nested too deep') from None
     except ValueError as error:

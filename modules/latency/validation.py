@@ -15,6 +15,7 @@ from .tables import DATA, save_platform
 
 REPORT, PICTURE = 'report.md', 'validation.png'
 WITHIN = 0.1
+LONGEST = 100               # characters of a name
 
 
 class Errors:
@@ -120,7 +121,7 @@ def _points(pairs):
 
 def check_name(name, data=DATA, force=False):
     """Path of a platform's folder; UserError for a name that cannot be one, or that there is already."""
-    if not name or name.startswith('.') or os.path.basename(name) != name or name.endswith('.json'):
+    if not 0 < len(name) <= LONGEST or name.startswith('.') or os.path.basename(name) != name or name.endswith('.json'):
         raise UserError(f'{name!r}: a platform is named such as my_host: the name of a folder in {data}')
     folder = os.path.join(data, name)
     if os.path.lexists(folder) and not force:

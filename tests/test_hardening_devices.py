@@ -1,0 +1,115 @@
+"""Malformed input of what makes platforms, of TFLite's scripts and of the demo: one line, code 2, nothing written."""
+import json
+
+import pytest
+
+from modules.latency.profiling import FIELDS
+
+from .hardening import refused, world
+from .test_hardening import INPUTS, TABLES
+
+BUILD = ['--platform', 'my_host', '--data', '{in}/platforms', '--output', '{out}']
+IMPORT = ['--platform', 'my_host', '--data', '{in}/platforms', '--table', '{in}/good.json']
+EXPORT = ['--platform', 'onnx_lut', '--superspace', 'demo', '--output', '{out}/lut.json']
+DEMO = ['--quick', '--dataset', 'digits', '--output_path', '{out}/demo']
+MODELS = ['--input', '{in}/input.csv', '--model_path', '{out}']
+BUILDERS = 'onnx_tools.build_predictor', 'tflite_tools.build_predictor'
+NAMES = '', '.', '..', 'a/b', '../x', '/x', 'x.json', '.hidden', 'there', 'a' * 300
+
+# {script: (arguments that are good, {flag: bad values})}
+FLAGS = {
+    **dict.fromkeys(BUILDERS, (BUILD, {
+        'minutes': ('0', '-1', 'nan', 'inf', 'x'), 'networks': ('0', '1.5', ''), 'max_drift': ('0', 'nan', 'x'),
+        'seed': ('-1', 'x', '9' * 30), 'threads': ('0', 'many'), 'core': ('-1', '4095', 'x', '99999'),
+        'superspace': ('mobile', '../demo', '')})),
+    'onnx_tools.import_lut': (IMPORT, {'epochs': ('0', '-1', 'x', '1.5'), 'table': ('nowhere.json', '/', '')}),
+    'onnx_tools.export_lut': (EXPORT, {'platform': ('nowhere', 'nowhere.json', '..', ''), 'superspace': ('x', ''),
+                                       'output': ('lut.csv', '/', '{in}/input.csv/lut.json')}),
+    'demo': (DEMO, {'dataset': ('cats', ''), 'seed': ('-1', 'x', '1.5'), 'output_path': ('{in}/input.csv',),
+                    'platform': ('nowhere', 'nowhere.json', '..', 'tflite27_cpu_int8/'),
+                    'measured_name': NAMES[:-2] + ('onnx_lut', 'tflite27_cpu_int8')}),
+    'tflite_tools.export_tflite': (MODELS, {'batch_size': ('0', 'x'), 'num_calib_batches': ('0', '1.5'),
+                                            'network': ('nowhere.pth',), 'seed': ('x',), 'dataset': ('cats',)}),
+    'tflite_tools.eval_tflite': (MODELS, {'num_eval_images': ('0', 'nan'), 'threads': ('0',), 'num_workers': ('-1',),
+                                          'network': ('nowhere.pth', '{in}/input.csv')}),
+    'tflite_tools.benchmark': (MODELS, {'warmup': ('0', 'x'), 'runs': ('-1', '1e3'), 'threads': ('0', 'nan'),
+                                        'mask': ('', '0', 'xyz', '7;rm', '-1'), 'push_binary': ('nowhere',),
+                                        'benchmark_binary': ('', 'a b', '$(id)', 'x;y'), 'adb': ('nowhere/adb',)}),
+}
+OTHERS = {'adb': ['--push_binary', __file__], 'push_binary': ['--adb']}
+QUOTED = 'table', 'measured_name'           # whose error line says '' of what is empty
+CASES = [(script, flag, value) for script, (_, flags) in FLAGS.items() for flag, values in flags.items()
+         for value in values]
+
+
+@pytest.fixture(scope='module')
+def inputs():
+    """The World's, with a platform named `there` and a good block table."""
+    made = world()
+    (made.inputs / 'platforms' / 'there').mkdir(parents=True, exist_ok=True)
+    (made.inputs / 'good.json').write_text('{"ResNetBlock_16_16_16_3_0.5_1_relu": 1}')
+    return made
+
+
+@pytest.mark.parametrize('script, flag, value', CASES, ids=lambda value: value[:24])
+def test_flags(inputs, script, flag, value):
+    words = [f'--{flag}={value}', *OTHERS.get(flag, ())]
+    culprit = inputs.arguments([value])[0].removesuffix('/lut.json')
+    refused(inputs.attempt(script, [*FLAGS[script][0], *words]), culprit or "'" if flag in QUOTED else culprit or flag)
+
+
+@pytest.mark.parametrize('script', [*BUILDERS, 'onnx_tools.import_lut'])
+@pytest.mark.parametrize('name', NAMES)
+def test_names_of_platforms(inputs, script, name):
+    words = IMPORT if 'import' in script else BUILD
+    refused(inputs.attempt(script, [*words, f'--platform={name}']), name[:200] or "''")
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_tables_to_import(inputs, name, tmp_path):
+    content, reason = TABLES[name]
+    path = tmp_path / 'bad.json'
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    refused(inputs.attempt('onnx_tools.import_lut', [*IMPORT, '--table', str(path)]), str(path), reason)
+
+
+@pytest.mark.parametrize('script', ['export_tflite', 'eval_tflite', 'benchmark'])
+@pytest.mark.parametrize('name', INPUTS)
+def test_input_csv_of_tflite(inputs, script, name, tmp_path):
+    content, reason = INPUTS[name]
+    path = tmp_path / 'bad.csv'
+    ok = (inputs.inputs / 'input.csv').read_bytes().strip()
+    if content == 'folder':
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content.replace(b'{ok}', ok).replace(b'{subnet}', ok.split(b',')[2]))
+    refused(inputs.attempt(f'tflite_tools.{script}', [*MODELS, '--input', str(path)]), str(path), reason)
+
+
+HEADER = ','.join(FIELDS)
+ROW = '0,fit,0.1,0.01,0.2,1.0,ResNetBlock_16_16_16_3_0.5_1_relu\n'
+MEASUREMENTS = {  # measurements of a stopped run, {facts} its first line: what is said of them
+    'empty': ('', 'another device'),
+    'binary': (b'\x80\xff\x00', 'not text'),
+    'device': ('# {{"device": "another"}}\n' + HEADER + '\n', 'another device'),
+    'header': ('{facts}\nchunk,ms\n', 'another device'),
+    'cells': ('{facts}\n' + HEADER + '\n0,fit,0.1\n# end 0\n', 'not a measurement'),
+    'text': ('{facts}\n' + HEADER + '\n' + ROW.replace('0.1', 'quick') + '# end 0\n', "'quick'"),
+    'nan': ('{facts}\n' + HEADER + '\n' + ROW.replace('0.1', 'nan') + '# end 0\n', 'finite'),
+    'block': ('{facts}\n' + HEADER + '\n' + ROW.replace('ResNetBlock', 'Res_Net') + '# end 0\n', 'not a measurement'),
+    'number': ('{facts}\n' + HEADER + '\n' + ROW.replace('0,fit', 'x,fit') + '# end 0\n', 'not a measurement'),
+    'other_blocks': ('{facts}\n' + HEADER + '\n' + ROW + '# end 0\n', 'chunk 0 holds other blocks'),
+}
+
+
+@pytest.mark.parametrize('name', MEASUREMENTS)
+def test_measurements_of_a_stopped_run(inputs, name):
+    from modules.deploy.ort_device import OrtDevice
+    content, reason = MEASUREMENTS[name]
+    path = inputs.inputs / 'measured' / 'my_host' / 'measurements.csv'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {'device': str(OrtDevice(1)), 'superspaces': ['demo'], 'networks': 15, 'seed': 0}
+    path.write_bytes(content.replace('{facts}', '# ' + json.dumps(facts)).encode() if isinstance(content, str)
+                     else content)
+    refused(inputs.attempt('onnx_tools.build_predictor', [*BUILD, '--superspace', 'demo', '--resume', '--output',
+                                                          '{in}/measured']), str(path), reason)
