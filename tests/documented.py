@@ -66,6 +66,7 @@ PARSED = {
     'tflite_tools/eval_tflite.py': 'the same',
     'tflite_tools/benchmark.py': 'the same',
     'benchmarks/compare_lut.py': 'needs ../shared/reference',
+    'benchmarks/compare_platforms.py': 'needs ../shared/reference',
     'benchmarks/lut_reuse.py': 'measures for minutes, and needs the b5 teacher',
     'benchmarks/supernet_step.py': 'measures for minutes',
     'benchmarks/onnx_int8.py': 'measures for minutes',
