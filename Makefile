@@ -1,9 +1,9 @@
-# make demo, make test, make test-slow, make lint: each sets up what it needs in .venv first.
+# make demo, make test, make test-slow, make bench, make lint: each sets up what it needs in .venv first.
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow bench lint clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python demo.py
@@ -13,6 +13,16 @@ test: $(VENV)/dev.done
 
 test-slow: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+# one run of the benchmarks that need nothing but this repository, one thread each: docs/results.md
+bench: export OMP_NUM_THREADS = 1
+bench: $(VENV)/dev.done
+	$(BIN)/python benchmarks/space_search.py
+	$(BIN)/python benchmarks/lut_reuse.py --teacher_archs efficientnet-lite0 --rows 1 --scale 0.04
+	$(BIN)/python benchmarks/supernet_step.py --batch_size 4 --repeats 3
+	$(BIN)/python benchmarks/onnx_blocks.py
+	$(BIN)/python benchmarks/onnx_int8.py --runs 60
+	$(BIN)/python benchmarks/compare_platforms.py --platforms epyc_zen3_ort1.32_1t onnx_lut --superspace onnxw
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

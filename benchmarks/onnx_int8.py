@@ -97,14 +97,14 @@ def main(args):
 
 def draw(speed_ups, path):
     """Bars of the speed-up over fp32 by network and kind."""
-    figure, axes = new_figure(figsize=(1.5 + 1.1 * len(speed_ups), 4))
+    figure, axes = new_figure(figsize=(1.5 + 1.1 * len(speed_ups), 4), layout='constrained')
     for i, kind in enumerate(KINDS[1:]):
         axes.bar(np.arange(len(speed_ups)) + 0.27 * (i - 1), [row[kind] for row in speed_ups.values()], 0.25,
                  label=kind)
     axes.set_xticks(range(len(speed_ups)), [name.removeprefix('SEQnet@') for name in speed_ups], rotation=30)
     axes.set_ylabel('speed-up over fp32')
     axes.axhline(1, color='grey', linewidth=0.8)
-    axes.legend()
+    axes.legend(ncols=3, loc='lower center', bbox_to_anchor=(0.5, 1))
     save_figure(figure, path)
     print(path)
 

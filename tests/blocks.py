@@ -41,6 +41,12 @@ def difference(ours, theirs):
     return np.sqrt(np.mean((ours - theirs) ** 2)) / ours.std()
 
 
+def subnet_list(path, *subnets, text=None):
+    """Write an input.csv of subnets of DEMO, or `text`; returns its path."""
+    path.write_text(text or ''.join(f'demo,{DEMO.choice},{subnet}\n' for subnet in subnets))
+    return path
+
+
 def write_trained(path):
     """Write a demo subnet trained on digits, then LSQ+, by save_network()."""
     data, subnet = open_data('', 'digits', image_size=32), min_subnet(DEMO)

@@ -8,7 +8,6 @@ import tempfile
 import types
 
 import numpy as np
-import pytest
 import torch
 
 from modules.cli import run
@@ -70,12 +69,3 @@ def fails(script, monkeypatch, capsys, said, *args):
     assert call(script, monkeypatch, *args) == 2
     last = capsys.readouterr().err.strip().split('\n')[-1]
     assert 'error: ' in last and said in last, last
-
-
-@pytest.fixture
-def one_thread():
-    """Sums in the order that a process with OMP_NUM_THREADS=1 takes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

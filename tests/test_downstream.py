@@ -21,10 +21,10 @@ from modules.training.downstream import DownstreamRecipe, find_recipe, finetune
 from modules.training.evaluate import accuracy
 from modules.zoo import build_network, load_network
 
-from .checkpoints import call, fails, one_thread, published_root, write_supernet  # noqa: F401
+from .checkpoints import call, fails, published_root, write_supernet
 from .launching import run_script
 
-pytestmark = pytest.mark.usefixtures('one_thread')         # also: spinning threads are slow on a busy machine
+pytestmark = pytest.mark.usefixtures('one_thread')
 DEMO = 'demo-012-111'
 IDENTITY = {'subnet_name': 'min', 'supernet': DEMO, 'subnet': str(min_subnet(DEMO)), 'num_classes': 10,
             'quant_mode': True}

@@ -12,7 +12,7 @@ from modules.modeling.complexity import config_complexity
 from modules.search_space.encoding import subnet_config
 from modules.zoo import find_subnet, load_network
 
-from .checkpoints import call, fails, one_thread, published_root  # noqa: F401
+from .checkpoints import call, fails, published_root
 from .launching import run_script
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -19,7 +19,7 @@ from modules.training.distributed import Job
 from modules.training.evaluate import evaluate_subnet
 from modules.training.subnet_report import evaluate_static, evaluation_images
 
-from .checkpoints import call, fails, one_thread, random_supernet, write_supernet  # noqa: F401
+from .checkpoints import call, fails, random_supernet, write_supernet
 from .conftest import ROOT
 from .launching import run_script
 

@@ -1,6 +1,4 @@
-"""ONNX export: every block type in fp32 and int8 beside torch, grids and padding, the commands, refusals, reuse."""
-import os
-import sys
+"""ONNX export: every block type in fp32 and int8 beside torch, grids and padding."""
 from collections import Counter
 
 import numpy as np
@@ -9,30 +7,22 @@ import torch
 import torch.nn.functional as F
 
 from modules.deploy.folding import tap_sums, weight_codes
-from modules.deploy.graph import metadata, need
+from modules.deploy.graph import need
 from modules.deploy.int8 import lsq_target
 from modules.deploy.jobs import random_subject
 from modules.deploy.onnx_fp32 import export_fp32
 from modules.deploy.onnx_int8 import export_int8
 from modules.deploy.onnx_run import layer_errors, open_session, run_session
-from modules.deploy.runtimes import ONNX
-from modules.deploy.store import Entry, read_entries, read_model
+from modules.deploy.store import Entry
 from modules.deploy.trace import observe
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import quantised_ops, quantize_activation, quantize_weight, set_quant_mode
 from modules.modeling.ops.op import QConv
-from modules.search_space.encoding import parse_subnet
-from modules.search_space.sampling import max_subnet, min_subnet
+from modules.search_space.sampling import min_subnet
 
-from .blocks import CASES, DEMO, SEARCHED, difference, some_block, write_trained
-from .checkpoints import call, fails, write_supernet
-from .conftest import ROOT
+from .blocks import CASES, DEMO, SEARCHED, difference, some_block
 
 pytest.importorskip('onnxruntime')
-sys.path.insert(0, os.path.join(ROOT, 'onnx_tools'))
-import benchmark
-import eval_onnx
-import export_onnx
 
 
 def outputs(network, model, images):
@@ -166,101 +156,6 @@ def test_other_bits_are_refused():
     set_quant_mode(network, 4)
     with pytest.raises(UserError, match='8 bits'):
         export_int8(network, observe(network, [images]))
-
-
-def _csv(path, *subnets, text=None):
-    path.write_text(text or ''.join(f'demo,{DEMO.choice},{subnet}\n' for subnet in subnets))
-    return path
-
-
-@pytest.mark.parametrize('line, said', [
-    ('onnxw,151122_023231', 'line 3: 2 values, expected <superspace>,<supernet_choice>,<subnet_choice>'),
-    ('onnxy,151122_023231,d1', "line 3: no superspace 'onnxy'"),
-    ('demo,019_000,d1', 'line 3: '),
-    ('demo,012_000,d1#1', "line 3: 'd1#1'"),
-    (f'demo,012_000,{max_subnet(DEMO)}'.replace('r48', 'r47'), 'resolution 47'),
-    (f'demo,012_000,{min_subnet(DEMO)}', 'line 3: the same subnet as in line 2')])
-def test_wrong_lines_are_refused_with_their_number(line, said, tmp_path, monkeypatch, capsys):
-    path = _csv(tmp_path / 'in.csv', text=f'# comment\ndemo,{DEMO.choice},{min_subnet(DEMO)}\n{line}\n')
-    for script in (export_onnx, benchmark):
-        fails(script, monkeypatch, capsys, said, '--input', path, '--model_path', tmp_path / 'models')
-    assert not (tmp_path / 'models').exists()
-
-
-def test_other_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
-    path = _csv(tmp_path / 'in.csv', min_subnet(DEMO))
-    fails(export_onnx, monkeypatch, capsys, 'no such file', '--input', tmp_path / 'none.csv')
-    fails(export_onnx, monkeypatch, capsys, 'no subnet in it', '--input', _csv(tmp_path / 'e.csv', text='\n'))
-    fails(export_onnx, monkeypatch, capsys, 'no checkpoint of demo-012-000', '--input', path, '--dataset', 'digits',
-          '--checkpoint_path', tmp_path)
-    fails(eval_onnx, monkeypatch, capsys, 'random weights have no accuracy', '--input', path, '--skip_weights')
-    monkeypatch.setitem(sys.modules, 'onnx', None)
-    for script in (export_onnx, benchmark, eval_onnx):
-        fails(script, monkeypatch, capsys, 'onnx is not installed: pip install -r requirements-onnx.txt')
-
-
-def test_shipped_list():
-    entries = read_entries(os.path.join(ROOT, 'onnx_tools', 'input.csv'))
-    assert {entry.supernet.superspace.name for entry in entries} == {'onnxw', 'mobilew'}
-    assert entries[0].name.startswith('onnxw_151122_023231_') and len(entries[0].name.split('_')[-1]) == 6
-
-
-def test_commands_run_and_models_are_used_again(tmp_path, monkeypatch, capsys):
-    path, models = _csv(tmp_path / 'in.csv', min_subnet(DEMO)), tmp_path / 'models'
-    options = ['--input', path, '--model_path', models]
-    assert call(export_onnx, monkeypatch, '--skip_weights', *options, '--report') == 0
-    out = capsys.readouterr().out
-    assert 'as it was' not in out and out.count('<- worst') == 5
-    name = Entry(DEMO, min_subnet(DEMO)).name
-    files = {entry: os.stat(models / entry).st_mtime_ns for entry in os.listdir(models)}
-    assert sorted(files) == [f'{name}.onnx', f'{name}_quant_int8.onnx']
-    assert call(export_onnx, monkeypatch, '--skip_weights', *options) == 0
-    assert capsys.readouterr().out.count('as it was') == 2
-    assert files == {entry: os.stat(models / entry).st_mtime_ns for entry in os.listdir(models)}
-    (models / f'{name}.onnx').write_bytes(b'half a model')
-    assert call(export_onnx, monkeypatch, '--skip_weights', *options) == 0
-    assert capsys.readouterr().out.count('as it was') == 1
-    assert call(export_onnx, monkeypatch, '--skip_weights', *options, '--seed', 1) == 0       # other weights
-    assert capsys.readouterr().out.count('as it was') == 0
-    facts = metadata(read_model(models / f'{name}.onnx', ONNX))
-    assert facts['subnet'] == str(min_subnet(DEMO)) and facts['supernet'] == str(DEMO)
-    os.remove(models / f'{name}_quant_int8.onnx')
-    for _ in range(2):
-        assert call(benchmark, monkeypatch, *options, '--warmup', 1, '--runs', 5) == 0
-    out = capsys.readouterr().out
-    assert all(word in out for word in ('mean', 'median', 'p5', 'p95', 'with random weights'))
-    lines = (models / 'latency.csv').read_text().split('\n')
-    assert len(lines) == 3 and lines[2] == ''
-    encoding, fp32, int8, speed_up = lines[0].split(',')
-    assert parse_subnet(encoding) and float(speed_up) == pytest.approx(float(fp32) / float(int8), rel=0.01)
-    assert sorted(os.listdir(models)) == sorted([*files, 'latency.csv'])
-
-
-def test_a_checkpoint_of_a_supernet(tmp_path, monkeypatch, capsys):
-    for file, quant in (('checkpoint.pth', False), ('lsq.pth', True)):
-        write_supernet(tmp_path / 'demo-012-000-align0' / file, str(DEMO), 10, quant)
-    options = ['--input', _csv(tmp_path / 'in.csv', min_subnet(DEMO)), '--model_path', tmp_path / 'models', '--dataset',
-               'digits', '--checkpoint_path', tmp_path, '--num_calib_batches', 2, '--num_workers', 0, '--quant_mode']
-    assert call(export_onnx, monkeypatch, *options) == 0
-    assert 'lsq.pth)' in capsys.readouterr().out
-    assert call(export_onnx, monkeypatch, *options) == 0
-    assert capsys.readouterr().out.count('as it was') == 2
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """File of a demo subnet trained on digits, then LSQ+."""
-    path = tmp_path_factory.mktemp('trained') / 'net.pth'
-    write_trained(path)
-    return path
-
-
-def test_a_trained_network_keeps_its_accuracy(trained, tmp_path, monkeypatch, capsys):
-    assert call(eval_onnx, monkeypatch, '--network', trained, '--quant_mode', '--dataset', 'digits', '--num_workers', 0,
-                '--model_path', tmp_path, '--num_calib_batches', 4) == 0
-    fp32, int8 = (line.split() for line in capsys.readouterr().out.split('\n') if 'agreement' in line)
-    ours, theirs, agree = (float(int8[i].rstrip('%')) for i in (2, 5, 7))
-    assert float(fp32[7].rstrip('%')) == 100 and ours > 90 and abs(ours - theirs) <= 1 and agree >= 98.5
 
 
 def test_dynamic_batch_and_sessions():

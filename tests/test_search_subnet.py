@@ -40,15 +40,7 @@ from .launching import command, family, run_script
 
 RECIPE = SearchRecipe(population_size=20, num_rounds=4, num_mutations=5, num_crossovers=5)
 WINDOW = Window(0.9, 1.1)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """As the scripts below run, with OMP_NUM_THREADS=1."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')             # as the scripts below run
 
 
 @pytest.fixture(scope='module')

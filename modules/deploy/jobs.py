@@ -186,7 +186,7 @@ def add_benchmark_arguments(parser, runtime):
 
 
 def benchmark(args, runtime, packages, measure):
-    """What both benchmark.py do; measure({'fp32': path, 'int8': path}), which needs the packages, gives {kind: Latency}.
+    """What both benchmark.py do; measure({'fp32': path, 'int8': path}) gives {kind: Latency} and needs the packages.
 
     Missing models are exported with random weights: latency does not depend on them.
     """

@@ -1,0 +1,152 @@
+"""The commands of onnx_tools and of tflite_tools, which share their code: export, reuse, evaluation, refusals."""
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from modules.deploy.runtimes import ONNX, TFLITE
+from modules.deploy.store import Entry, read_entries, read_model, write_model
+from modules.search_space.encoding import parse_subnet
+from modules.search_space.sampling import max_subnet, min_subnet
+
+from .blocks import DEMO, subnet_list, write_trained
+from .checkpoints import call, fails, write_supernet
+from .conftest import ROOT
+
+RUNTIMES = {runtime.ending: runtime for runtime in (ONNX, TFLITE)}
+ENTRY = Entry(DEMO, min_subnet(DEMO))
+
+
+@pytest.fixture(params=list(RUNTIMES))
+def tools(request):
+    """A runtime and its scripts: runtime, export, benchmark, evaluate."""
+    runtime = RUNTIMES[request.param]
+    if any(importlib.util.find_spec(package) is None for package in runtime.packages):
+        pytest.skip(f'needs {" and ".join(runtime.packages)}')
+    names = {'export': f'export_{runtime.ending}', 'benchmark': 'benchmark', 'evaluate': f'eval_{runtime.ending}'}
+    return SimpleNamespace(runtime=runtime, **{key: importlib.import_module(f'{runtime.ending}_tools.{name}')
+                                               for key, name in names.items()})
+
+
+@pytest.mark.parametrize('line, said', [
+    ('onnxw,151122_023231', 'line 3: 2 values, expected <superspace>,<supernet_choice>,<subnet_choice>'),
+    ('onnxy,151122_023231,d1', "line 3: no superspace 'onnxy'"),
+    ('demo,019_000,d1', 'line 3: '),
+    ('demo,012_000,d1#1', "line 3: 'd1#1'"),
+    (f'demo,012_000,{max_subnet(DEMO)}'.replace('r48', 'r47'), 'resolution 47'),
+    (f'demo,012_000,{min_subnet(DEMO)}', 'line 3: the same subnet as in line 2')])
+def test_wrong_lines_are_refused_with_their_number(tools, line, said, tmp_path, monkeypatch, capsys):
+    path = subnet_list(tmp_path / 'in.csv', text=f'# comment\ndemo,{DEMO.choice},{min_subnet(DEMO)}\n{line}\n')
+    for script in (tools.export, tools.benchmark, tools.evaluate):
+        fails(script, monkeypatch, capsys, said, '--input', path, '--model_path', tmp_path / 'models')
+    assert not (tmp_path / 'models').exists()
+
+
+def test_other_mistakes_are_one_line(tools, tmp_path, monkeypatch, capsys):
+    path = subnet_list(tmp_path / 'in.csv', min_subnet(DEMO))
+    fails(tools.export, monkeypatch, capsys, 'no such file', '--input', tmp_path / 'none.csv')
+    fails(tools.export, monkeypatch, capsys, 'no subnet in it', '--input', subnet_list(tmp_path / 'e.csv', text='\n'))
+    fails(tools.export, monkeypatch, capsys, 'no checkpoint of demo-012-000', '--input', path, '--dataset', 'digits',
+          '--checkpoint_path', tmp_path)
+    fails(tools.evaluate, monkeypatch, capsys, 'random weights have no accuracy', '--input', path, '--skip_weights')
+
+
+def test_missing_packages_are_one_line(tools, tmp_path, monkeypatch, capsys):
+    options = ['--input', subnet_list(tmp_path / 'in.csv', min_subnet(DEMO)), '--model_path', tmp_path / 'models']
+    said = '{} is not installed: pip install -r requirements-'
+    for package in tools.runtime.packages:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            for script in (tools.benchmark, tools.evaluate, *[tools.export] * (package in tools.runtime.exporters)):
+                fails(script, monkeypatch, capsys, said.format(package), *options)
+    assert not (tmp_path / 'models').exists()
+
+
+def test_shipped_list(tools):
+    entries = read_entries(tools.runtime.input)
+    assert {entry.supernet.superspace.name for entry in entries} == {'onnxw', 'mobilew'}
+    assert entries[0].name.startswith('onnxw_151122_023231_') and len(entries[0].name.split('_')[-1]) == 6
+
+
+def test_models_are_used_again(tools, tmp_path, monkeypatch, capsys):
+    runtime, path, models = tools.runtime, subnet_list(tmp_path / 'in.csv', min_subnet(DEMO)), tmp_path / 'models'
+    options = ['--input', path, '--model_path', models]
+    plain, int8 = (f'{ENTRY.name}{kind}.{runtime.ending}' for kind in ('', '_quant_int8'))
+
+    def as_it_was(*more):
+        assert call(tools.export, monkeypatch, '--skip_weights', *options, *more) == 0
+        return capsys.readouterr().out.count('as it was')
+    assert as_it_was() == 0
+    files = {entry: os.stat(models / entry).st_mtime_ns for entry in os.listdir(models)}
+    assert sorted(files) == [plain, int8]
+    assert as_it_was() == 2
+    assert files == {entry: os.stat(models / entry).st_mtime_ns for entry in os.listdir(models)}
+    (models / plain).write_bytes(b'half a model')
+    assert as_it_was() == 1
+    assert as_it_was('--seed', 1) == 0              # other weights
+    facts = runtime.facts(read_model(models / plain, runtime))
+    assert facts['subnet'] == str(min_subnet(DEMO)) and facts['supernet'] == str(DEMO)
+    os.remove(models / int8)
+    for _ in range(2):
+        assert call(tools.benchmark, monkeypatch, *options, '--warmup', 1, '--runs', 5) == 0
+    output = capsys.readouterr().out                # reading it empties it
+    assert all(word in output for word in ('mean', 'median', 'p5', 'p95', 'with random weights'))
+    lines = (models / 'latency.csv').read_text().split('\n')
+    assert len(lines) == 3 and lines[2] == ''
+    encoding, fp32, int8_ms, speed_up = lines[0].split(',')
+    assert parse_subnet(encoding) and float(speed_up) == pytest.approx(float(fp32) / float(int8_ms), rel=0.01)
+    assert sorted(os.listdir(models)) == sorted([*files, 'latency.csv'])
+
+
+def test_two_exports_at_once_do_not_mix(tools, tmp_path):
+    """Of other weights into one folder: both end well, and each model is whole and one of the two."""
+    models, runtime = tmp_path / 'models', tools.runtime
+    command = [sys.executable, os.path.join(ROOT, f'{runtime.ending}_tools', f'export_{runtime.ending}.py'),
+               '--skip_weights', '--input', subnet_list(tmp_path / 'in.csv', min_subnet(DEMO)), '--model_path', models]
+    runs = [subprocess.Popen([*command, '--seed', str(seed)], stdout=subprocess.DEVNULL) for seed in (0, 1)]
+    assert [run.wait() for run in runs] == [0, 0]
+    paths = sorted(models.iterdir())
+    assert len(paths) == 2
+    for path in paths:
+        facts = runtime.facts(read_model(path, runtime))
+        assert facts['weights'] in ('random weights, seed 0', 'random weights, seed 1')
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        write_model(tmp_path / 'models' / 'a.onnx', 'no bytes')
+    assert not list((tmp_path / 'models').iterdir())
+
+
+def test_a_checkpoint_of_a_supernet(tools, tmp_path, monkeypatch, capsys):
+    for file, quant in (('checkpoint.pth', False), ('lsq.pth', True)):
+        write_supernet(tmp_path / 'demo-012-000-align0' / file, str(DEMO), 10, quant)
+    options = ['--input', subnet_list(tmp_path / 'in.csv', min_subnet(DEMO)), '--model_path', tmp_path / 'models',
+               '--checkpoint_path', tmp_path, '--dataset', 'digits', '--num_calib_batches', 2, '--num_workers', 0,
+               '--quant_mode']
+    assert call(tools.export, monkeypatch, *options) == 0
+    assert 'lsq.pth)' in capsys.readouterr().out
+    assert call(tools.export, monkeypatch, *options) == 0
+    assert capsys.readouterr().out.count('as it was') == 2
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """File of a demo subnet trained on digits, then LSQ+."""
+    path = tmp_path_factory.mktemp('trained') / 'net.pth'
+    write_trained(path)
+    return path
+
+
+def test_a_trained_network_keeps_its_accuracy(tools, trained, tmp_path, monkeypatch, capsys):
+    assert call(tools.evaluate, monkeypatch, '--network', trained, '--quant_mode', '--dataset', 'digits',
+                '--num_workers', 0, '--model_path', tmp_path, '--num_calib_batches', 4, '--output',
+                tmp_path / 'eval.csv') == 0
+    assert capsys.readouterr().out.count('agreement') == 2
+    fp32, int8 = (line.split(',') for line in (tmp_path / 'eval.csv').read_text().strip().split('\n')[1:])
+    ours, theirs, agree = map(float, int8[3:6])
+    assert float(fp32[5]) == 100 and ours > 90 and abs(ours - theirs) <= 1 and agree >= 98
