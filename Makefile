@@ -14,7 +14,7 @@ test: $(VENV)/dev.done
 test-slow: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
-# one run of the benchmarks that need nothing but this repository, one thread each: docs/results.md
+# one run of the benchmarks that need nothing but this repository, one thread each
 bench: export OMP_NUM_THREADS = 1
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/space_search.py

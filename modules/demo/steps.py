@@ -74,8 +74,8 @@ class Demo:
         if self.measured:
             ours = self.platform == MEASURED or os.path.isdir(self.path('predictor', self.platform))
             check_name(self.platform, force=ours)
-        else:
-            assert self.window      # predicts subnets of all sorts
+        elif not self.window[0] > 0:            # predicts subnets of all sorts, which may fail
+            raise UserError(f'{self.platform}: predicts {self.window[0]} ms for networks of the demo')
 
     @cached_property
     def predictor(self):

@@ -80,9 +80,9 @@ class LatencyPredictor:
 
 
 class TableModel:
-    """Predictions for blocks a table lacks: a shipped platform's, scaled to the table.
+    """Predictions for blocks a table lacks: a published platform's, scaled to the table.
 
-    The shipped platform whose latencies follow the table's most closely is taken, each block type scaled by
+    The published platform whose latencies follow the table's most closely is taken, each block type scaled by
     the median ratio of the table's latencies to the platform's (all types together where there are few).
     """
 
@@ -92,12 +92,12 @@ class TableModel:
             by_type.setdefault(block.name, []).append(block)
         fits = [self._fit(LatencyPredictor(platform), table, by_type) for platform in PUBLISHED]
         if not any(fits):
-            raise LatencyError(f'{path}: no block type of it is known to a shipped platform, nothing to fit '
+            raise LatencyError(f'{path}: no block type of it is known to a published platform, nothing to fit '
                                'a fallback to')
         _, self.base, self.log_factors = min((fit for fit in fits if fit), key=lambda fit: fit[0])
 
     def predict_blocks(self, blocks):
-        """ms of Blocks. Raises LatencyError for a block type the shipped platform does not know."""
+        """ms of Blocks. Raises LatencyError for a block type that platform does not know."""
         factors = [self.log_factors.get(block.name, self.log_factors[None]) for block in blocks]
         try:
             return np.exp(factors) * self.base.predict_blocks(blocks)
