@@ -222,8 +222,8 @@ def test_sixteen_bit_and_palette_images():
     assert to_rgb(Image.open(buffer)).mode == 'RGB'
 
 
-def test_digits(capsys):
-    data = open_data('/nowhere', 'digits', image_size=SIZE)
+def test_digits(tmp_path):
+    data = open_data(str(tmp_path / 'gone'), 'digits', image_size=SIZE)
     assert data.num_classes == 10 and len(data.train) + len(data.valid) + len(data.test) == 1797
     assert len(data.test) == 359 and len(data.valid) == (1797 - 359) // 5
     images, labels = pixels(eval_loader(data.test, 100))
@@ -479,7 +479,7 @@ def damaged(tmp_path):
     (tmp_path / 'train/n00/train_000.JPEG').write_bytes(whole[:len(whole) // 2])
     (tmp_path / 'train/n01/train_001.JPEG').write_bytes(b'')
     os.remove(tmp_path / 'train/n00/train_002.JPEG')
-    os.symlink('/nowhere', tmp_path / 'train/n00/train_002.JPEG')
+    os.symlink(tmp_path / 'gone', tmp_path / 'train/n00/train_002.JPEG')
     (tmp_path / 'val/n00/val_000.JPEG').write_text('<html>not found</html>')
     buffer = io.BytesIO()
     photos(1)[0].save(buffer, 'png')
