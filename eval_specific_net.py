@@ -15,19 +15,15 @@ from modules.errors import UserError
 from modules.latency import LatencyPredictor
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_subnet, find_supernet, named_subnets, named_supernets
-from modules.training.classes import fit_classes
-from modules.training.data import open_data
-from modules.training.distributed import distributed_job
-from modules.training.subnet_report import (
+from modules.subnet_report import (
     add_evaluation_arguments,
     calibrated_network,
-    complete_scales,
     evaluate_all,
     evaluate_static,
     evaluate_subnet,
-    evaluation_images,
+    evaluation,
 )
-from modules.zoo import CHECKPOINTS, EXTREMES, find_checkpoint, load_supernet, save_network
+from modules.zoo import CHECKPOINTS, EXTREMES, find_checkpoint, save_network
 
 
 def get_args():
@@ -48,20 +44,9 @@ def main(args):
     predictor = LatencyPredictor(args.platform or supernet.superspace.platform, args.fallback, args.trust_pickles)
     latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
     path = find_checkpoint(supernet, args.quant_mode, args.checkpoint_path, name=published)
-    model = load_supernet(supernet, path, args.quant_mode)
-    data = open_data(args.dataset_path, args.dataset, args.valid_size,
-                     image_size=max(supernet.superspace.resolutions))
-    data = fit_classes(data, model.num_classes, path)
-    kind = 'int8' if args.quant_mode else 'fp32'
-    with distributed_job(args.local_rank, args.device) as job:
-        if job.is_main:
-            print(f'{args.model_name} in {kind} from {path}', flush=True)
-        model.to(job.device)
-        images = evaluation_images(data, job, args.batch_size, args.num_calib_batches, args.num_eval_images,
-                                   len(subnets), args.cache_gb, args.seed, args.num_workers)
-        complete_scales(model, list(subnets.values()), data, args.batch_size, job, args.seed)
+    with evaluation(args.model_name, supernet, path, subnets, args) as (model, subnets, images, job):
         evaluate_all(model, subnets, images, job, latencies,
-                     os.path.join(args.output_path, f'{args.model_name}_{kind}.csv'),
+                     os.path.join(args.output_path, f"{args.model_name}_{'int8' if args.quant_mode else 'fp32'}.csv"),
                      evaluate_static if args.model_name in named_subnets() else evaluate_subnet)
         if args.save_network:
             subnet, = subnets.values()

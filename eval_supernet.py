@@ -22,11 +22,8 @@ from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_supernet
 from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
-from modules.training.classes import fit_classes
-from modules.training.data import open_data
-from modules.training.distributed import distributed_job
-from modules.training.subnet_report import add_evaluation_arguments, complete_scales, evaluate_all, evaluation_images
-from modules.zoo import CHECKPOINTS, EXTREMES, choose_subnet, find_checkpoint, load_supernet
+from modules.subnet_report import add_evaluation_arguments, evaluate_all, evaluation
+from modules.zoo import CHECKPOINTS, EXTREMES, choose_subnet, find_checkpoint
 
 
 def get_args():
@@ -63,19 +60,9 @@ def print_accuracy(supernet, predictor, folder, args):
     subnets = {choice: choose_subnet(supernet, choice) for choice in args.subnet_choice or EXTREMES}
     latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
     path = find_checkpoint(supernet, args.quant_mode, args.resume, args.align_sample)
-    model = load_supernet(supernet, path, args.quant_mode)
-    data = open_data(args.dataset_path, args.dataset, args.valid_size,
-                     image_size=max(supernet.superspace.resolutions))
-    data = fit_classes(data, model.num_classes, path)
-    kind = 'int8' if args.quant_mode else 'fp32'
-    with distributed_job(args.local_rank, args.device) as job:
-        if job.is_main:
-            print(f'{supernet} in {kind} from {path}', flush=True)
-        model.to(job.device)
-        images = evaluation_images(data, job, args.batch_size, args.num_calib_batches, args.num_eval_images,
-                                   len(subnets), args.cache_gb, args.seed, args.num_workers)
-        complete_scales(model, list(subnets.values()), data, args.batch_size, job, args.seed)
-        evaluate_all(model, subnets, images, job, latencies, os.path.join(folder, f'accuracy_{kind}.csv'))
+    with evaluation(supernet, supernet, path, subnets, args) as started:
+        evaluate_all(*started, latencies,
+                     os.path.join(folder, f"accuracy_{'int8' if args.quant_mode else 'fp32'}.csv"))
 
 
 def print_breakdowns(supernet, choices, predictor):

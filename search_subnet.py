@@ -17,6 +17,7 @@ from modules.errors import UserError
 from modules.latency import LatencyPredictor
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
+from modules.subnet_report import add_evaluation_arguments, evaluation_images, open_supernet
 from modules.subnet_search import (
     BEST,
     SearchRecipe,
@@ -36,13 +37,11 @@ from modules.subnet_search import (
     search_windows,
     write_results,
 )
-from modules.training.classes import fit_classes
-from modules.training.data import calibration_batches, eval_loader, open_data
+from modules.training.data import calibration_batches, eval_loader
 from modules.training.distributed import distributed_job, share
 from modules.training.evaluate import DecodedImages
 from modules.training.parallel import default_workers
-from modules.training.subnet_report import add_evaluation_arguments, evaluation_images
-from modules.zoo import CHECKPOINTS, find_checkpoint, load_supernet
+from modules.zoo import CHECKPOINTS, find_checkpoint
 
 
 def get_args():
@@ -81,9 +80,7 @@ def main(args):
     windows = [Window(c - args.latency_delta, c) for c in sorted(set(args.latency_constraint))]
     starts = {window: initial_population(space, window, recipe.population_size,
                                          random.Random(f'{args.seed} start {window}')) for window in windows}
-    model = load_supernet(supernet, path, args.quant_mode)
-    data = open_data(args.dataset_path, args.dataset, args.valid_size, image_size=max(supernet.superspace.resolutions))
-    data = fit_classes(data, model.num_classes, path)
+    model, data = open_supernet(supernet, path, args)
     if not len(data.valid):
         raise UserError(f'--valid_size {args.valid_size}: no held-out images to search with')
     note_trained_images(path, len(data.valid))

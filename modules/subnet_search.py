@@ -21,6 +21,7 @@ from .modeling.ops.lsq_plus import local_initialisation, quantised_ops
 from .pictures import new_figure, save_figure
 from .search_space import sampling
 from .search_space.encoding import Subnet, parse_subnet, subnet_config
+from .subnet_report import calibrated_network
 from .training.calibrate import calibrate, initialize_all_scales
 from .training.checkpoint import load_checkpoint
 from .training.data import calibration_batches, seed_of
@@ -28,7 +29,6 @@ from .training.distributed import broadcast, share, sum_over_ranks
 from .training.evaluate import accuracy, images_of, kept_subnet
 from .training.log import note, progress
 from .training.parallel import thread_map
-from .training.subnet_report import calibrated_network
 
 COLUMNS = ('top1', 'top5', 'loss')          # scores: percent, percent, mean cross-entropy
 DRAWS, STEPS = 8, 400                       # a member: the nearest of 8 random subnets, walked into the window

@@ -19,7 +19,7 @@ from .conftest import ROOT
 from .launching import family
 
 FLAGS = ('--quick', '--platform', 'onnx_lut', '--dataset', 'digits')
-KILLS, LONGEST = 20, 9                  # seconds between a start and a kill, at most
+KILLS, LONGEST = 20, 30                 # seconds between a start and a kill, at most
 
 
 def _start(folder, **options):

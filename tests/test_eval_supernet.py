@@ -13,11 +13,11 @@ from modules.latency import LatencyPredictor
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_subnet, named_subnets
 from modules.search_space.sampling import max_subnet, sample_subnet
+from modules.subnet_report import evaluate_static, evaluation_images
 from modules.training.checkpoint import load_checkpoint
 from modules.training.data import open_data
 from modules.training.distributed import Job
 from modules.training.evaluate import evaluate_subnet
-from modules.training.subnet_report import evaluate_static, evaluation_images
 
 from .checkpoints import call, fails, random_supernet, write_supernet
 from .conftest import ROOT

@@ -12,13 +12,13 @@ from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
 from ..modeling.ops.op import resize
 from ..optional import need
 from ..search_space.encoding import parse_subnet, parse_supernet
+from ..subnet_report import calibrated_network, complete_scales
 from ..training.calibrate import calibrate
 from ..training.checkpoint import load_checkpoint
 from ..training.classes import fit_classes
 from ..training.data import add_data_arguments, calibration_batches, eval_loader, open_data, seed_of
 from ..training.distributed import Job
 from ..training.evaluate import DecodedImages, images_of
-from ..training.subnet_report import calibrated_network, complete_scales
 from ..zoo import CHECKPOINTS, find_checkpoint, load_network, load_supernet
 from .measure import compare, describe
 from .runtimes import ONNX

@@ -1,16 +1,18 @@
-"""What eval_supernet.py and eval_specific_net.py share: images for several subnets, and their table."""
+"""Accuracy of subnets of a trained supernet: what eval_supernet.py, eval_specific_net.py and search_subnet.py share."""
 import contextlib
 import itertools
 
-from ..cli import SEED, positive
-from ..files import write_csv
-from ..modeling.complexity import config_complexity
-from ..modeling.ops.lsq_plus import quantised_ops
-from .calibrate import calibrate, initialize_all_scales, kept_statistics
-from .data import add_data_arguments, calibration_batches, eval_loader
-from .distributed import add_distributed_arguments
-from .evaluate import DecodedImages, accuracy, evaluate_subnet, images_of, kept_subnet
-from .log import note, progress
+from .cli import SEED, positive
+from .files import write_csv
+from .modeling.complexity import config_complexity
+from .modeling.ops.lsq_plus import quantised_ops
+from .training.calibrate import calibrate, initialize_all_scales, kept_statistics
+from .training.classes import fit_classes
+from .training.data import add_data_arguments, calibration_batches, eval_loader, open_data
+from .training.distributed import add_distributed_arguments, distributed_job
+from .training.evaluate import DecodedImages, accuracy, evaluate_subnet, images_of, kept_subnet
+from .training.log import note, progress
+from .zoo import load_supernet
 
 COLUMNS = ('subnet', 'top1', 'top5', 'loss', 'MFLOPs', 'Mparams', 'ms')
 
@@ -75,6 +77,28 @@ def complete_scales(supernet, subnets, data, batch_size, job, seed=0):
             again = itertools.cycle(subnets)
             initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet,
                                   lambda: supernet.set_active_subnet(next(again)), patience=len(subnets))
+
+
+def open_supernet(supernet, path, args):
+    """(supernet model with the weights at `path`, Data of as many classes at its largest resolution)."""
+    model = load_supernet(supernet, path, args.quant_mode)
+    data = open_data(args.dataset_path, args.dataset, args.valid_size, image_size=max(supernet.superspace.resolutions))
+    return model, fit_classes(data, model.num_classes, path)
+
+
+@contextlib.contextmanager
+def evaluation(title, supernet, path, subnets, args):
+    """Yields what evaluate_all() starts with, (model, {name: Subnet}, images, job); args: of a script with
+    add_evaluation_arguments()."""
+    model, data = open_supernet(supernet, path, args)
+    with distributed_job(args.local_rank, args.device) as job:
+        if job.is_main:
+            print(f"{title} in {'int8' if args.quant_mode else 'fp32'} from {path}", flush=True)
+        model.to(job.device)
+        images = evaluation_images(data, job, args.batch_size, args.num_calib_batches, args.num_eval_images,
+                                   len(subnets), args.cache_gb, args.seed, args.num_workers)
+        complete_scales(model, list(subnets.values()), data, args.batch_size, job, args.seed)
+        yield model, subnets, images, job
 
 
 def calibrated_network(supernet, subnet, calibration, job):
