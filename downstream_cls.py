@@ -21,9 +21,10 @@ from modules.search_space.named import find_subnet, find_supernet
 from modules.search_space.superspace import SUPERSPACES
 from modules.training.data import add_data_arguments, open_data, seed_of
 from modules.training.distributed import add_distributed_arguments, distributed_job
-from modules.training.downstream import DownstreamRecipe, find_recipe, finetune, plain
+from modules.training.downstream import DownstreamRecipe, find_recipe, finetune
 from modules.training.evaluate import Accuracy
 from modules.training.log import note
+from modules.training.sources import plain_name
 from modules.zoo import CHECKPOINTS, EXTREMES, build_network, checkpoint_name, choose_subnet, find_checkpoint
 
 
@@ -53,8 +54,8 @@ def get_args():
     p.add_argument('--num_calib_batches', type=positive(int), default=20, help='of batch-norm calibration at first')
     p.add_argument('--eval_freq', type=positive(int), default=10, help='epochs between evaluations')
     p.add_argument('--checkpoint_freq', type=positive(int), default=200, help='steps between checkpoints')
-    p.add_argument('--max_steps', type=positive(int), default=0, help='steps of an epoch, for short runs; 0: all')
-    p.add_argument('--num_eval_images', type=positive(int), default=0, help='for short runs; 0: all')
+    p.add_argument('--max_steps', type=positive(int), help='steps of an epoch, for short runs; default: all')
+    p.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all')
     p.add_argument('--resume', action='store_true', help='go on from the checkpoint in output_path, if there is one')
     p.add_argument('--seed', type=SEED, default=0, help='of the new head, dropout, order and augmentation')
     add_data_arguments(p)
@@ -71,7 +72,7 @@ def main(args):
                               args.num_calib_batches, args.eval_freq, args.checkpoint_freq, args.max_steps,
                               args.num_eval_images, args.seed)
     quant = not args.fp32
-    folder = os.path.join(args.output_path, folder_name(args.subnet_name, supernet, subnet), plain(args.dataset))
+    folder = os.path.join(args.output_path, folder_name(args.subnet_name, supernet, subnet), plain_name(args.dataset))
     path = os.path.join(folder, checkpoint_name(quant))
     start, origin = None, 'random weights'
     if args.resume and os.path.isfile(path):
@@ -84,7 +85,7 @@ def main(args):
     network.reset_classifier(data.num_classes)          # a new head, even for as many classes
     network.drop_rate = args.drop_rate
     identity = {'subnet_name': args.subnet_name, 'supernet': str(supernet), 'subnet': str(subnet),
-                'num_classes': data.num_classes, 'quant_mode': quant, 'dataset': plain(args.dataset),
+                'num_classes': data.num_classes, 'quant_mode': quant, 'dataset': plain_name(args.dataset),
                 'augment': args.augment, 'drop_rate': args.drop_rate, 'from_scratch': args.from_scratch}
     with distributed_job(args.local_rank, args.device) as job:
         note(f'{args.subnet_name} in {"int8" if quant else "fp32"} from {origin}: learning rate {learning_rate:g}, '

@@ -14,7 +14,7 @@ from modules.block_kd.lut_builder import build_luts
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import select_blocks
 from modules.cli import SEED, not_negative, parser, positive, run
-from modules.latency import LatencyPredictor
+from modules.latency import add_platform_arguments, open_predictor
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from modules.training.distributed import add_distributed_arguments, distributed_job
@@ -25,9 +25,7 @@ from modules.training.parallel import default_workers
 def get_args():
     p = parser(__doc__)
     p.add_argument('--superspace', required=True, choices=sorted(SUPERSPACES), help='hyperspace')
-    p.add_argument('--platform', help="latency platform, or a block table *.json; default: the superspace's")
-    p.add_argument('--fallback', action='store_true', help='predict the blocks that a block table lacks')
-    p.add_argument('--trust_pickles', action='store_true', help="open nn-Meter's pickles, which are code")
+    add_platform_arguments(p)
     p.add_argument('--output_path', default='./checkpoints/block_kd/lut', help='folder of <superspace>/*.csv')
     p.add_argument('--checkpoint_path', default='./checkpoints/block_kd', help='folder of <superspace>/<block>/lsq.pth')
     p.add_argument('--teacher_arch', default='efficientnet-b5', help='efficientnet-b0..b7, -lite0..lite4')
@@ -67,7 +65,7 @@ def main(args):
         space = get_superspace(args.superspace)
         blocks = select_blocks(space, args.stage_list or space.searchable_stages)
         hw_list = check_resolutions(args.hw_list or space.kd_resolutions, space)
-        predictor = LatencyPredictor(args.platform or space.platform, args.fallback, args.trust_pickles)
+        predictor = open_predictor(args, space)
         teacher = build_teacher(args.teacher_arch, quant=True, checkpoint=args.teacher_checkpoint_path)
         teacher.check_fits(space)
         data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, max(hw_list),

@@ -16,7 +16,7 @@ from tqdm import trange
 
 from modules.cli import is_main_process, parser, positive, run
 from modules.files import write_text
-from modules.latency import LatencyPredictor
+from modules.latency import open_predictor
 from modules.latency.report import breakdown, draw_cdf, percentiles
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_supernet
@@ -43,7 +43,7 @@ def get_args():
 
 def main(args):
     supernet = find_supernet(args.supernet_choice, args.superspace)
-    predictor = LatencyPredictor(args.platform or supernet.superspace.platform, args.fallback, args.trust_pickles)
+    predictor = open_predictor(args, supernet.superspace)
     folder = os.path.join(args.output_path, str(supernet))
     if args.mode == 'acc':
         print_accuracy(supernet, predictor, folder, args)

@@ -21,7 +21,7 @@ from modules.modeling.ops.lsq_plus import set_quant_mode
 from modules.training.checkpoint import load_weights, restore, save_checkpoint
 from modules.training.data import add_data_arguments, eval_loader, open_data, train_loader
 from modules.training.distributed import add_distributed_arguments, average, average_gradients, distributed_job
-from modules.training.log import progress
+from modules.training.log import note, progress
 from modules.training.optim import cosine, parameter_groups, set_learning_rate
 
 
@@ -52,7 +52,8 @@ def main(args):
         path = default_checkpoint(args.teacher_arch, args.output_path)
         unfinished = os.path.join(os.path.dirname(path), 'unfinished.pth')
         if args.resume and os.path.isfile(path) and not os.path.isfile(unfinished):
-            raise UserError(f'{path}: finished, nothing to resume')
+            note(f'{path}: already fine-tuned')
+            return
         original = build_teacher(args.teacher_arch, weights=args.weights).to(job.device)
         data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, args.image_size,
                          labelled=not args.from_teacher, seed=args.seed, normalize=original.normalize)

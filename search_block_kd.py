@@ -28,6 +28,7 @@ from modules.block_kd.searcher import (
     write_table,
 )
 from modules.evolution import History
+from modules.latency import add_platform_arguments
 from modules.search_space.encoding import parse_supernet
 from modules.search_space.named import find_supernet
 from modules.training.log import spare_tensorflow
@@ -40,9 +41,7 @@ def get_args():
     parser.add_argument('--superspace', required=True, help='mobilew, onnxw, …')
     parser.add_argument('--latency_constraint', type=cli.positive(float), nargs='+', required=True,
                         help='latency constraints in ms; the scores under several add up')
-    parser.add_argument('--platform', help="latency platform of the unsearched stages (default: the superspace's)")
-    parser.add_argument('--fallback', action='store_true', help='predict the blocks that a block table lacks')
-    parser.add_argument('--trust_pickles', action='store_true', help="open nn-Meter's pickles, which are code")
+    add_platform_arguments(parser)
     parser.add_argument('--latency_loss_t', type=cli.positive(float), default=0.1, help='t of max(1, (t/p)^a)')
     parser.add_argument('--latency_loss_a', type=cli.positive(float), default=0.01, help='a of max(1, (t/p)^a)')
     parser.add_argument('--lut_path', default=os.path.join(ROOT, 'data', 'block_lut'),

@@ -14,7 +14,7 @@ import random
 
 from modules.cli import parser, positive, run, within
 from modules.errors import UserError
-from modules.latency import LatencyPredictor
+from modules.latency import open_predictor
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
 from modules.subnet_report import add_evaluation_arguments, evaluation_images, open_supernet
@@ -73,7 +73,7 @@ def get_args():
 
 def main(args):
     supernet = find_supernet(args.supernet_choice, args.superspace)
-    predictor = LatencyPredictor(args.platform or supernet.superspace.platform, args.fallback, args.trust_pickles)
+    predictor = open_predictor(args, supernet.superspace)
     path = find_checkpoint(supernet, args.quant_mode, args.checkpoint_path, args.align_sample)
     space = SubnetSpace(supernet, predictor, args.arch_mutate_prob, args.resolution_mutate_prob, args.align_sample)
     recipe = SearchRecipe(args.population_size, args.num_rounds, args.num_mutations, args.num_crossovers)

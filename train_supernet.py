@@ -57,6 +57,8 @@ def main(args):
                      max(supernet.superspace.resolutions), seed=recipe.seed)
     folder = checkpoint_folder(args.output_path, supernet, args.align_sample)
     with distributed_job(args.local_rank, args.device) as job:
+        if args.amp and job.device.type != 'cuda':
+            note('--amp: only on GPUs; this run computes in float32')
         if args.compile and not args.quant_mode:
             note('--compile speeds up --quant_mode only')
         elif args.compile:

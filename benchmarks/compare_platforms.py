@@ -17,11 +17,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 from scipy.stats import spearmanr
 
-from modules.cli import parser, positive, run
+from modules.cli import SEED, parser, positive, run
 from modules.files import write_text
 from modules.latency import LatencyPredictor
-from modules.latency.candidates import random_network
-from modules.latency.fitting import read_blocks, space_blocks
+from modules.latency.candidates import random_network, space_blocks
+from modules.latency.fitting import read_blocks
 from modules.pictures import new_figure, save_figure
 
 
@@ -31,7 +31,7 @@ def get_args():
     p.add_argument('--superspace', default='onnxw', help='hyperspace')
     p.add_argument('--published', metavar='FILE', help='gzipped block table of measurements')
     p.add_argument('--subnets', type=positive(int), default=1000, help='random subnets')
-    p.add_argument('--seed', type=int, default=0, help='of the subnets')
+    p.add_argument('--seed', type=SEED, default=0, help='of the subnets')
     p.add_argument('--output', default=os.path.join('checkpoints', 'benchmarks', 'compare_platforms'),
                    help='path of the results without ending')
     return p.parse_args()

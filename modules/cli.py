@@ -9,7 +9,10 @@ from .errors import UserError
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it is written, and every default."""
+    """The script's docstring as it is written, and every default but None, which the help texts explain."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parser(docstring):

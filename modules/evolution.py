@@ -7,18 +7,19 @@ import csv
 import json
 import math
 import os
+import sys
 from collections import deque
 
 from .errors import UserError
-from .files import write_text
+from .files import set_aside, write_text
 
 
 class History:
     """Scores by encoding, appended to `<folder>/history.csv` as they come; settings beside it in settings.json.
 
     columns: names of the numbers of an entry. settings: what decides the scores (JSON values); with `resume` they
-    must be those the history was made with, else UserError. Without `resume` an old history is replaced. check: a
-    function that raises UserError for an encoding which cannot be one of this search.
+    must be those the history was made with, else UserError. Without `resume` an old history is kept as
+    history_old.csv. check: a function that raises UserError for an encoding which cannot be one of this search.
     """
 
     def __init__(self, folder, columns, settings, resume=False, check=None):
@@ -29,8 +30,10 @@ class History:
         if resume and os.path.exists(self.path):
             self._check_settings(settings_path, settings)
             size = self._read(check)
-        elif os.path.exists(self.path):
-            os.remove(self.path)
+        else:
+            old = set_aside(self.path)
+            if old:
+                print(f'without --resume the search starts anew; the scores so far are kept as {old}', file=sys.stderr)
         os.makedirs(folder, exist_ok=True)
         write_text(settings_path, json.dumps(settings, indent=1) + '\n')
         self.file = open(self.path, 'a', newline='')

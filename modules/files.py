@@ -4,7 +4,9 @@ import csv
 import io
 import os
 import re
+import shutil
 import socket
+import tempfile
 import time
 
 _ABANDONED = 24 * 3600      # seconds without a write after which no writer is thought to live
@@ -62,6 +64,32 @@ def _lives(pid):
     except (OSError, OverflowError):                # another user's
         pass
     return True
+
+
+def set_aside(path):
+    """Rename a file that begins anew from x.csv to x_old.csv, which is replaced; its new path, None where it is not."""
+    if not os.path.exists(path):
+        return None
+    root, ending = os.path.splitext(path)
+    os.replace(path, f'{root}_old{ending}')
+    return f'{root}_old{ending}'
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """A temporary folder that takes the place of `folder` when the block ends well; nothing is left of it else."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=f'.{name}-', dir=parent)
+    try:
+        os.chmod(temporary, 0o755)
+        yield temporary
+        if os.path.isdir(folder):
+            os.rename(folder, temporary + '-old')
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary + '-old', ignore_errors=True)
 
 
 def write_text(path, text):

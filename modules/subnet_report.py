@@ -4,6 +4,7 @@ import itertools
 
 from .cli import SEED, positive
 from .files import write_csv
+from .latency import add_platform_arguments
 from .modeling.complexity import config_complexity
 from .modeling.ops.lsq_plus import quantised_ops
 from .training.calibrate import calibrate, initialize_all_scales, kept_statistics
@@ -26,9 +27,7 @@ def add_evaluation_arguments(parser):
     parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
     parser.add_argument('--cache_gb', type=positive(float), default=8.0,
                         help='GiB a rank for test images that several subnets share; above it they are decoded anew')
-    parser.add_argument('--platform', help="latency platform, or a block table *.json; default: the superspace's")
-    parser.add_argument('--fallback', action='store_true', help='predict the blocks that a block table lacks')
-    parser.add_argument('--trust_pickles', action='store_true', help="open nn-Meter's pickles, which are code")
+    add_platform_arguments(parser)
     parser.add_argument('--seed', type=SEED, default=0, help='of the calibration images')
     add_data_arguments(parser)
     add_distributed_arguments(parser)

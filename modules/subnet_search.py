@@ -33,8 +33,9 @@ from .training.parallel import thread_map
 COLUMNS = ('top1', 'top5', 'loss')          # scores: percent, percent, mean cross-entropy
 DRAWS, STEPS = 8, 400                       # a member: the nearest of 8 random subnets, walked into the window
 STRENGTHS = (1.0, 0.3, 0.1)                 # of a walk's mutations: far leaps, and steps small enough to arrive
-PATIENCE, ROUND_PATIENCE = 100, 20          # vain walks before a window, or a round, is given up,
-EMPTY_PATIENCE = 30                         # and before a window in which nothing was found
+PATIENCE = 100                              # walks in a row without a new member after which a window is given up,
+EMPTY_PATIENCE = 30                         # the same where it has no member yet,
+ROUND_PATIENCE = 20                         # and a round of the search
 BEST = 10
 
 
@@ -190,12 +191,6 @@ class SharedHistory:
     """Scores by encoding, the same on every rank; the first rank keeps them in `folder` (evolution.History)."""
 
     def __init__(self, folder, settings, job, resume=False):
-        path = os.path.join(folder, 'history.csv')
-        if job.is_main and not resume and os.path.exists(path):
-            old = os.path.join(folder, 'history_old.csv')
-            os.replace(path, old)
-            note(f'without --resume the search starts anew; the scores so far are kept as {old}')
-
         def check(encoding):
             parse_subnet(encoding, settings['supernet'])
         self.history = History(folder, COLUMNS, settings, resume, check) if job.is_main else None

@@ -15,26 +15,20 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import torch
-
-from modules.cli import parser, positive, run, within
+from modules.cli import parser, run
 from modules.deploy.ort_device import OrtDevice
-from modules.latency.jobs import add_build_arguments, build, pin
+from modules.latency.jobs import add_build_arguments, add_host_arguments, build, run_on_one_core
 
 
 def get_args():
     p = parser(__doc__)
     add_build_arguments(p)
-    p.add_argument('--core', type=within(int, 0, 4095), help='core to run on; default: the last one')
-    p.add_argument('--threads', type=positive(int), default=1,
-                   help='of ONNX Runtime; with more than one the process is not pinned')
+    add_host_arguments(p, 'ONNX Runtime')
     return p.parse_args()
 
 
 def main(args):
-    if args.threads == 1:
-        torch.set_num_threads(1)
-        pin(args.core)
+    run_on_one_core(args)
     build(args, lambda: OrtDevice(args.threads))
 
 

@@ -11,14 +11,21 @@ import numpy as np
 import pytest
 
 from modules.errors import UserError
+from modules.files import new_folder
 from modules.latency import LatencyPredictor, builder, jobs, tables
 from modules.latency.builder import AGAIN, FIT, HELD_OUT, NETWORK, TEST, Platform, measure, rows_of, weights_mb
-from modules.latency.candidates import Candidates, named_networks, random_network, region, smallest_network
+from modules.latency.candidates import (
+    Candidates,
+    named_networks,
+    random_network,
+    region,
+    smallest_network,
+    space_blocks,
+)
 from modules.latency.exchange import import_table, platform_table
-from modules.latency.fitting import space_blocks
 from modules.latency.kernel_model import Block, kernel_work, kernels_of
 from modules.latency.profiling import Profile, Turns, take_turns
-from modules.latency.validation import Errors, check_name, new_folder, pairs_of, spearman
+from modules.latency.validation import Errors, check_name, pairs_of, spearman
 
 from .conftest import ROOT
 

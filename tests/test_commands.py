@@ -16,7 +16,7 @@ import torch
 
 from modules.block_kd.teacher import build_teacher
 from modules.latency import LatencyPredictor
-from modules.latency.fitting import space_blocks
+from modules.latency.candidates import space_blocks
 from modules.latency.tables import write_table
 from modules.modeling import layout
 from modules.search_space import superspace

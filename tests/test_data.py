@@ -207,12 +207,6 @@ def test_unlabelled_pictures(tmp_path):
     assert len(list(eval_loader(data.valid, 4))) == 1 and len(train_loader(data.train, 2, epoch=0)) == 3
 
 
-def test_repeat_makes_more_crops(folders):
-    data = load(folders, repeat=3)
-    assert len(data.train) == 96 and len(data.valid) == 8
-    assert names(data.train)[0] == names(data.train)[32] and not torch.equal(data.train[0][0], data.train[32][0])
-
-
 def test_sixteen_bit_and_palette_images():
     grey = np.asarray(CHINA.convert('L'))
     deep = Image.fromarray(grey.astype(np.uint16) * 257)

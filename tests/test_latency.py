@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from modules.latency import LatencyError, LatencyPredictor, fitting, tables
+from modules.latency.candidates import space_blocks
 from modules.latency.kernel_model import Block, KernelModel, kernels_of
 from modules.latency.kernels import Kernel
 from modules.latency.predictor import PUBLISHED
@@ -41,7 +42,7 @@ def test_the_default_platform_of_every_space_is_shipped():
 
 @pytest.mark.parametrize('space', sorted(SUPERSPACES))
 def test_every_block_of_a_space_is_predicted(space):
-    blocks = fitting.space_blocks(space)
+    blocks = space_blocks(space)
     stem_and_head = {'FirstConvBlock', 'FinalExpandBlock', 'FeatureMixBlock', 'LogitsBlock'}
     assert {b.name for b in blocks} >= stem_and_head
     platform = SUPERSPACES[space].platform
@@ -187,7 +188,7 @@ def test_every_published_key_round_trips():
 def table(tmp_path):
     """A table of a host that is 3 times slower than the shipped one: every third block of the onnx space."""
     predictor = LatencyPredictor(VNNI)
-    blocks = fitting.space_blocks('onnx')[::3]
+    blocks = space_blocks('onnx')[::3]
     path = tmp_path / 'my_host.json'
     tables.write_table(path, dict(zip(blocks, (3 * ms for ms in predictor.predict_blocks(blocks)))))
     return path, blocks
@@ -211,7 +212,7 @@ def test_a_missing_key_is_named(table):
 def test_the_fallback_is_fitted_to_the_table(table):
     path, blocks = table
     predictor, shipped = LatencyPredictor(path, fallback=True), LatencyPredictor(VNNI)
-    rest = [block for block in fitting.space_blocks('onnxw')[::100] if block not in set(blocks)]
+    rest = [block for block in space_blocks('onnxw')[::100] if block not in set(blocks)]
     ratio = np.array(predictor.predict_blocks(rest)) / shipped.predict_blocks(rest)
     assert np.allclose(ratio, 3, rtol=0.02)
     assert all(type(ms) is float for ms in predictor.predict_blocks(rest + blocks[:3]))

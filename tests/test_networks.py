@@ -13,7 +13,6 @@ import torch
 
 from modules.block_kd.student import StudentStage
 from modules.errors import UserError
-from modules.modeling.blocks import zero_last_gamma
 from modules.modeling.dynamic_blocks import DynamicBlock
 from modules.modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
 from modules.modeling.supernet import Supernet
@@ -194,7 +193,7 @@ def test_cumulative_batch_norm_statistics_are_the_mean_over_batches():
 
 def test_zero_last_gamma_only_where_the_shortcut_is_always_there():
     supernet = Supernet.build_from_str('mobilew-601234-100000')
-    zero_last_gamma(supernet)
+    supernet.initialize_weights(zero_last_gamma=True)
     assert (supernet.stages['stage1'].blocks[0].point_conv2.norm.weight == 0).all()
     assert (supernet.stages['stage2'].blocks[0].point_conv2.norm.weight == 0).all()
     assert (supernet.stages['stage2'].blocks[0].downsample.norm.weight == 1).all()

@@ -424,8 +424,10 @@ def test_killed_and_resumed_gives_the_weights_of_an_unbroken_run(weights, monkey
     original = load_checkpoint(weights / 'weights.pth')['state_dict']
     assert not torch.equal(states[0]['conv_stem.weight'], original['conv_stem.weight'])
     assert build_teacher(LITE0, quant=True, checkpoint=default_checkpoint(LITE0, weights / 'whole'))
-    with pytest.raises(UserError, match='finished, nothing to resume'):
-        _run(monkeypatch, [*argv, '--resume'])
+    written = os.path.getmtime(default_checkpoint(LITE0, weights / 'killed'))
+    _run(monkeypatch, [*argv, '--resume'])
+    assert 'already fine-tuned' in capsys.readouterr().err
+    assert os.path.getmtime(default_checkpoint(LITE0, weights / 'killed')) == written
 
 
 def test_labels_that_do_not_fit_the_head_and_a_loss_that_is_not_finite(weights, lite0, monkeypatch):

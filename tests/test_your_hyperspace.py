@@ -13,7 +13,7 @@ import eval_supernet
 from modules.block_kd.student import StudentStage
 from modules.errors import UserError
 from modules.latency import LatencyPredictor
-from modules.latency.fitting import space_blocks
+from modules.latency.candidates import space_blocks
 from modules.latency.kernel_model import LatencyError
 from modules.latency.tables import write_table
 from modules.modeling import layout

@@ -13,12 +13,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import torch
-
-from modules.cli import parser, positive, run, within
+from modules.cli import parser, run
 from modules.deploy.adb import add_phone_arguments, phone_of
 from modules.deploy.tflite_device import LiteRtDevice, PhoneDevice
-from modules.latency.jobs import add_build_arguments, build, pin
+from modules.latency.jobs import add_build_arguments, add_host_arguments, build, run_on_one_core
 from modules.latency.profiling import Turns
 
 PHONE_TURNS = Turns(rounds=3, warmup=0, runs=20)
@@ -27,8 +25,7 @@ PHONE_TURNS = Turns(rounds=3, warmup=0, runs=20)
 def get_args():
     p = parser(__doc__)
     add_build_arguments(p)
-    p.add_argument('--threads', type=positive(int), default=1, help='of TFLite')
-    p.add_argument('--core', type=within(int, 0, 4095), help='core of this machine to run on; default: the last one')
+    add_host_arguments(p, 'TFLite')
     add_phone_arguments(p)
     p.add_argument('--phone', default='a phone', metavar='NAME', help='what the report calls it')
     return p.parse_args()
@@ -39,9 +36,7 @@ def main(args):
     if phone is not None:
         build(args, lambda: PhoneDevice(phone, args.phone), PHONE_TURNS)
         return
-    if args.threads == 1:
-        torch.set_num_threads(1)
-        pin(args.core)
+    run_on_one_core(args)
     build(args, lambda: LiteRtDevice(args.threads))
 
 

@@ -12,13 +12,12 @@ draws have. Seeded: the same rows every time. About 10 minutes on 2 cores; needs
 import math
 import os
 import random
-import shutil
-import tempfile
 
 import numpy as np
 
 from .. import ROOT, cli
 from ..errors import UserError
+from ..files import new_folder
 from ..latency import LatencyPredictor
 from ..modeling.complexity import config_complexity
 from ..search_space.encoding import format_sub_stage, parse_block_id, parse_sub_stage, stage_config
@@ -149,22 +148,11 @@ def make_luts(reference, output, superspaces, count=1000, seed=0):
         published = read_luts(reference, space)
         predictor = LatencyPredictor(space.platform)
         models = fit_models(published, space)
-        os.makedirs(output, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f'.{space.name}.', dir=output)
-        os.chmod(folder, 0o755)
-        try:
+        target = os.path.join(output, space.name)
+        with new_folder(target) as folder:
             for lut_id in space.lut_ids():
                 rows = make_rows(space, lut_id, models[lut_id.rpartition('_')[0]], predictor, count, seed)
                 write_block_lut(os.path.join(folder, f'{lut_id}.csv.gz'), rows)
-            target = os.path.join(output, space.name)
-            old = f'{target}.old'
-            shutil.rmtree(old, ignore_errors=True)
-            if os.path.isdir(target):
-                os.rename(target, old)
-            os.rename(folder, target)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         print(f'{target}: {len(space.lut_ids())} files of {count} rows')
 
 

@@ -4,7 +4,6 @@ All blocks of a stage learn from one teacher pass. Everything random in a step i
 by (seed, block, epoch, step), so that a resumed run and any number of ranks take the very same steps.
 """
 import contextlib
-import copy
 import math
 import os
 import random
@@ -19,13 +18,14 @@ from ..search_space.encoding import EncodingError, parse_block_id
 from ..search_space.macro_arch import SEARCHABLE_STAGES
 from ..search_space.superspace import get_superspace
 from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
-from ..training.checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
-from ..training.data import calibration_batches, eval_loader, train_loader
+from ..training.checkpoint import load_checkpoint, load_weights
+from ..training.data import calibration_batches, eval_loader
 from ..training.distributed import average, average_gradients, broadcast
 from ..training.log import curves, progress
 from ..training.losses import nsr_loss
 from ..training.memory import keep_freed_memory
 from ..training.optim import cosine, parameter_groups, set_learning_rate
+from ..training.resumable import ResumableRun, epoch_batches, steps_per_epoch
 from .student import StudentStage
 
 SUB_STAGES = ('max', 'min', 'random')
@@ -56,19 +56,16 @@ class Recipe:
     workers: int = 0
 
 
-@dataclass
-class Trainee:
-    """One block in training; `step` counts the optimiser steps taken."""
+@dataclass(kw_only=True)
+class Trainee(ResumableRun):
+    """One block in training."""
     block_id: str
     student: StudentStage
-    path: str
     learning_rate: float
-    optimizer: torch.optim.Optimizer = None
-    settings: dict = field(default_factory=dict)
-    step: int = 0
-    done: bool = False
     losses: dict = field(default_factory=dict)      # of the last step, plain numbers once it is over
-    unproven: dict = None                   # a checkpoint that is written once the next loss is a good one
+
+    def content(self):
+        return {'superspace': self.student.superspace.name, 'model': self.student.state_dict()}
 
 
 def select_blocks(superspace, stage_list):
@@ -148,7 +145,7 @@ def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resu
     for block in block_ids:
         if recipe.quant and not recipe.from_scratch:
             require_checkpoint(folder, block, quant=False)
-    steps = _steps_per_epoch(data, recipe, job)
+    steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
     for stage, blocks in by_stage(block_ids).items():
         trainees = [_trainee(superspace, block, teacher, folder, recipe, job, resume, steps, len(data.train))
                     for block in blocks]
@@ -168,7 +165,7 @@ def _finish(stage, trainees, teacher, data, recipe, job):
     for trainee in trainees:
         _check_losses(trainee, results[trainee.block_id], trainee.step)
         trainee.done = True
-        _write(trainee, _state(trainee), job)
+        trainee.save(job)
     return results
 
 
@@ -182,11 +179,6 @@ def independent_ranks(independent):
     """Inside, ranks train different blocks: nothing is synchronised between them."""
     with local_initialisation() if independent else contextlib.nullcontext():
         yield
-
-
-def _steps_per_epoch(data, recipe, job):
-    steps = len(train_loader(data.train, recipe.batch_size, 0, recipe.seed, job.rank, job.world_size))
-    return min(steps, recipe.max_steps or steps)
 
 
 def _settings(recipe, learning_rate, steps, num_images, teacher, job):
@@ -215,13 +207,11 @@ def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps, 
     student.to(memory_format=_memory(recipe))
     broadcast(student, job)
     learning_rate = recipe.learning_rates[SEARCHABLE_STAGES.index(block_id.split('_')[0])]
-    trainee = Trainee(block_id, student, path, learning_rate,
+    trainee = Trainee(path=path, block_id=block_id, student=student, learning_rate=learning_rate,
+                      optimizer=torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate),
                       settings=_settings(recipe, learning_rate, steps, num_images, teacher, job))
-    trainee.optimizer = torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate)
     if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
-        found = restore(path, {'done': False, **resumed}, trainee.settings, trainee.optimizer,
-                        {'step': int, 'done': bool}, steps * recipe.epochs)
-        trainee.step, trainee.done = found['step'], found['done']
+        trainee.resume({'done': False, **resumed}, steps * recipe.epochs)
     return trainee
 
 
@@ -229,20 +219,17 @@ def _train_stage(stage, trainees, teacher, data, recipe, job, steps):
     total = steps * recipe.epochs
     first = min((t.step for t in trainees if not t.done), default=total)
     folder = os.path.dirname(os.path.dirname(trainees[0].path))
-    writer = curves(os.path.join(folder, 'tensorboard'), first, job.is_main)
-    bar = progress(total, f'{stage} {"lsq" if recipe.quant else "fp32"}', first, job.is_main)
+    kind = 'lsq' if recipe.quant else 'fp32'
+    writer = curves(os.path.join(folder, 'tensorboard', kind, stage), first, job.is_main)
+    bar = progress(total, f'{stage} {kind}', first, job.is_main)
     with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
         _take_steps(stage, trainees, teacher, data, recipe, job, steps, first, bar, writer)
 
 
 def _take_steps(stage, trainees, teacher, data, recipe, job, steps, first, bar, writer):
     for epoch in range(first // steps, recipe.epochs):
-        start = max(0, first - epoch * steps)
-        loader = train_loader(data.train, recipe.batch_size, epoch, recipe.seed, job.rank, job.world_size,
-                              recipe.workers, start)
-        for step, (images, _) in enumerate(loader, epoch * steps + start):
-            if step >= (epoch + 1) * steps:
-                break
+        for step, images, _ in epoch_batches(data, recipe.batch_size, recipe.seed, job, recipe.workers, epoch, steps,
+                                             first):
             active = [t for t in trainees if t.step == step and not t.done]
             _step(stage, active, images, teacher, recipe, epoch, step, steps * recipe.epochs, job)
             bar.update()
@@ -250,7 +237,7 @@ def _take_steps(stage, trainees, teacher, data, recipe, job, steps, first, bar, 
                 _report(active, step, bar, writer, 'lsq' if recipe.quant else 'fp32')
             if (step + 1) % recipe.checkpoint_freq == 0 or (step + 1) % steps == 0:
                 for trainee in active:
-                    trainee.unproven = _state(trainee)
+                    trainee.unproven = trainee.state()
 
 
 def _step(stage, trainees, images, teacher, recipe, epoch, step, total, job):
@@ -270,9 +257,7 @@ def _step(stage, trainees, images, teacher, recipe, epoch, step, total, job):
         losses = averages[i * len(hws):(i + 1) * len(hws)]
         trainee.losses = dict(zip(trainee.losses, losses))
         _check_losses(trainee, trainee.losses, step)
-        if trainee.unproven:
-            _write(trainee, trainee.unproven, job)
-            trainee.unproven = None
+        trainee.prove(job)
     parameters = [p for t in trainees for group in t.optimizer.param_groups for p in group['params']]
     average_gradients(parameters, job)
     torch.nn.utils.clip_grad_value_(parameters, 1.0)
@@ -285,11 +270,8 @@ def _step(stage, trainees, images, teacher, recipe, epoch, step, total, job):
 
 def _check_losses(trainee, losses, step):
     if not all(math.isfinite(loss) and loss < DIVERGED for loss in losses.values()):
-        kept = (f'the last good checkpoint is {trainee.path}' if os.path.exists(trainee.path)
-                else 'there is no checkpoint yet')
         shown = ', '.join(f'{name} {loss:.4g}' for name, loss in losses.items())
-        raise UserError(f'{trainee.block_id}: step {step}: the loss diverged ({shown}); {kept}; try a smaller '
-                        'learning rate')
+        raise trainee.failure(f'{trainee.block_id}: step {step}: the loss diverged ({shown})')
 
 
 def _resolutions(recipe, stage, epoch, step):
@@ -352,19 +334,6 @@ def _report(trainees, step, bar, writer, kind):
                 writer.add_scalar(f'{trainee.block_id}/{kind} {name}', loss, step)
             writer.add_scalar(f'{trainee.block_id}/{kind} learning rate', trainee.optimizer.param_groups[0]['lr'], step)
     bar.set_postfix({t.block_id: f'{sum(t.losses.values()) / len(t.losses):.3f}' for t in trainees}, refresh=False)
-
-
-def _state(trainee):
-    """What a checkpoint holds, copied: training goes on."""
-    return copy.deepcopy({
-        'epoch': trainee.step // trainee.settings['steps an epoch'], 'step': trainee.step, 'done': trainee.done,
-        'superspace': trainee.student.superspace.name, 'settings': trainee.settings,
-        'model': trainee.student.state_dict(), 'optimizer': trainee.optimizer.state_dict()})
-
-
-def _write(trainee, state, job):
-    if job.is_main:
-        save_checkpoint(trainee.path, state)
 
 
 @torch.no_grad()

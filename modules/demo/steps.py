@@ -44,7 +44,9 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale(2, 2, 1, 5, 40, 10, 3, 2, 40, 4, 1, 40, 10, 0.1, (32,))
+QUICK = Scale(teacher_steps=2, kd_steps=2, kd_lsq_steps=1, lut_rows=5, spaces=40, population=10, fp32_steps=3,
+              lsq_steps=2, valid_images=40, subnets=4, rounds=1, eval_images=40, runs=10,
+              measure_minutes=0.1, kd_resolutions=(32,))
 
 
 class Deployed(NamedTuple):

@@ -1,6 +1,8 @@
 """Batch norm folded into convolutions, and LSQ+ weights as integers."""
 import numpy as np
 
+from ..modeling.ops.lsq_plus import positive_scale
+
 
 def _array(tensor):
     return tensor.detach().cpu().double().numpy()
@@ -23,13 +25,13 @@ def folded(op, norm):
 
 def weight_codes(op):
     """(integers of -128..127 as float64, scale) of an op's LSQ+ weights, exactly as torch rounds them in float32."""
-    scale = op.sw.detach().abs().clamp_min(1e-7 / (2 ** op.nbits_w - 1))
+    scale = positive_scale(op.sw.detach(), op.nbits_w)
     return _array((op.weight.detach() / scale).clamp(-128, 127).round()), float(scale)
 
 
 def activation_scale(op):
     """(sa, beta) of an op's input as LSQ+ uses them."""
-    return float(op.sa.detach().abs().clamp_min(1e-7 / (2 ** op.nbits_a - 1))), float(op.beta.detach())
+    return float(positive_scale(op.sa.detach(), op.nbits_a)), float(op.beta.detach())
 
 
 def tap_sums(op, taps, hw):

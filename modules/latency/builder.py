@@ -1,10 +1,10 @@
 """A latency platform for any device: measure blocks and networks, fit, validate, write data/latency/<platform>/.
 
-A block is measured in a loop of its own, where its weights stay in the processor's caches; in a network they are
-fetched anew. So a block's latency is what was measured plus a rate (ms per MB of weights), and less what its call costs
-beyond that of an empty model: the two numbers that best make up the difference between measured networks and the sums
-of their blocks' predictions. Single blocks and whole random networks are then fitted together. What is held out,
-blocks and networks, is fitted to by nothing.
+A block alone is measured in a loop: its weights stay in the processor's caches. In a network they are read from memory
+each time, and the cost of calling the runtime is paid once, not once a block. So a block's latency in a network is
+taken as: measured alone, plus a rate (ms per MB of weights), minus a constant for the call. Both numbers are fitted to
+the differences between measured networks and the sums of their blocks' predictions. The nets are then fitted to single
+blocks and whole random networks together. Nothing is fitted to held-out blocks and networks.
 """
 import time
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from .regression import Design, fit_corrections, fit_nets
 # what a row is measured for: to be fitted to, held out, held out and measured before, networks to fit to and to test
 FIT, HELD_OUT, AGAIN, NETWORK, TEST = 'fit', 'held_out', 'again', 'network', 'test'
 CHUNK = {FIT: 20, HELD_OUT: 3, AGAIN: 1, NETWORK: 1}          # items of a chunk
-TESTS = 2, 1                # test networks of a chunk, until each was measured once and afterwards, again and again
+TESTS = 2, 1                # test networks of a chunk: until each was measured once, and later, when they are repeated
 CHECK = 10                  # chunks between looks at the noise
 FIRST_REFIT = 240           # blocks to fit to before errors are looked at; again whenever there are twice as many
 FOLDS = 3                   # a third of the blocks tells errors to a fit of the others
@@ -29,7 +29,7 @@ EPOCHS, BATCH = 50, 128
 PRIOR, NOISE = 0.06, 0.02   # of the corrections, see regression.fit_corrections
 OUTLIER = 0.02              # relative residual of a network from which it counts less for the context
 RATE = 0.05                 # of a Context, to begin with
-MOST_CALL = 0.1             # its call is at most this share of the quickest tenth of blocks: it may not hide a rate
+MOST_CALL = 0.1             # its call constant is at most this share of the quickest tenth of blocks' latencies
 LEAST_SHARE = 0.5           # of its time alone that a block takes in a network at least
 NETWORK_DRAWS = 3           # of a network in an epoch; single blocks are drawn once
 RESERVE = 0.12              # share of the time for the last fit and the pictures

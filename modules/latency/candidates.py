@@ -8,11 +8,30 @@ from ..search_space.encoding import subnet_config
 from ..search_space.named import find_subnet, named_subnets
 from ..search_space.sampling import min_subnet, sample_subnet, sample_supernet
 from ..search_space.superspace import get_superspace
-from .fitting import space_blocks
 from .kernel_model import Block
 
 FEW = 10                    # a region of fewer blocks (stem, head) is fitted to all of them
 TRUSTED = 4                 # a region's error counts fully beside that of all regions from this many blocks on
+
+
+def space_blocks(*superspaces):
+    """[Block] that networks of the hyperspaces can have, each once, at every resolution, stem and head included."""
+    blocks = {}
+    spaces = map(get_superspace, superspaces)
+    for space, stage in ((s, stage) for s in spaces for stage in s.stages):
+        types = [space.fixed[stage.name]] if stage.name in space.fixed else space.block_types
+        for resolution in space.resolutions:
+            hw = -(-resolution // space.input_stride(stage.name))
+            places = [(hw, stage.stride, space.input_widths(stage.name))]
+            if max(stage.depths) > 1:
+                places.append((-(-hw // stage.stride), 1, stage.widths))
+            for pixels, stride, inputs in places:
+                if stage.name == 'logits':
+                    pixels, stride = 1, 0
+                blocks.update((Block(t.name, pixels, cin, cout, k, e, stride, t.activation), None)
+                              for t in types for cin in inputs for cout in stage.widths
+                              for k in t.kernels for e in t.expands)
+    return list(blocks)
 
 
 def region(block):
@@ -52,7 +71,7 @@ class Candidates:
 
     def __init__(self, superspaces, rng):
         self.rng, self.by_region = rng, {}
-        for block in dict.fromkeys(block for space in superspaces for block in space_blocks(space)):
+        for block in space_blocks(*superspaces):
             self.by_region.setdefault(region(block), []).append(block)
         for blocks in self.by_region.values():
             rng.shuffle(blocks)

@@ -1,12 +1,12 @@
 """Latency platforms from and to nn-Meter's block tables (JSON), without loss."""
 import numpy as np
 
-from .fitting import space_blocks
+from ..files import new_folder
+from .candidates import space_blocks
 from .kernel_model import Block, LatencyError
 from .predictor import LatencyPredictor
 from .regression import Design, fit_nets
 from .tables import read_table, save_platform
-from .validation import new_folder
 
 LEAST, MOST = 20, 6000         # blocks of a table that its model is fitted to
 
@@ -15,7 +15,7 @@ def platform_table(platform, superspaces=(), trust_pickles=False):
     """{Block: ms} of a platform: of all blocks of the hyperspaces, or of those it has in its own table."""
     predictor = LatencyPredictor(platform, trust_pickles=trust_pickles)
     if superspaces:
-        blocks = list(dict.fromkeys(block for space in superspaces for block in space_blocks(space)))
+        blocks = space_blocks(*superspaces)
         return dict(zip(blocks, predictor.predict_blocks(blocks)))
     return {Block(*key): ms for key, ms in predictor.table.items()}
 

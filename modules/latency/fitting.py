@@ -6,7 +6,6 @@ First a part of the figures is held out and scored, then the model fitted to all
 minutes on one core). The published figures themselves stay where they are: what is written are the weights of
 a platform's nets (model.npz) and their predictions for every block of its spaces (blocks.npz).
 """
-import argparse
 import csv
 import gzip
 import json
@@ -15,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .. import cli
 from ..search_space.encoding import parse_block_id, parse_sub_stage, stage_config
 from ..search_space.superspace import get_superspace
+from .candidates import space_blocks
 from .kernel_model import Block, LatencyError, kernels_of
 from .kernels import Kernel
 from .regression import Design, fit_corrections, fit_nets, interpolate_corrections
@@ -106,25 +107,6 @@ def read_rows(folder, superspace):
     return rows
 
 
-def space_blocks(superspace):
-    """Every Block a network of the hyperspace can have, at every resolution, stem and head included."""
-    space, blocks = get_superspace(superspace), {}
-    for stage in space.stages:
-        types = [space.fixed[stage.name]] if stage.name in space.fixed else space.block_types
-        for resolution in space.resolutions:
-            hw = -(-resolution // space.input_stride(stage.name))
-            places = [(hw, stage.stride, space.input_widths(stage.name))]
-            if max(stage.depths) > 1:
-                places.append((-(-hw // stage.stride), 1, stage.widths))
-            for pixels, stride, inputs in places:
-                if stage.name == 'logits':
-                    pixels, stride = 1, 0
-                blocks.update((Block(t.name, pixels, cin, cout, k, e, stride, t.activation), None)
-                              for t in types for cin in inputs for cout in stage.widths
-                              for k in t.kernels for e in t.expands)
-    return list(blocks)
-
-
 def fit(platform, recipe, figures, train, epochs=None, seed=0):
     """KernelModel of the figures where `train` (bool array) is true, with its corrections."""
     singles, rows = np.flatnonzero(train & ~figures.is_row), np.flatnonzero(train & figures.is_row)
@@ -133,7 +115,7 @@ def fit(platform, recipe, figures, train, epochs=None, seed=0):
                      epochs or recipe.epochs, seed=seed)
     model.corrections = fit_corrections(model, figures.design, figures.ms, rows, recipe.prior, recipe.noise)
     if not recipe.block_factor:
-        kernels = {kernel for space in recipe.spaces for block in space_blocks(space)
+        kernels = {kernel for block in space_blocks(*recipe.spaces)
                    for kernel in kernels_of(block)}
         model.corrections.update(interpolate_corrections(model.corrections, kernels))
     return model
@@ -183,22 +165,21 @@ def main(args):
         model = fit(platform, recipe, figures, np.ones(len(figures.ms), bool), args.epochs, args.seed)
         print_scores(f'{platform}: fit to all figures', figures, figures.design.predict(model),
                      np.ones(len(figures.ms), bool))
-        blocks = list(dict.fromkeys(block for space in recipe.spaces for block in space_blocks(space)))
+        blocks = space_blocks(*recipe.spaces)
         folder = save_platform(os.path.join(args.output, platform), model, blocks)
         print(f'{folder}: nets, and predictions of {len(blocks)} blocks')
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument('--reference', required=True, help='folder with lut/ and latency/')
-    parser.add_argument('--platform', nargs='+', default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument('--platform', nargs='+', default=list(RECIPES), choices=list(RECIPES), help='platforms to fit')
     parser.add_argument('--output', default=DATA, help='folder of the platforms')
-    parser.add_argument('--epochs', type=int, help='default: 50')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--epochs', type=cli.positive(int), help='over the figures; default: 50')
+    parser.add_argument('--seed', type=cli.SEED, default=0, help='of the nets and of what is held out')
     parser.add_argument('--skip_scores', action='store_true', help='only fit to all figures and write')
     return parser.parse_args()
 
 
 if __name__ == '__main__':
-    main(get_args())
+    cli.run(main, get_args)

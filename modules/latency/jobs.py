@@ -4,8 +4,9 @@ import time
 from datetime import date
 
 import numpy as np
+import torch
 
-from ..cli import SEED, positive
+from ..cli import SEED, positive, within
 from ..errors import UserError
 from ..search_space.superspace import SUPERSPACES
 from .builder import Platform, measure, test_networks
@@ -31,6 +32,21 @@ def add_build_arguments(parser, minutes=25.0):
     parser.add_argument('--seed', type=SEED, default=0, help='of what is measured')
     parser.add_argument('--output', default=CHECKPOINTS, help='folder of <platform>/measurements.csv')
     parser.add_argument('--data', default=DATA, help='folder of the platforms')
+
+
+def add_host_arguments(parser, runtime):
+    """--core and --threads of a runtime on this machine."""
+    parser.add_argument('--core', type=within(int, 0, 4095),
+                        help='core of this machine to run on; default: the last one')
+    parser.add_argument('--threads', type=positive(int), default=1,
+                        help=f'of {runtime}; with more than one the process is not pinned')
+
+
+def run_on_one_core(args):
+    """Pin a run of one thread, as add_host_arguments() say."""
+    if args.threads == 1:
+        torch.set_num_threads(1)
+        pin(args.core)
 
 
 def pin(core=None):

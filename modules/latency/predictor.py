@@ -24,6 +24,18 @@ MIN_BLOCKS_OF_A_TYPE = 5        # a table's block types with fewer share one fac
 MAX_BLOCKS_OF_A_TYPE = 1000     # of a block type, this many are enough for its factor
 
 
+def add_platform_arguments(parser):
+    """--platform, --fallback and --trust_pickles, of open_predictor()."""
+    parser.add_argument('--platform', help="latency platform, or a block table *.json; default: the superspace's")
+    parser.add_argument('--fallback', action='store_true', help='predict the blocks that a block table lacks')
+    parser.add_argument('--trust_pickles', action='store_true', help="open nn-Meter's pickles, which are code")
+
+
+def open_predictor(args, superspace):
+    """The LatencyPredictor of add_platform_arguments(); superspace: a Superspace, whose platform is the default."""
+    return LatencyPredictor(args.platform or superspace.platform, args.fallback, args.trust_pickles)
+
+
 class LatencyPredictor:
     """Predicts latencies of one platform.
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..files import write_text
-from .kernel_model import Block, LatencyError
+from ..files import set_aside, write_text
+from .kernel_model import LatencyError
 from .tables import format_key, parse_key
 
 FIRST_BLOCK = 'FirstConvBlock'      # begins whole networks, whose latency includes that of the call
@@ -88,6 +88,7 @@ class Profile:
             for row in _read(path, header):
                 self._saved.setdefault(row.chunk, []).append(row)
         else:
+            set_aside(path)
             write_text(path, header)
         self._before = max((rows[-1].seconds for rows in self._saved.values()), default=0.0)
         self._began = time.monotonic()
@@ -199,10 +200,6 @@ def _parse(path, line):
         ms, spread, reference_ms, seconds = values = list(map(float, numbers))
         if not all(map(math.isfinite, values)):
             raise ValueError('numbers have to be finite')
-        return Row(int(number), use, ms, spread, reference_ms, seconds, tuple(map(_block, blocks.split(' '))))
+        return Row(int(number), use, ms, spread, reference_ms, seconds, tuple(map(parse_key, blocks.split(' '))))
     except ValueError as error:
         raise LatencyError(f'{path}: {line.strip()[:120]!r}: not a measurement ({error})') from None
-
-
-def _block(key) -> Block:
-    return parse_key(key)

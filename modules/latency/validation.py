@@ -1,16 +1,13 @@
 """What a measured platform is worth: scores on what was held out, a picture, a report; and putting it in its place."""
-import contextlib
 import os
-import shutil
-import tempfile
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from ..errors import UserError
-from ..files import write_text
+from ..files import new_folder, write_text
 from ..pictures import new_figure, save_figure
-from .fitting import space_blocks
+from .candidates import space_blocks
 from .tables import DATA, save_platform
 
 REPORT, PICTURE = 'report.md', 'validation.png'
@@ -129,26 +126,9 @@ def check_name(name, data=DATA, force=False):
     return folder
 
 
-@contextlib.contextmanager
-def new_folder(folder):
-    """A temporary folder that takes the place of `folder` when the block ends well; nothing is left of it else."""
-    parent, name = os.path.split(os.path.abspath(folder))
-    os.makedirs(parent, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=f'.{name}-', dir=parent)
-    try:
-        os.chmod(temporary, 0o755)
-        yield temporary
-        if os.path.isdir(folder):
-            os.rename(folder, temporary + '-old')
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(temporary + '-old', ignore_errors=True)
-
-
 def register(platform, folder, superspaces, lines):
     """Write a builder.Platform: model, predictions of every block of the hyperspaces, picture and report."""
-    blocks = list(dict.fromkeys(block for space in superspaces for block in space_blocks(space)))
+    blocks = space_blocks(*superspaces)
     with new_folder(folder) as temporary:
         save_platform(temporary, platform.model, blocks)
         draw(platform, os.path.join(temporary, PICTURE))

@@ -1,8 +1,7 @@
 """Static blocks, built from layouts."""
-import torch
 from torch import nn
 
-from .layout import always_shortcut, block_layout
+from .layout import block_layout
 from .ops.op import ACTIVATION_FUNCTIONS, SE, ConvNormAct, DepthConvNormAct, DepthStackNormAct, GlobalMean, QLinear
 
 UNITS = {'conv': ConvNormAct, 'dwconv': DepthConvNormAct, 'dwstack': DepthStackNormAct, 'se': SE,
@@ -41,11 +40,3 @@ class Block(nn.Module):
 
     def forward(self, x):
         return run_layers(self.layers, lambda layer, v: getattr(self, layer.name)(v), x)
-
-
-def zero_last_gamma(model):
-    """Start the last batch norm of every block that always has a shortcut at 0 (Goyal et al., 2017)."""
-    for block in model.modules():
-        if always_shortcut(getattr(block, 'name', None)):
-            last = [layer for layer in block.layers if layer.op in NORMALISED and not layer.shortcut][-1]
-            torch.nn.init.zeros_(getattr(block, last.name).norm.weight)

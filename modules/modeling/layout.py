@@ -1,8 +1,8 @@
 """THE idea of this code base: a block is a function from sizes to a list of layers.
 
 From that one list come the dynamic block of a supernet (at the largest sizes it allocates, at the active sizes
-it says which slices to take), the static torch block, the Keras block, the weight copy between them (zip the
-lists), FLOPs and params, and the kernels a latency predictor sums. Layer names are state-dict keys.
+it says which slices to take), the static torch block, the Keras block, FLOPs and params, and the kernels a latency
+predictor sums. Layer names are state-dict keys, by which weights are copied from one to the other.
 
 A layer reads the output of the layer before it, except that `shortcut` layers read the block's input; `add`
 adds the shortcut (the block's input where no shortcut layer stands before it) and applies its activation.
@@ -168,11 +168,6 @@ def register_block(name, layout):
     if not name.isalnum() or name in LAYOUTS:
         raise UserError(f'block type {name!r}: {"exists" if name in LAYOUTS else "letters and digits only"}')
     LAYOUTS[name] = layout
-
-
-def always_shortcut(name):
-    """Whether every block of type `name` ends in a sum with a shortcut."""
-    return name in LAYOUTS and any(layer.op == 'add' for layer in LAYOUTS[name](Sizes(8, 16, 3, 2, 2)))
 
 
 def block_layout(name, sizes, full=False):

@@ -82,7 +82,7 @@ class Network(nn.Module):
             self.drop_rate = self._drop_rate
 
     def forward_features(self, x):
-        """(N, 3, H, W) to the mixed features (N, 1920, 1, 1)."""
+        """(N, 3, H, W) to the mixed features (N, num_features, 1, 1)."""
         x = resize(x, self.resolution)
         for name, stage in self.stages.items():
             if name != LOGITS:
@@ -90,7 +90,7 @@ class Network(nn.Module):
         return x
 
     def forward_head(self, x, pre_logits=False):
-        """(N, 1920, 1, 1) to (N, classes); pre_logits: to what the linear layer sees, (N, 1920)."""
+        """(N, num_features, 1, 1) to (N, classes); pre_logits: to what the linear layer sees, (N, num_features)."""
         if LOGITS not in self.stages:
             return x.flatten(1)
         head = self.stages[LOGITS]

@@ -46,11 +46,11 @@ def kept_statistics(model):
 
 @torch.no_grad()
 def calibrate(model, batches, job=None):
-    """Set the batch-norm statistics to those of `batches` (tensors (N, C, H, W)); use inside kept_statistics().
+    """Set the batch-norm statistics to those of `batches` (tensors (N, C, H, W)).
 
-    Means and variances are averaged over batches weighted by their images, so that every image counts the
-    same whatever the batch sizes; with a job of several ranks, over the union of the ranks' batches. Leaves
-    the model in eval mode.
+    Of a supernet inside kept_statistics(): its subnets share their batch norms. Means and variances are averaged over
+    batches weighted by their images, so that every image counts the same whatever the batch sizes; with a job of
+    several ranks, over the union of the ranks' batches. Leaves the model in eval mode.
     """
     model.eval()
     for norm in norms(model):
@@ -87,7 +87,7 @@ def initialize_all_scales(model, x, first, sample, patience=20):
 
     first() and sample() activate the largest and a random subnet. It stops when all scales are initialised, or
     `patience` subnets reached no new one. Ranks that call this with the same x and the same random subnets get
-    the same scales. The active subnet is then any.
+    the same scales. Which subnet is active afterwards is not said.
     """
     def missing():
         return sum(not op.scales_initialized for op in quantised_ops(model))

@@ -112,10 +112,8 @@ class ImageSet(Dataset):
             return self.transform(image), label
 
     def evaluated(self):
-        """The same pictures with the evaluation transform, each once."""
+        """The same pictures with the evaluation transform."""
         view = copy.copy(self)
-        first = np.unique(self.indices, return_index=True)[1]
-        view.indices = self.indices[np.sort(first)]
         view.transform, view.seed = self.eval_transform, None
         return view
 
@@ -129,7 +127,7 @@ class ImageSet(Dataset):
 
 @dataclass
 class Data:
-    """train is augmented; valid is held out of train and test apart from it, both with the evaluation transform.
+    """train is augmented; valid was held out of it; test is another set. The latter two see the evaluation transform.
 
     num_classes is 0 for unlabelled pictures; broken {file: reason} holds what could not be read so far. mean_std
     of the three channels is what the images are normalised with.
@@ -202,14 +200,14 @@ def add_data_arguments(parser):
 
 
 def open_data(path, dataset='imagenet', valid_size=50000, augment='default', image_size=224, labelled=True,
-              seed=0, normalize='imagenet', repeat=1):
+              seed=0, normalize='imagenet'):
     """Data of a data set by name; images are (3, image_size, image_size), normalised.
 
     path: ImageNet's folder, or where torchvision's data sets lie or are downloaded to. labelled=False: any
-    folder of pictures does (or ImageNet's, or its tars); their labels are then 0, and without val/ test is valid.
+    folder of pictures does (or ImageNet's, or its tars); their labels are then 0, and where there is no val/, the
+    held-out images are the test images too.
     Data sets with a name keep their labels.
-    valid: valid_size images of train, at most a fifth of it. repeat: each training picture occurs so often in an
-    epoch, differently augmented, which makes few and large pictures go further.
+    valid: valid_size images of train, at most a fifth of it.
     Raises UserError: unknown name or layout, nothing found, failed download.
     """
     name = plain_name(dataset)
@@ -233,7 +231,7 @@ def open_data(path, dataset='imagenet', valid_size=50000, augment='default', ima
         test, indices = image_set(source, np.sort(order[:len(order) // 5])), np.sort(order[len(order) // 5:])
     held_out = _valid_size(valid_size, len(indices))
     order = _permutation(len(indices), SPLIT_SEED).numpy()
-    train = image_set(source, np.tile(np.sort(indices[order[held_out:]]), repeat), train=True)
+    train = image_set(source, np.sort(indices[order[held_out:]]), train=True)
     valid = image_set(source, indices[order[:held_out]])
     return Data(train, valid, valid if test is None else test, num_classes, broken, NORMALIZATIONS[normalize])
 

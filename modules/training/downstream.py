@@ -3,7 +3,6 @@
 Everything random in a step is a function of (seed, epoch, step, rank), so a resumed run takes the very same steps.
 """
 import contextlib
-import copy
 import dataclasses
 import math
 import os
@@ -16,19 +15,20 @@ from torch import nn
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation
 from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
-from .checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
-from .data import calibration_batches, eval_loader, seed_of, train_loader
+from .checkpoint import load_checkpoint, load_weights
+from .data import calibration_batches, eval_loader, seed_of
 from .distributed import average, average_gradients, broadcast
 from .evaluate import accuracy, images_of
 from .log import curves, note, progress
 from .memory import keep_freed_memory
 from .optim import parameter_groups, set_learning_rate, warmup_linear
+from .resumable import ResumableRun, epoch_batches, steps_per_epoch
+from .sources import plain_name
 
 # {data set: (learning rate, weight decay)} of the published fine-tuning
 RECIPES = {'CIFAR10': (0.0125, 4e-5), 'CIFAR100': (0.0125, 4e-5), 'Flowers102': (0.15, 4e-6),
            'OxfordIIITPet': (0.00375, 4e-6), 'Food101': (0.15, 4e-8), 'StanfordCars': (0.15, 0.0),
            'FGVCAircraft': (0.075, 4e-8)}
-PROGRESS = {'step': int, 'done': bool, 'best': float, 'results': dict}          # of a FineTuning, in checkpoints
 
 
 @dataclass(frozen=True)
@@ -46,62 +46,33 @@ class DownstreamRecipe:
     num_calib_batches: int = 20             # of the batch-norm calibration before the first step
     eval_freq: int = 10                     # epochs
     checkpoint_freq: int = 200              # steps
-    max_steps: int = 0                      # of an epoch, for short runs; 0: all
-    num_eval_images: int = 0                # 0: all
+    max_steps: int | None = None            # of an epoch, for short runs
+    num_eval_images: int | None = None
     seed: int = 0
 
 
-@dataclass
-class FineTuning:
-    """A network in fine-tuning; `step` counts optimiser steps, best is the best top-1 so far."""
+@dataclass(kw_only=True)
+class FineTuning(ResumableRun):
+    """A network in fine-tuning; best is the best top-1 so far."""
+    PROGRESS = ResumableRun.PROGRESS | {'best': float, 'results': dict}
+    ADVICE = 'a smaller --learning_rate'
     network: nn.Module
-    optimizer: torch.optim.Optimizer
-    settings: dict
     identity: dict                          # what the network is; see finetune()
-    path: str
-    step: int = 0
-    done: bool = False
     best: float = -1.0
     results: dict = field(default_factory=dict)         # Accuracy as a dict: 'valid' of the last one, 'test'
-    unproven: dict = None                   # a checkpoint that is written once the loss after it is finite
 
-    @property
-    def best_path(self):
-        root, ending = os.path.splitext(self.path)
-        return f'{root}_best{ending}'
-
-    def state(self):
-        """What a checkpoint holds, copied: training goes on."""
-        return copy.deepcopy({
-            **self.identity, 'state_dict': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
-            'settings': self.settings, 'epoch': self.step // self.settings['steps an epoch'],
-            **{key: getattr(self, key) for key in PROGRESS}})
-
-    def write(self, job):
-        """Write the state that the loss after it has shown to be good."""
-        if self.unproven and job.is_main:
-            save_checkpoint(self.path, self.unproven)
-        self.unproven = None
-
-    def stop(self, where):
-        """The UserError of a loss that is not finite."""
-        kept = f'the last good checkpoint is {self.path}' if os.path.exists(self.path) else 'there is no checkpoint yet'
-        return UserError(f'{where}: the loss is not finite; {kept}; try a smaller --learning_rate')
+    def content(self):
+        return {**self.identity, 'state_dict': self.network.state_dict()}
 
 
 def find_recipe(dataset, learning_rate=None, weight_decay=None):
     """(learning rate, weight decay) of a data set, given ones first; UserError where there is none."""
-    recipe = {plain(name): values for name, values in RECIPES.items()}.get(plain(dataset), (None, None))
+    recipe = {plain_name(name): values for name, values in RECIPES.items()}.get(plain_name(dataset), (None, None))
     values = [known if given is None else given for given, known in zip((learning_rate, weight_decay), recipe)]
     if None in values:
         raise UserError(f'--dataset {dataset}: no published recipe (there are {" ".join(RECIPES)}); give '
                         '--learning_rate and --weight_decay')
     return values
-
-
-def plain(name):
-    """A data set's name as it is compared: cifar10 of CIFAR-10."""
-    return name.replace('-', '').replace('_', '').lower()
 
 
 def finetune(network, data, recipe, path, job, identity, resume=False, workers=0):
@@ -112,24 +83,20 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
     UserError: a loss that is not finite, or a run that was begun with other settings.
     """
     keep_freed_memory()
-    steps = len(train_loader(data.train, recipe.batch_size, 0, recipe.seed, job.rank, job.world_size))
-    steps = min(steps, recipe.max_steps or steps)
+    steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
     tuning = _start(network, data, recipe, path, job, identity, resume, steps, workers)
     if tuning.done:
         note(f'{path}: already fine-tuned')
         return tuning.results['test']
     valid = eval_loader(data.valid if len(data.valid) else data.test, recipe.batch_size, job.rank, job.world_size,
-                        workers, limit_images=recipe.num_eval_images or None)
+                        workers, limit_images=recipe.num_eval_images)
     folder, kind = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
     writer = curves(os.path.join(folder, 'tensorboard', kind), tuning.step, job.is_main)
     bar = progress(steps * recipe.epochs, f'fine-tuning {identity.get("subnet_name", "")}', tuning.step, job.is_main)
     with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
         for epoch in range(tuning.step // steps, recipe.epochs):
-            loader = train_loader(data.train, recipe.batch_size, epoch, recipe.seed, job.rank, job.world_size, workers,
-                                  tuning.step - epoch * steps)
-            for images, labels in loader:
-                if tuning.step >= (epoch + 1) * steps:
-                    break
+            for _, images, labels in epoch_batches(data, recipe.batch_size, recipe.seed, job, workers, epoch, steps,
+                                                   tuning.step):
                 loss = _take_step(tuning, images, labels, recipe, epoch, steps, job, writer)
                 bar.update()
                 bar.set_postfix(epoch=epoch, loss=f'{loss:.3f}', refresh=False)
@@ -141,7 +108,7 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
             if last:
                 _finish(tuning, data, valid, recipe, job, workers)
             tuning.unproven = tuning.state()
-        tuning.write(job)
+        tuning.prove(job)
     return tuning.results['test']
 
 
@@ -160,10 +127,9 @@ def _start(network, data, recipe, path, job, identity, resume, steps, workers):
     part.requires_grad_(True)
     optimizer = torch.optim.SGD(parameter_groups(part, recipe.weight_decay), lr=recipe.learning_rate,
                                 momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-    tuning = FineTuning(network, optimizer, settings, identity, path)
+    tuning = FineTuning(path=path, optimizer=optimizer, settings=settings, network=network, identity=identity)
     if resumed is not None:
-        for key, value in restore(path, resumed, settings, optimizer, PROGRESS, steps * recipe.epochs).items():
-            setattr(tuning, key, value)
+        tuning.resume(resumed, steps * recipe.epochs)
     return tuning
 
 
@@ -199,13 +165,13 @@ def _take_step(tuning, images, labels, recipe, epoch, steps, job, writer):
     loss.backward()
     loss, = average([loss.item()], job)
     if not math.isfinite(loss):
-        raise tuning.stop(f'step {step} (epoch {epoch})')
-    tuning.write(job)
+        raise tuning.failure(f'step {step} (epoch {epoch}): the loss is not finite')
+    tuning.prove(job)
     parameters = [p for group in tuning.optimizer.param_groups for p in group['params']]
     average_gradients(parameters, job)
     norm = float(nn.utils.clip_grad_norm_(parameters, recipe.grad_clip_norm))
     if not math.isfinite(norm):
-        raise tuning.stop(f'step {step} (epoch {epoch})')
+        raise tuning.failure(f'step {step} (epoch {epoch}): the loss is not finite')
     learning_rate = warmup_linear(recipe.learning_rate, step, steps * recipe.epochs,
                                   round(recipe.warmup_epochs * steps))
     set_learning_rate(tuning.optimizer, learning_rate)
@@ -233,15 +199,14 @@ def _evaluate(tuning, images, job, epoch, writer):
     broadcast(tuning.network, job)                      # batch-norm statistics are each rank's own
     result = accuracy(tuning.network, images, job)
     if not math.isfinite(result.loss):
-        raise tuning.stop(f'evaluation of epoch {epoch}')
+        raise tuning.failure(f'evaluation of epoch {epoch}: the loss is not finite')
     tuning.results['valid'] = result._asdict()
     note(f'epoch {epoch}: {result}')
     if writer:
         writer.add_scalar('evaluation/top-1', result.top1, tuning.step)
     if result.top1 > tuning.best:
         tuning.best = result.top1
-        if job.is_main:
-            save_checkpoint(tuning.best_path, tuning.state())
+        tuning.save(job, tuning.best_path)
 
 
 def _finish(tuning, data, valid, recipe, job, workers):
@@ -251,5 +216,5 @@ def _finish(tuning, data, valid, recipe, job, workers):
         tuning.results['test'] = tuning.results['valid']
         return
     test = eval_loader(data.test, recipe.batch_size, job.rank, job.world_size, workers,
-                       limit_images=recipe.num_eval_images or None)
+                       limit_images=recipe.num_eval_images)
     tuning.results['test'] = accuracy(tuning.network, test, job)._asdict()

@@ -128,6 +128,7 @@ def open_source(path, dataset, labelled, min_side):
 
 
 def plain_name(name):
+    """A data set's name as it is compared: cifar10 of CIFAR-10."""
     return re.sub('[-_ ]', '', name).lower()
 
 

@@ -5,7 +5,6 @@ Source: AlphaNet (Wang et al., ICML 2021), BigNAS (Yu et al., ECCV 2020). Everyt
 function of (seed, epoch, step, rank), so a resumed run takes the very same steps.
 """
 import contextlib
-import copy
 import dataclasses
 import math
 import os
@@ -19,18 +18,17 @@ from torch import nn
 from ..errors import UserError
 from ..search_space import sampling
 from .calibrate import initialize_all_scales
-from .checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
+from .checkpoint import load_checkpoint, load_weights
 from .config import save_config
-from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of, train_loader
+from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
 from .distributed import average, average_gradients, broadcast
 from .evaluate import DecodedImages, evaluate_subnet
 from .log import curves, note, progress
 from .losses import adaptive_alpha_loss
 from .memory import keep_freed_memory
 from .optim import parameter_groups, set_learning_rate, warmup_cosine
+from .resumable import ResumableRun, epoch_batches, steps_per_epoch
 
-PROGRESS = {'step': int, 'done': bool, 'best': float, 'learned': bool, 'loss_sum': float, 'loss_count': int,
-            'results': dict}            # of a Training, in checkpoints
 LEARNED, CHANCE = 0.9, 0.98             # of the loss of guessing: below the one it has learned, above it collapsed
 
 
@@ -71,21 +69,21 @@ class SupernetRecipe:
                          most=2 ** 32 - 1)
 
 
-@dataclass
-class Training:
-    """A supernet in training; `step` counts optimiser steps, best is the best validation so far."""
+@dataclass(kw_only=True)
+class Training(ResumableRun):
+    """A supernet in training; best is the best validation so far."""
+    PROGRESS = ResumableRun.PROGRESS | {'best': float, 'learned': bool, 'loss_sum': float, 'loss_count': int,
+                                        'results': dict}
+    ADVICE = 'a smaller --base_lr'
     supernet: nn.Module
-    optimizer: torch.optim.Optimizer
-    settings: dict
-    path: str
-    step: int = 0
-    done: bool = False
     best: float = 0.0
     learned: bool = False               # whether an epoch's loss was clearly below chance
     loss_sum: float = 0.0               # of the largest subnet, this epoch
     loss_count: int = 0
     results: dict = field(default_factory=dict)     # {'max': Accuracy as a dict, …} of the last validation
-    unproven: dict = None               # a checkpoint that is written once the loss after it is good
+
+    def content(self):
+        return {'state_dict': self.supernet.state_dict()}
 
     @property
     def loss(self):
@@ -106,8 +104,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
     resolution. Beside it: the best validated state as checkpoint_best.pth or lsq_best.pth, and the recipe as *.yaml.
     """
     keep_freed_memory()
-    steps = len(train_loader(data.train, recipe.batch_size_per_gpu, 0, recipe.seed, job.rank, job.world_size))
-    steps = min(steps, recipe.max_steps or steps)
+    steps = steps_per_epoch(data, recipe.batch_size_per_gpu, recipe.seed, job, recipe.max_steps)
     training = _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps)
     if training.done:
         note(f'{training.path}: already trained')
@@ -124,22 +121,19 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
     bar = progress(steps * recipe.epochs, f'supernet {kind}', training.step, job.is_main)
     with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
         for epoch in range(training.step // steps, recipe.epochs):
-            loader = train_loader(data.train, recipe.batch_size_per_gpu, epoch, recipe.seed, job.rank, job.world_size,
-                                  workers, training.step - epoch * steps)
-            for images, labels in loader:
-                if training.step >= (epoch + 1) * steps:
-                    break
+            for _, images, labels in epoch_batches(data, recipe.batch_size_per_gpu, recipe.seed, job, workers, epoch,
+                                                   steps, training.step):
                 _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp, job, writer)
                 bar.update()
                 bar.set_postfix(epoch=epoch, loss=f'{training.loss:.3f}', refresh=False)
                 if training.step % recipe.checkpoint_freq == 0 and training.step % steps:
-                    training.unproven = _state(training)
+                    training.unproven = training.state()
             _end_epoch(training, epoch)
             training.done = epoch + 1 == recipe.epochs
             if training.done or (epoch + 1) % recipe.valid_freq == 0:
-                _validate(training, calibration, valid, job, epoch, writer)
-            training.unproven = _state(training)
-        _write(training, job)
+                _validate(training, calibration, valid, job, epoch, writer, align_sample)
+            training.unproven = training.state()
+        training.prove(job)
     return training.results
 
 
@@ -168,32 +162,10 @@ def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, ali
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ignored}
     settings |= {'supernet': str(supernet.encoding), 'align_sample': align_sample, 'steps an epoch': steps,
                  'ranks': job.world_size, 'training images': len(data.train), 'classes': supernet.num_classes}
-    training = Training(supernet, optimizer, settings, path)
+    training = Training(path=path, optimizer=optimizer, settings=settings, supernet=supernet)
     if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
-        for key, value in restore(path, resumed, settings, optimizer, PROGRESS, steps * recipe.epochs).items():
-            setattr(training, key, value)
+        training.resume(resumed, steps * recipe.epochs)
     return training
-
-
-def _state(training):
-    """What a checkpoint holds, copied: training goes on."""
-    return copy.deepcopy({
-        'epoch': training.step // training.settings['steps an epoch'], 'settings': training.settings,
-        'state_dict': training.supernet.state_dict(), 'optimizer': training.optimizer.state_dict(),
-        **{key: getattr(training, key) for key in PROGRESS}})
-
-
-def _write(training, job):
-    """Write the state that the loss after it has shown to be good."""
-    if training.unproven and job.is_main:
-        save_checkpoint(training.path, training.unproven)
-    training.unproven = None
-
-
-def _last_good(training):
-    if os.path.exists(training.path):
-        return f'the last good checkpoint is {training.path}; try a smaller --base_lr'
-    return 'there is no checkpoint yet; try a smaller --base_lr'
 
 
 def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp, job, writer):
@@ -208,11 +180,10 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
                       recipe, random.Random(f'{recipe.seed} {epoch} {step}'), align_sample, amp)
     losses = average(torch.stack(losses).tolist(), job)
     if not all(map(math.isfinite, losses)):
-        raise UserError(f'{supernet.encoding}: step {step} (epoch {epoch}): the loss is not finite; '
-                        + _last_good(training))
+        raise training.failure(f'{supernet.encoding}: step {step} (epoch {epoch}): the loss is not finite')
     training.loss_sum, training.loss_count = training.loss_sum + losses[0], training.loss_count + 1
     if not _is_collapsed(training):
-        _write(training, job)
+        training.prove(job)
     average_gradients(supernet.parameters(), job)
     torch.nn.utils.clip_grad_value_(supernet.parameters(), recipe.grad_clip_value)
     set_learning_rate(training.optimizer, learning_rate)
@@ -273,23 +244,23 @@ def _is_collapsed(training):
 
 def _end_epoch(training, epoch):
     if _is_collapsed(training):
-        raise UserError(f'{training.supernet.encoding}: epoch {epoch}: collapsed, the loss is back at guessing '
-                        f'({training.loss:.3f}); {_last_good(training)}')
+        raise training.failure(f'{training.supernet.encoding}: epoch {epoch}: collapsed, the loss is back at guessing '
+                               f'({training.loss:.3f})')
     chance = math.log(training.supernet.num_classes)
     training.learned = training.learned or 0 < training.loss < LEARNED * chance
     training.loss_sum, training.loss_count = 0.0, 0
 
 
-def _validate(training, calibration, valid, job, epoch, writer):
+def _validate(training, calibration, valid, job, epoch, writer, align_sample):
     """Validate max, min and a random subnet; writes the best state so far beside the last one."""
     supernet = training.supernet
     subnets = {'max': sampling.max_subnet(supernet.encoding), 'min': sampling.min_subnet(supernet.encoding),
-               'random': sampling.sample_subnet(supernet.encoding, random.Random(training.settings['seed']))}
+               'random': sampling.sample_subnet(supernet.encoding, random.Random(training.settings['seed']),
+                                                align_sample)}
     for name, subnet in subnets.items():
         result = evaluate_subnet(supernet, subnet, calibration, valid, job)
         if not math.isfinite(result.loss):
-            raise UserError(f'{supernet.encoding}: epoch {epoch}: the validation loss of {name} is not finite; '
-                            + _last_good(training))
+            raise training.failure(f'{supernet.encoding}: epoch {epoch}: the validation loss of {name} is not finite')
         training.results[name] = result._asdict()
         note(f'epoch {epoch}: {name:6} {result}')
         if writer:
@@ -297,6 +268,4 @@ def _validate(training, calibration, valid, job, epoch, writer):
     mean = sum(result['top1'] for result in training.results.values()) / len(subnets)
     if mean > training.best:
         training.best = mean
-        if job.is_main:
-            root, ending = os.path.splitext(training.path)
-            save_checkpoint(f'{root}_best{ending}', _state(training))
+        training.save(job, training.best_path)

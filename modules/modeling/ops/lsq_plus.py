@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import UserError
+from ...errors import UserError, one_line
 from .convolution import conv2d, convolution_backward
 
 OFF = 32                                    # bits of an op that does not quantise
@@ -83,9 +83,12 @@ def compile_quantisers(enable=True):
 def prove_quantisers(device):
     """Quantise a few numbers on `device`; UserError where the kernels cannot be compiled."""
     try:
-        _quantise(torch.randn(16, device=device), torch.ones(1, device=device), None, _Range(-128, 127, 1.0))
+        x, ones, levels = torch.randn(16, device=device), torch.ones(1, device=device), _Range(-128, 127, 1.0)
+        for beta in (None, torch.zeros(1, device=device)):
+            _quantise(x, ones, beta, levels)
+            _quantise_backward(x, x, ones, beta, levels)
     except Exception as error:                                  # of torch's compilers, of many kinds
-        raise UserError(f'--compile: torch.compile does not work here: {str(error).strip().splitlines()[0]}') from error
+        raise UserError(f'--compile: torch.compile does not work here: {one_line(error)[:200]}') from error
 
 
 def _bare(x):
@@ -217,7 +220,8 @@ def _weight_range(weight, num_bits):
     return _Range(-high - 1, high, 1 / math.sqrt(weight.numel() * high))
 
 
-def _positive(scale, num_bits):
+def positive_scale(scale, num_bits):
+    """|scale|, kept away from 0: the step between two levels that training and export use."""
     return scale.abs().clamp_min(_MIN_RANGE / (2 ** num_bits - 1))
 
 
@@ -231,7 +235,8 @@ def quantize_activation(activation, scale, num_bits, beta, is_training):
         return activation
     if not is_training:
         scale, beta = scale.detach(), beta.detach()
-    return _FakeQuantize.apply(activation, _positive(scale, num_bits), beta, _activation_range(activation, num_bits))
+    levels = _activation_range(activation, num_bits)
+    return _FakeQuantize.apply(activation, positive_scale(scale, num_bits), beta, levels)
 
 
 def quantize_weight(weight, scale, num_bits, is_training):
@@ -243,7 +248,7 @@ def quantize_weight(weight, scale, num_bits, is_training):
         return weight
     if not is_training:
         scale = scale.detach()
-    return _FakeQuantize.apply(weight, _positive(scale, num_bits), None, _weight_range(weight, num_bits))
+    return _FakeQuantize.apply(weight, positive_scale(scale, num_bits), None, _weight_range(weight, num_bits))
 
 
 @contextlib.contextmanager
@@ -350,8 +355,8 @@ class QBase:
             sa, beta, sw = sa.detach(), beta.detach(), sw.detach()
         levels_x = None if self.nbits_a == OFF else _activation_range(x, self.nbits_a)
         levels_w = None if self.nbits_w == OFF else _weight_range(weight, self.nbits_w)
-        return _QuantisedOp.apply(x, weight, bias, _positive(sa, self.nbits_a), beta, _positive(sw, self.nbits_w),
-                                  levels_x, levels_w, geometry)
+        return _QuantisedOp.apply(x, weight, bias, positive_scale(sa, self.nbits_a), beta,
+                                  positive_scale(sw, self.nbits_w), levels_x, levels_w, geometry)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -10,10 +10,9 @@ from torch import nn
 
 from .lsq_plus import QBase
 
-ACTIVATIONS = {None: nn.Identity, 'relu': nn.ReLU, 'relu6': nn.ReLU6, 'hswish': nn.Hardswish, 'swish': nn.SiLU,
-               'hsigmoid': nn.Hardsigmoid}
+ACTIVATIONS = {None: nn.Identity, 'relu': nn.ReLU, 'relu6': nn.ReLU6, 'hswish': nn.Hardswish, 'swish': nn.SiLU}
 ACTIVATION_FUNCTIONS = {None: lambda x: x, 'relu': F.relu, 'relu6': F.relu6, 'hswish': F.hardswish,
-                        'swish': F.silu, 'hsigmoid': F.hardsigmoid}
+                        'swish': F.silu}
 
 
 class QConv(QBase, nn.Conv2d):

@@ -1,0 +1,80 @@
+"""A training run that can be stopped at any moment and resumed: its checkpoints, and the batches of its steps."""
+import copy
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..errors import UserError
+from .checkpoint import restore, save_checkpoint
+from .data import train_loader
+
+
+@dataclass(kw_only=True)
+class ResumableRun:
+    """What a run keeps beside its weights; `step` counts optimiser steps, settings decide the weights.
+
+    A loss shows whether the state before it was good: `unproven` is a checkpoint that prove() writes once the loss
+    after it is known to be. Subclasses say in content() what else a checkpoint holds, in PROGRESS {name: type} which
+    of their fields, and in ADVICE what to try when a loss is not good.
+    """
+    PROGRESS: ClassVar = {'step': int, 'done': bool}
+    ADVICE: ClassVar = 'a smaller learning rate'
+    path: str
+    optimizer: torch.optim.Optimizer
+    settings: dict
+    step: int = 0
+    done: bool = False
+    unproven: dict = None
+
+    def content(self):
+        """{key: value} of a checkpoint: the weights, and what they belong to."""
+        raise NotImplementedError
+
+    @property
+    def best_path(self):
+        """checkpoint_best.pth beside checkpoint.pth."""
+        root, ending = os.path.splitext(self.path)
+        return f'{root}_best{ending}'
+
+    def state(self):
+        """What a checkpoint holds, copied: training goes on."""
+        return copy.deepcopy({**self.content(), 'optimizer': self.optimizer.state_dict(), 'settings': self.settings,
+                              'epoch': self.step // self.settings['steps an epoch'],
+                              **{key: getattr(self, key) for key in self.PROGRESS}})
+
+    def save(self, job, path=None):
+        """Write the present state to `path`, by default the run's own."""
+        if job.is_main:
+            save_checkpoint(path or self.path, self.state())
+
+    def prove(self, job):
+        """Write the unproven state: the loss after it was good."""
+        if self.unproven and job.is_main:
+            save_checkpoint(self.path, self.unproven)
+        self.unproven = None
+
+    def resume(self, checkpoint, steps):
+        """Go on from the checkpoint of a run of `steps` steps in all; UserError as restore()."""
+        for key, value in restore(self.path, checkpoint, self.settings, self.optimizer, self.PROGRESS, steps).items():
+            setattr(self, key, value)
+
+    def failure(self, what):
+        """UserError of a run that a loss has stopped: `what`, the last good checkpoint and what to try."""
+        kept = f'the last good checkpoint is {self.path}' if os.path.exists(self.path) else 'there is no checkpoint yet'
+        return UserError(f'{what}; {kept}; try {self.ADVICE}')
+
+
+def steps_per_epoch(data, batch_size, seed, job, max_steps=None):
+    """Optimiser steps of an epoch, at most `max_steps` of them."""
+    steps = len(train_loader(data.train, batch_size, 0, seed, job.rank, job.world_size))
+    return min(steps, max_steps or steps)
+
+
+def epoch_batches(data, batch_size, seed, job, workers, epoch, steps, first):
+    """(step, images, labels) of an epoch of `steps` steps, from step `first` on; steps count through all epochs."""
+    start = max(first, epoch * steps)
+    loader = train_loader(data.train, batch_size, epoch, seed, job.rank, job.world_size, workers, start - epoch * steps)
+    for step, (images, labels) in zip(range(start, (epoch + 1) * steps), loader):
+        yield step, images, labels
