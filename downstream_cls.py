@@ -19,13 +19,14 @@ from modules.cli import SEED, SHARE, not_negative, parser, positive, run
 from modules.errors import UserError
 from modules.search_space.named import find_subnet, find_supernet
 from modules.search_space.superspace import SUPERSPACES
+from modules.training.checkpoint import checkpoint_name, precision
 from modules.training.data import add_data_arguments, open_data, seed_of
 from modules.training.distributed import add_distributed_arguments, distributed_job
 from modules.training.downstream import DownstreamRecipe, find_recipe, finetune
 from modules.training.evaluate import Accuracy
 from modules.training.log import note
 from modules.training.sources import plain_name
-from modules.zoo import CHECKPOINTS, EXTREMES, build_network, checkpoint_name, choose_subnet, find_checkpoint
+from modules.zoo import CHECKPOINTS, EXTREMES, build_network, choose_subnet, find_checkpoint
 
 
 def get_args():
@@ -88,7 +89,7 @@ def main(args):
                 'num_classes': data.num_classes, 'quant_mode': quant, 'dataset': plain_name(args.dataset),
                 'augment': args.augment, 'drop_rate': args.drop_rate, 'from_scratch': args.from_scratch}
     with distributed_job(args.local_rank, args.device) as job:
-        note(f'{args.subnet_name} in {"int8" if quant else "fp32"} from {origin}: learning rate {learning_rate:g}, '
+        note(f'{args.subnet_name} in {precision(quant)} from {origin}: learning rate {learning_rate:g}, '
              f'weight decay {weight_decay:g}, {data.num_classes} classes')
         result = finetune(network, data, recipe, path, job, identity, args.resume, args.num_workers)
         if job.is_main:

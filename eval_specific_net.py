@@ -23,6 +23,7 @@ from modules.subnet_report import (
     evaluate_subnet,
     evaluation,
 )
+from modules.training.checkpoint import precision
 from modules.zoo import CHECKPOINTS, EXTREMES, find_checkpoint, save_network
 
 
@@ -44,9 +45,9 @@ def main(args):
     predictor = open_predictor(args, supernet.superspace)
     latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
     path = find_checkpoint(supernet, args.quant_mode, args.checkpoint_path, name=published)
-    with evaluation(args.model_name, supernet, path, subnets, args) as (model, subnets, images, job):
+    with evaluation(args.model_name, supernet, path, subnets, args) as (model, images, job):
         evaluate_all(model, subnets, images, job, latencies,
-                     os.path.join(args.output_path, f"{args.model_name}_{'int8' if args.quant_mode else 'fp32'}.csv"),
+                     os.path.join(args.output_path, f'{args.model_name}_{precision(args.quant_mode)}.csv'),
                      evaluate_static if args.model_name in named_subnets() else evaluate_subnet)
         if args.save_network:
             subnet, = subnets.values()

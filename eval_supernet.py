@@ -15,7 +15,7 @@ import random
 from tqdm import trange
 
 from modules.cli import is_main_process, parser, positive, run
-from modules.files import write_text
+from modules.files import write_csv
 from modules.latency import open_predictor
 from modules.latency.report import breakdown, draw_cdf, percentiles
 from modules.search_space.encoding import subnet_config
@@ -23,6 +23,7 @@ from modules.search_space.named import find_supernet
 from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
 from modules.subnet_report import add_evaluation_arguments, evaluate_all, evaluation
+from modules.training.checkpoint import precision
 from modules.zoo import CHECKPOINTS, EXTREMES, choose_subnet, find_checkpoint
 
 
@@ -60,9 +61,9 @@ def print_accuracy(supernet, predictor, folder, args):
     subnets = {choice: choose_subnet(supernet, choice) for choice in args.subnet_choice or EXTREMES}
     latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
     path = find_checkpoint(supernet, args.quant_mode, args.resume, args.align_sample)
-    with evaluation(supernet, supernet, path, subnets, args) as started:
-        evaluate_all(*started, latencies,
-                     os.path.join(folder, f"accuracy_{'int8' if args.quant_mode else 'fp32'}.csv"))
+    with evaluation(supernet, supernet, path, subnets, args) as (model, images, job):
+        evaluate_all(model, subnets, images, job, latencies,
+                     os.path.join(folder, f'accuracy_{precision(args.quant_mode)}.csv'))
 
 
 def print_breakdowns(supernet, choices, predictor):
@@ -84,7 +85,7 @@ def draw_distribution(supernet, predictor, num_samples, rng, folder, align_sampl
     latencies = [ms for _, ms in rows]
     platform = os.path.basename(predictor.platform).removesuffix('.json')
     csv, picture = (os.path.join(folder, f'latency_{platform}{ending}') for ending in ('.csv', '.png'))
-    write_text(csv, 'subnet,ms\n' + ''.join(f'{subnet},{ms:.4f}\n' for subnet, ms in rows))
+    write_csv(csv, ('subnet', 'ms'), [(subnet, f'{ms:.4f}') for subnet, ms in rows])
     draw_cdf(latencies, marks, f'{supernet}, {num_samples} random subnets on {platform}', picture)
     print(f'{supernet} on {predictor.platform}: {num_samples} random subnets')
     print('  ' + '  '.join(f'{p}%: {ms:.2f} ms' for p, ms in percentiles(latencies)))

@@ -11,7 +11,6 @@ A killed search goes on with --resume. docs/space_search.md has the method.
 import glob
 import os
 import random
-import time
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from modules.evolution import History
 from modules.latency import add_platform_arguments
 from modules.search_space.encoding import parse_supernet
 from modules.search_space.named import find_supernet
-from modules.training.log import spare_tensorflow
+from modules.training.log import run_log, spare_tensorflow
 
 LOG_EVERY = 500
 
@@ -76,24 +75,19 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
     """The space search; writes everything named in the module's docstring."""
     spare_tensorflow()
     from tensorboard.summary import Writer
-    started = time.perf_counter()
     total = min(total, num_spaces(searcher.superspace))
     settings = searcher.settings | {'seed': seed, 'population_size': population_size,
                                     'parent_sample_size': parent_sample_size}
     found, scores, best = [], [], -1.0
     with History(folder, searcher.columns(), settings, resume, parse_supernet) as history, \
-            open(os.path.join(folder, 'search.log'), 'a' if resume else 'w') as log, \
-            tqdm(total=total, unit='space') as progress:
+            tqdm(total=total, unit='space') as progress, \
+            run_log(os.path.join(folder, 'search.log'), resume, show=progress.write) as say:
         known = len(history)
         if not known:                   # nothing of an older search stays beside the new one
             for name in ('events.out.tfevents.*', 'top50.csv', '*.png'):
                 for path in glob.glob(os.path.join(glob.escape(folder), name)):
                     os.remove(path)
         events = Writer(folder)
-
-        def say(text):
-            print(text, file=log, flush=True)
-            progress.write(text)
 
         say(f'{searcher.superspace.name}: {total} spaces, {known} of them scored before; {settings}')
         for supernet, numbers in search_spaces(searcher, history, random.Random(seed), total, population_size,
@@ -109,8 +103,7 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
                     events.add_scalar('score/best', best, step=count)
                     events.add_scalar('score/mean', mean, step=count)
                 if count % LOG_EVERY == 0 or count == total:
-                    say(f'{count:6d} spaces  best {best:.6f}  mean of the population {mean:.6f}  '
-                        f'{time.perf_counter() - started:.1f} s')
+                    say(f'{count:6d} spaces  best {best:.6f}  mean of the population {mean:.6f}')
         events.close()
         found.sort(key=lambda entry: -entry[1][0])
         ranked = [supernet for supernet, _ in found[:50]]
@@ -118,7 +111,7 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
         plots.plot_search(os.path.join(folder, 'search.png'), scores, population_size,
                           f'Space search: {searcher.name()}')
         plots.draw_best(searcher, ranked[:10], folder, np.random.default_rng(seed % 2 ** 32))
-        say(f'best {ranked[0]}  score {best:.6f}  {time.perf_counter() - started:.1f} s')
+        say(f'best {ranked[0]}  score {best:.6f}')
     files = [os.path.join(folder, name) for name in ('top10.png', 'cdf.png', 'search.png', 'top50.csv')]
     print('\n'.join(['', f'The best space of {len(found)}: {ranked[0]}, score {best:.5f}', *describe(ranked[0]),
                      'Pictures, tables and TensorBoard log:',

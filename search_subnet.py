@@ -17,7 +17,7 @@ from modules.errors import UserError
 from modules.latency import open_predictor
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
-from modules.subnet_report import add_evaluation_arguments, evaluation_images, open_supernet
+from modules.subnet_report import add_evaluation_arguments, images_to_test, open_supernet
 from modules.subnet_search import (
     BEST,
     SearchRecipe,
@@ -32,14 +32,15 @@ from modules.subnet_search import (
     initialise_scales,
     measure_with,
     note_trained_images,
-    open_log,
     score_subnets,
     search_windows,
     write_results,
 )
+from modules.training.checkpoint import precision
 from modules.training.data import calibration_batches, eval_loader
 from modules.training.distributed import distributed_job, share
 from modules.training.evaluate import DecodedImages
+from modules.training.log import run_log
 from modules.training.parallel import default_workers
 from modules.zoo import CHECKPOINTS, find_checkpoint
 
@@ -84,7 +85,7 @@ def main(args):
     if not len(data.valid):
         raise UserError(f'--valid_size {args.valid_size}: no held-out images to search with')
     note_trained_images(path, len(data.valid))
-    kind = 'int8' if args.quant_mode else 'fp32'
+    kind = precision(args.quant_mode)
     settings = {'supernet': str(supernet), 'checkpoint': file_digest(path), 'numbers': kind, 'seed': args.seed,
                 'data set': args.dataset, 'training images': len(data.train), 'align_sample': args.align_sample,
                 'valid images': min(len(data.valid), args.num_valid_images or len(data.valid)),
@@ -92,8 +93,8 @@ def main(args):
     folder = os.path.join(args.output_path, str(supernet) + '-align1' * args.align_sample
                           + '-fp32' * (not args.quant_mode))
     with distributed_job(args.local_rank, args.device) as job, \
-            SharedHistory(folder, settings, job, args.resume) as history:
-        say = open_log(os.path.join(folder, 'search.log'), args.resume) if job.is_main else lambda line: None
+            SharedHistory(folder, settings, job, args.resume) as history, \
+            run_log(os.path.join(folder, 'search.log'), args.resume, job.is_main) as say:
         say(f'{supernet} in {kind} from {path}; {recipe}; {len(history.entries)} subnets scored before; {settings}')
         model.to(job.device)
         calibration = DecodedImages(calibration_batches(data.train, args.batch_size, args.num_calib_batches, args.seed,
@@ -109,8 +110,8 @@ def main(args):
         members = all_members(space, history, found)
         best = {window: best_members(members, window) for window in windows}
         say(f'testing the best {BEST} of each window')
-        _, test = evaluation_images(data, job, args.batch_size, 1, args.num_eval_images, BEST * len(best),
-                                    args.cache_gb, args.seed, args.num_workers)
+        test = images_to_test(data, job, args.batch_size, args.num_eval_images, BEST * len(best), args.cache_gb,
+                              args.num_workers)
         tested = evaluate_best(model, best, calibration, test, job)
         if job.is_main:
             write_results(folder, space, members, best, tested, kind, say)

@@ -17,12 +17,13 @@ from modules.modeling.ops.lsq_plus import compile_quantisers, prove_quantisers, 
 from modules.modeling.supernet import Supernet
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
+from modules.training.checkpoint import checkpoint_folder, checkpoint_name
 from modules.training.config import add_config_arguments, load_config
 from modules.training.data import add_data_arguments, open_data, seed_of
 from modules.training.distributed import add_distributed_arguments, distributed_job
 from modules.training.evaluate import Accuracy
 from modules.training.log import note
-from modules.training.supernet_trainer import SupernetRecipe, checkpoint_folder, train_supernet
+from modules.training.supernet_trainer import SupernetRecipe, train_supernet
 
 
 def get_args():
@@ -70,7 +71,7 @@ def main(args):
     if job.is_main:
         for name, result in results.items():
             print(f'{supernet} {name}: {Accuracy(**result)}')
-        print(os.path.join(folder, 'lsq.pth' if args.quant_mode else 'checkpoint.pth'))
+        print(os.path.join(folder, checkpoint_name(args.quant_mode)))
 
 
 def build(supernet, num_classes, recipe, quant):

@@ -8,6 +8,7 @@ from .latency import add_platform_arguments
 from .modeling.complexity import config_complexity
 from .modeling.ops.lsq_plus import quantised_ops
 from .training.calibrate import calibrate, initialize_all_scales, kept_statistics
+from .training.checkpoint import precision
 from .training.classes import fit_classes
 from .training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from .training.distributed import add_distributed_arguments, distributed_job
@@ -48,9 +49,14 @@ class _Watched:
 
 def evaluation_images(data, job, batch_size, num_calib_batches, limit_images=None, passes=1, cache_gb=8.0, seed=0,
                       workers=0):
-    """(calibration, test) batches of this rank's share; decoded once for several `passes` if they fit in cache_gb."""
+    """(calibration, test) batches of this rank's share, the latter of images_to_test()."""
     calibration = DecodedImages(calibration_batches(data.train, batch_size, num_calib_batches, seed, workers, job.rank,
                                                     job.world_size), data.mean_std)
+    return calibration, images_to_test(data, job, batch_size, limit_images, passes, cache_gb, workers)
+
+
+def images_to_test(data, job, batch_size, limit_images=None, passes=1, cache_gb=8.0, workers=0):
+    """Test batches of this rank's share; decoded once for several `passes` if they fit in cache_gb (GiB)."""
     test = eval_loader(data.test, batch_size, job.rank, job.world_size, workers, limit_images=limit_images)
     total = len(test)
     if passes > 1:
@@ -59,7 +65,7 @@ def evaluation_images(data, job, batch_size, num_calib_batches, limit_images=Non
             test = DecodedImages(test, data.mean_std)
         else:
             note(f'the test images take {size:.1f} GiB a rank, more than --cache_gb {cache_gb:g}: decoded per subnet')
-    return calibration, _Watched(test, total, job)
+    return _Watched(test, total, job)
 
 
 def complete_scales(supernet, subnets, data, batch_size, job, seed=0):
@@ -87,17 +93,19 @@ def open_supernet(supernet, path, args):
 
 @contextlib.contextmanager
 def evaluation(title, supernet, path, subnets, args):
-    """Yields what evaluate_all() starts with, (model, {name: Subnet}, images, job); args: of a script with
-    add_evaluation_arguments()."""
+    """Yields (model, images, job) for evaluate_all() of {name: Subnet}, a line with `title` once printed.
+
+    path: the supernet's checkpoint; args: of a script with add_evaluation_arguments().
+    """
     model, data = open_supernet(supernet, path, args)
     with distributed_job(args.local_rank, args.device) as job:
         if job.is_main:
-            print(f"{title} in {'int8' if args.quant_mode else 'fp32'} from {path}", flush=True)
+            print(f'{title} in {precision(args.quant_mode)} from {path}', flush=True)
         model.to(job.device)
         images = evaluation_images(data, job, args.batch_size, args.num_calib_batches, args.num_eval_images,
                                    len(subnets), args.cache_gb, args.seed, args.num_workers)
         complete_scales(model, list(subnets.values()), data, args.batch_size, job, args.seed)
-        yield model, subnets, images, job
+        yield model, images, job
 
 
 def calibrated_network(supernet, subnet, calibration, job):

@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import random
-import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -348,18 +347,6 @@ def evaluate_best(model, best, calibration, test, job):
     subnets = {str(member.subnet): member.subnet for members in best.values() for member in members}
     return {key: accuracy(calibrated_network(model, subnet, calibration, job.alone()), test, job)
             for key, subnet in subnets.items()}
-
-
-def open_log(path, resume):
-    """Function that prints a line and writes it to the log file, which with `resume` is continued."""
-    log, started = open(path, 'a' if resume else 'w', buffering=1, encoding='utf-8'), time.perf_counter()
-
-    def say(line):
-        line = f'[{time.perf_counter() - started:8.1f} s] {line}'
-        print(line, flush=True)
-        print(line, file=log)
-
-    return say
 
 
 def write_results(folder, space, members, best, tested, kind, say):

@@ -16,16 +16,18 @@ from .modeling.supernet import Supernet
 from .search_space.encoding import parse_subnet, parse_supernet, subnet_config
 from .search_space.named import find_subnet, find_supernet, named_subnets, named_supernets
 from .search_space.sampling import max_subnet, min_subnet
-from .training.checkpoint import load_checkpoint, load_weights, model_state, save_checkpoint
+from .training.checkpoint import (
+    checkpoint_folder,
+    checkpoint_name,
+    load_checkpoint,
+    load_weights,
+    model_state,
+    save_checkpoint,
+)
 
 CHECKPOINTS = os.path.join('checkpoints', 'supernet_training')
 EXTREMES = {'max': max_subnet, 'min': min_subnet}
 CLASSIFIER = 'stages.logits.blocks.0.linear.weight'         # of a supernet
-
-
-def checkpoint_name(quant_mode):
-    """lsq.pth (int8) or checkpoint.pth (fp32)."""
-    return 'lsq.pth' if quant_mode else 'checkpoint.pth'
 
 
 def find_checkpoint(supernet, quant_mode, root=CHECKPOINTS, align_sample=False, name=None):
@@ -39,9 +41,9 @@ def find_checkpoint(supernet, quant_mode, root=CHECKPOINTS, align_sample=False, 
         return os.fspath(root)
     supernet = parse_supernet(supernet)
     names = [known for known, encoding in named_supernets().items() if encoding == str(supernet)]
-    folders = [*(names if not align_sample else []), f'{supernet}-align{int(align_sample)}']
-    file = checkpoint_name(quant_mode)
-    paths = [os.path.join(root, folder, file) for folder in folders] + [os.path.join(root, file)]
+    published = [] if align_sample else [os.path.join(root, known) for known in names]
+    folders = [*published, checkpoint_folder(root, supernet, align_sample), root]
+    paths = [os.path.join(folder, checkpoint_name(quant_mode)) for folder in folders]
     for path in paths:
         if os.path.isfile(path):
             return path

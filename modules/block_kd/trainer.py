@@ -18,7 +18,7 @@ from ..search_space.encoding import EncodingError, parse_block_id
 from ..search_space.macro_arch import SEARCHABLE_STAGES
 from ..search_space.superspace import get_superspace
 from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
-from ..training.checkpoint import load_checkpoint, load_weights
+from ..training.checkpoint import checkpoint_name, load_checkpoint, load_weights
 from ..training.data import calibration_batches, eval_loader
 from ..training.distributed import average, average_gradients, broadcast
 from ..training.log import curves, progress
@@ -100,7 +100,7 @@ def by_stage(block_ids):
 
 def checkpoint_file(folder, block_id, quant):
     """<folder>/stage3_1/checkpoint.pth, or lsq.pth."""
-    return os.path.join(folder, block_id, 'lsq.pth' if quant else 'checkpoint.pth')
+    return os.path.join(folder, block_id, checkpoint_name(quant))
 
 
 def require_checkpoint(folder, block_id, quant):

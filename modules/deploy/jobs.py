@@ -14,7 +14,7 @@ from ..optional import need
 from ..search_space.encoding import parse_subnet, parse_supernet
 from ..subnet_report import calibrated_network, complete_scales
 from ..training.calibrate import calibrate
-from ..training.checkpoint import load_checkpoint
+from ..training.checkpoint import load_checkpoint, precision
 from ..training.classes import fit_classes
 from ..training.data import add_data_arguments, calibration_batches, eval_loader, open_data, seed_of
 from ..training.distributed import Job
@@ -166,7 +166,7 @@ def evaluate(args, runtime, open_model):
             path, model, _ = export(source, args.model_path, quant_mode, runtime)
             test = eval_loader(data.test, args.batch_size, workers=args.num_workers, limit_images=args.num_eval_images)
             *figures, images = compare(source.network, open_model(model), test, resize)
-            kind = 'int8' if quant_mode else 'fp32'
+            kind = precision(quant_mode)
             print(f'  {kind}: {describe(runtime.name, *figures, images)}\n        {path}', flush=True)
             rows.append([entry.supernet, entry.subnet, kind, *(f'{figure:.4f}' for figure in figures), images])
             if args.output:

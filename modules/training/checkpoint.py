@@ -23,6 +23,21 @@ _HYPERPARAMETERS = ('params', 'lr', 'weight_decay', 'momentum', 'dampening', 'be
 _SHOWN = 3                                  # keys that an error message names
 
 
+def checkpoint_name(quant):
+    """lsq.pth (int8) or checkpoint.pth (fp32)."""
+    return 'lsq.pth' if quant else 'checkpoint.pth'
+
+
+def checkpoint_folder(root, supernet, align_sample=False):
+    """<root>/<supernet>-align0, or -align1."""
+    return os.path.join(root, f'{supernet}-align{int(align_sample)}')
+
+
+def precision(quant):
+    """int8 or fp32."""
+    return 'int8' if quant else 'fp32'
+
+
 class ForeignObject:
     """What an object of an unknown class becomes: it takes anything and does nothing."""
 

@@ -12,7 +12,6 @@ A picture that cannot be read is left out of its batch, reported once on stderr 
 import contextlib
 import copy
 import hashlib
-import os
 import random
 import re
 import sys
@@ -27,6 +26,7 @@ from torchvision import transforms
 from ..cli import not_negative, within
 from ..errors import UserError, one_line
 from .log import note
+from .parallel import default_workers
 from .sources import LAYOUTS, open_source, plain_name
 
 SPLIT_SEED = 2147483647         # the held-out images are the same in every run, whatever --seed says
@@ -187,11 +187,10 @@ def _posterize(image, bits, **kwargs):
 
 def add_data_arguments(parser):
     """--dataset_path (also --dataset_dir, --imagenet_path), --dataset, --num_workers, --valid_size, --augment."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     parser.add_argument('--dataset_path', '--dataset_dir', '--imagenet_path', dest='dataset_path',
                         default='./dataset', help=f'ImageNet: {LAYOUTS}')
     parser.add_argument('--dataset', default='imagenet', help='imagenet, digits, or any of torchvision by name')
-    parser.add_argument('--num_workers', type=within(int, 0, 1024), default=min(8, cores),
+    parser.add_argument('--num_workers', type=within(int, 0, 1024), default=min(8, default_workers()),
                         help='loader processes per rank')
     parser.add_argument('--valid_size', type=not_negative(int), default=50000,
                         help='training images held out for validation')

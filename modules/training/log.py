@@ -1,5 +1,8 @@
 """Progress of long jobs: a bar on a terminal, a line now and then in a log file, curves for TensorBoard."""
+import contextlib
+import functools
 import sys
+import time
 import types
 
 from tqdm import tqdm
@@ -20,6 +23,24 @@ def note(line):
     """One line on stderr, of the first rank only."""
     if is_main_process():
         print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def run_log(path, append=False, enabled=True, show=None):
+    """Yields say(line), which shows a line and writes it to a log file, both with the seconds since the start.
+
+    append: go on with the file that is there; nothing happens where not `enabled`. show: function of a line, by default
+    print.
+    """
+    started, mode = time.perf_counter(), 'a' if append else 'w'
+    show = show or functools.partial(print, flush=True)
+    with open(path, mode, buffering=1, encoding='utf-8') if enabled else contextlib.nullcontext() as log:
+        def say(line):
+            if log:
+                line = f'[{time.perf_counter() - started:8.1f} s] {line}'
+                show(line)
+                print(line, file=log)
+        yield say
 
 
 def spare_tensorflow():

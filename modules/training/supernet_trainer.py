@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import UserError
 from ..search_space import sampling
 from .calibrate import initialize_all_scales
-from .checkpoint import load_checkpoint, load_weights
+from .checkpoint import checkpoint_name, load_checkpoint, load_weights
 from .config import save_config
 from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
 from .distributed import average, average_gradients, broadcast
@@ -91,11 +91,6 @@ class Training(ResumableRun):
         return self.loss_sum / max(1, self.loss_count)
 
 
-def checkpoint_folder(root, supernet, align_sample=False):
-    """<root>/<supernet>-align0, or -align1."""
-    return os.path.join(root, f'{supernet}-align{int(align_sample)}')
-
-
 def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=False, from_scratch=False,
                    align_sample=False, amp=False, workers=0):
     """Train into <folder>/checkpoint.pth, or lsq.pth with `quant`; returns {'max': {'top1': …}, 'min': …, 'random': …}.
@@ -139,7 +134,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
 
 def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps):
     """The Training, from its unfinished checkpoint, the fp32 checkpoint (quant) or from scratch."""
-    path, fp32 = (os.path.join(folder, name) for name in ('lsq.pth' if quant else 'checkpoint.pth', 'checkpoint.pth'))
+    path, fp32 = (os.path.join(folder, checkpoint_name(kind)) for kind in (quant, False))
     resumed = load_checkpoint(path) if resume and os.path.isfile(path) else None
     if resumed is not None:
         load_weights(supernet, resumed, path)
