@@ -13,7 +13,7 @@ import os
 from modules.block_kd.lut_builder import build_luts
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import select_blocks
-from modules.cli import SEED, not_negative, parser, positive, run
+from modules.cli import SEED, not_negative, parser, positive, run, within
 from modules.latency import add_platform_arguments, open_predictor
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data
@@ -42,7 +42,7 @@ def get_args():
     p.add_argument('--nsr_signal', choices=NSR_SIGNALS, default='teacher', help='whose variance divides the loss')
     p.add_argument('--cache_budget_gb', type=positive(float), default=4.0,
                    help="GiB of the teacher's maps kept in memory; the rest is memory-mapped under output_path")
-    p.add_argument('--num_threads', type=positive(int),
+    p.add_argument('--num_threads', type=within(int, 1, 1024),
                    help='rows measured at a time by a rank, on a CPU; default: its share of the cores')
     p.add_argument('--seed', type=SEED, default=0, help='of the rows and the calibration images')
     add_data_arguments(p)

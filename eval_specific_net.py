@@ -12,6 +12,7 @@ import os
 
 from modules.cli import parser, run
 from modules.errors import UserError
+from modules.files import check_file
 from modules.latency import open_predictor
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_subnet, find_supernet, named_subnets, named_supernets
@@ -42,6 +43,8 @@ def main(args):
     supernet, subnets, published = find_model(args.model_name)
     if args.save_network and len(subnets) > 1:
         raise UserError(f'--save_network {args.save_network}: {args.model_name} is a supernet; give a SEQnet@…')
+    if args.save_network:
+        check_file(args.save_network)
     predictor = open_predictor(args, supernet.superspace)
     latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
     path = find_checkpoint(supernet, args.quant_mode, args.checkpoint_path, name=published)

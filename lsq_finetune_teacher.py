@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from modules.block_kd.teacher import DEFAULT_ARCH, DEFAULT_ROOT, build_teacher, default_checkpoint
-from modules.cli import SEED, SHARE, not_negative, parser, positive, run
+from modules.cli import SEED, SHARE, not_negative, parser, positive, run, within
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import set_quant_mode
 from modules.training.checkpoint import load_weights, restore, save_checkpoint
@@ -36,7 +36,7 @@ def get_args():
     p.add_argument('--learning_rate', type=positive(float), default=1e-3, help='the first; down to 0 by a cosine')
     p.add_argument('--momentum', type=SHARE, default=0.9, help='of SGD')
     p.add_argument('--weight_decay', type=not_negative(float), default=1e-5, help='not of norms, biases and scales')
-    p.add_argument('--image_size', type=positive(int), default=224, help='pixels')
+    p.add_argument('--image_size', type=within(int, 16, 2048), default=224, help='pixels')
     p.add_argument('--max_steps', type=positive(int), help='steps in all, for short runs')
     p.add_argument('--num_eval_images', type=positive(int), default=5000, help='of the evaluation at the end')
     p.add_argument('--checkpoint_freq', type=positive(int), default=500, help='steps between unfinished.pth')

@@ -26,6 +26,7 @@ from modules.block_kd.searcher import (
     search_spaces,
     write_table,
 )
+from modules.errors import UserError
 from modules.evolution import History
 from modules.latency import add_platform_arguments
 from modules.search_space.encoding import parse_supernet
@@ -112,6 +113,8 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
                           f'Space search: {searcher.name()}')
         plots.draw_best(searcher, ranked[:10], folder, np.random.default_rng(seed % 2 ** 32))
         say(f'best {ranked[0]}  score {best:.6f}')
+    if best <= 0:
+        raise UserError(f'no subnet of any of the {len(found)} spaces meets {searcher.name()}; results: {folder}')
     files = [os.path.join(folder, name) for name in ('top10.png', 'cdf.png', 'search.png', 'top50.csv')]
     print('\n'.join(['', f'The best space of {len(found)}: {ranked[0]}, score {best:.5f}', *describe(ranked[0]),
                      'Pictures, tables and TensorBoard log:',

@@ -63,7 +63,7 @@ def get_args():
     p.add_argument('--resolution_mutate_prob', type=within(float, 0, 1), default=0.1, help='of the resolution')
     p.add_argument('--align_sample', action='store_true', help='all blocks of a stage share k, w, e; -align1')
     p.add_argument('--num_valid_images', type=positive(int), help='of the held-out images; default: all of them')
-    p.add_argument('--num_threads', type=positive(int),
+    p.add_argument('--num_threads', type=within(int, 1, 1024),
                    help='subnets measured at a time by a rank, on a CPU; default: its share of the cores')
     p.add_argument('--resume', action='store_true', help='go on with the history in the output directory')
     add_evaluation_arguments(p)

@@ -13,6 +13,7 @@ import os
 import torch
 
 from modules.cli import parser, run
+from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import compile_quantisers, prove_quantisers, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.search_space.named import find_supernet
@@ -56,6 +57,8 @@ def main(args):
         recipe = dataclasses.replace(recipe, batch_size_per_gpu=recipe.max_batch_size_per_gpu)
     data = open_data(args.dataset_path, args.dataset, recipe.valid_size, recipe.augment,
                      max(supernet.superspace.resolutions), seed=recipe.seed)
+    if not len(data.valid):
+        raise UserError(f'--valid_size {recipe.valid_size}: no held-out images to validate on')
     folder = checkpoint_folder(args.output_path, supernet, args.align_sample)
     with distributed_job(args.local_rank, args.device) as job:
         if args.amp and job.device.type != 'cuda':

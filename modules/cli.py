@@ -3,9 +3,10 @@ import argparse
 import importlib.util
 import os
 import sys
+import traceback
 from functools import cache
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -36,7 +37,14 @@ def load_plugin(path):
     if spec is None:
         raise UserError(f'--plugin {path}: not a Python file *.py')
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UserError as error:
+        raise UserError(f'--plugin {path}: {error}') from None
+    except Exception as error:                          # any, since it is any code
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = getattr(error, 'lineno', None) or (lines[-1] if lines else '')
+        raise UserError(f'--plugin {path}:{where}: {type(error).__name__}: {one_line(error)}') from error
 
 
 def positive(kind):
@@ -78,9 +86,18 @@ SEED = within(int, 0, 2 ** 32 - 1)
 
 
 def run(main, get_args):
-    """main(get_args()); a UserError or an OSError is one line on stderr and exit code 2."""
+    """main(get_args()); a UserError, an OSError or a lack of memory is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):             # a file's name may hold what an encoding has not
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     try:
-        main(get_args())
+        args = get_args()
+        for name, value in getattr(args, '__dict__', {}).items():
+            if value == '':
+                raise UserError(f'--{name}: an empty value')
+        main(args)
+    except MemoryError as error:
+        sys.exit(_fail(f'not enough memory: {one_line(error)}'))
     except (UserError, OSError) as error:               # OSError: a missing file, a full disk
         sys.exit(_fail(error))
     except KeyboardInterrupt:
@@ -89,7 +106,8 @@ def run(main, get_args):
 
 def _fail(error):
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        error = f'{error.filename}: {error.strerror}'
+        reason = 'a file, not a folder' if isinstance(error, FileExistsError) else error.strerror
+        error = f'{error.filename2 or error.filename}: {reason}'        # of a rename the second
     print('error: ' + ' '.join(str(error).split('\n')), file=sys.stderr)
     return 2
 

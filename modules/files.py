@@ -9,6 +9,8 @@ import socket
 import tempfile
 import time
 
+from .errors import UserError
+
 _ABANDONED = 24 * 3600      # seconds without a write after which no writer is thought to live
 
 
@@ -64,6 +66,18 @@ def _lives(pid):
     except (OSError, OverflowError):                # another user's
         pass
     return True
+
+
+def check_file(path):
+    """UserError where no file can be written at `path`: it is a folder, or something in the way to it is a file."""
+    path = os.path.abspath(path)
+    if os.path.isdir(path):
+        raise UserError(f'{path}: is a folder, expected a file')
+    folder = os.path.dirname(path)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f'{folder}: is a file, expected a folder')
 
 
 def set_aside(path):

@@ -5,6 +5,7 @@
 """
 import os
 import sys
+from collections.abc import Mapping
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureInfo, generate_default_cfgs, register_model
@@ -16,6 +17,7 @@ from .modeling.supernet import Supernet
 from .search_space.encoding import parse_subnet, parse_supernet, subnet_config
 from .search_space.named import find_subnet, find_supernet, named_subnets, named_supernets
 from .search_space.sampling import max_subnet, min_subnet
+from .search_space.superspace import SearchSpaceError
 from .training.checkpoint import (
     checkpoint_folder,
     checkpoint_name,
@@ -27,6 +29,7 @@ from .training.checkpoint import (
 
 CHECKPOINTS = os.path.join('checkpoints', 'supernet_training')
 EXTREMES = {'max': max_subnet, 'min': min_subnet}
+MOST_CLASSES = 10 ** 6                  # a file that says more is damaged
 CLASSIFIER = 'stages.logits.blocks.0.linear.weight'         # of a supernet
 
 
@@ -64,7 +67,11 @@ def load_supernet(supernet, path, quant_mode=False):
         raise UserError(f'{path}: {error}') from None
     if CLASSIFIER not in weights:
         raise UserError(f'{path}: not the weights of supernet {supernet}: no {CLASSIFIER}')
-    whole = Supernet(supernet, len(weights[CLASSIFIER]))
+    shape, features = tuple(weights[CLASSIFIER].shape), max(supernet.superspace.input_widths('logits'))
+    if len(shape) != 2 or shape[1] != features or not 0 < shape[0] <= MOST_CLASSES:
+        raise UserError(f'{path}: not the weights of supernet {supernet}: {CLASSIFIER} of shape {shape}, expected '
+                        f'(classes, {features})')
+    whole = Supernet(supernet, shape[0])
     load_weights(whole, weights, f'{path}: not the weights of supernet {supernet}')
     if quant_mode and not any(op.scales_initialized for op in quantised_ops(whole)):
         raise UserError(f'{path}: fp32 weights, whose LSQ+ scales were never trained; int8 needs lsq.pth')
@@ -122,13 +129,32 @@ def save_network(path, network, supernet, subnet, quant_mode, **more):
 def load_network(path):
     """The static Network, in eval mode, of a file by save_network() or downstream_cls.py, in int8 if it was."""
     state = load_checkpoint(path)
-    lacking = [key for key in ('supernet', 'subnet', 'num_classes', 'quant_mode', 'state_dict')
-               if not isinstance(state, dict) or key not in state]
-    if lacking:
-        raise UserError(f'{path}: not a network of downstream_cls.py or eval_specific_net.py: no {lacking[0]!r} in it')
-    network = build_network(state['supernet'], state['subnet'], state['num_classes'], None, state['quant_mode'])
-    load_weights(network, state['state_dict'], f'{path}: not the weights of {state["subnet"]}')
+    supernet, subnet, num_classes, quant_mode = _facts(state, path)
+    network = build_network(supernet, subnet, num_classes, None, quant_mode)
+    load_weights(network, state['state_dict'], f'{path}: not the weights of {subnet}')
     return network.eval()
+
+
+def subnet_of(path):
+    """(encoding.Supernet, encoding.Subnet) of a file that load_network() reads."""
+    return _facts(load_checkpoint(path), path)[:2]
+
+
+def _facts(state, path):
+    """(Supernet, Subnet, number of classes, whether in int8) that the file of a network says; UserError names it."""
+    kinds = {'supernet': str, 'subnet': str, 'num_classes': int, 'quant_mode': bool, 'state_dict': Mapping}
+    for key, kind in kinds.items():
+        if not isinstance(state, dict) or key not in state:
+            raise UserError(f'{path}: not a network of downstream_cls.py or eval_specific_net.py: no {key!r} in it')
+        if not isinstance(state[key], kind) or kind is int and isinstance(state[key], bool):
+            raise UserError(f'{path}: damaged: {key} is a {type(state[key]).__name__}')
+    if not 0 <= state['num_classes'] <= MOST_CLASSES:
+        raise UserError(f'{path}: damaged: num_classes {state["num_classes"]}')
+    try:
+        supernet = parse_supernet(state['supernet'])
+        return supernet, parse_subnet(state['subnet'], supernet), state['num_classes'], state['quant_mode']
+    except SearchSpaceError as error:
+        raise UserError(f'{path}: {error}') from None
 
 
 def timm_name(name):

@@ -370,7 +370,7 @@ def test_cosine_falls_from_base_to_zero():
 
 @pytest.mark.parametrize('script, args, said', [
     ('train_block_kd.py', ['--stage_list', 'stage1_9'], 'block type 9 is not one of 0 1 2 3 4 5'),
-    ('train_block_kd.py', ['--hw_list', '100'], 'resolution 100 is not a positive multiple of 16'),
+    ('train_block_kd.py', ['--hw_list', '100'], 'resolution 100 is not a multiple of 16 pixels up to 2048'),
     ('train_block_kd.py', ['--hw_list', '32'], 'resolution 32 leaves a single pixel at stage5'),
     ('train_block_kd.py', ['--valid_size', '0', '--max_steps', '1', '--train_batch_size', '2'], 'no held-out images'),
     ('eval_block_kd.py', ['--width_window_filter', '9'], 'no stage has such a width window'),

@@ -81,7 +81,7 @@ def _refusal(line):
     return 'malformed'
 
 
-def _parse_row(space, block_id, line):
+def parse_row(space, block_id, line):
     """LutRow of a line without its line end; ValueError or EncodingError with the reason."""
     match = _ROW.fullmatch(line)
     if not match:
@@ -130,7 +130,7 @@ def read_block_lut(path, superspace, lut_id):
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(_parse_row(space, block_id, line.removesuffix('\r')))
+            rows.append(parse_row(space, block_id, line.removesuffix('\r')))
         except (ValueError, EncodingError) as error:
             raise LutError(f'{path}:{number}: {error}') from None
     columns = list(zip(*rows))

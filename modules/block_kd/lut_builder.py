@@ -21,12 +21,13 @@ from ..modeling.complexity import sub_stage_complexity
 from ..modeling.ops.op import resize
 from ..search_space import sampling
 from ..search_space.encoding import BlockId, format_sub_stage, parse_sub_stage
+from ..search_space.superspace import get_superspace
 from ..training.calibrate import calibrate, kept_statistics
 from ..training.distributed import barrier
 from ..training.log import note, progress
 from ..training.losses import nsr_loss
 from ..training.parallel import thread_map
-from .lut import LutRow, format_row, write_block_lut
+from .lut import LutRow, format_row, parse_row, read_block_lut, write_block_lut
 from .trainer import build_student, by_stage, check_map_sizes, require_checkpoint
 
 
@@ -147,11 +148,12 @@ def build_luts(superspace, block_ids, windows, teacher, folder, output, calibrat
         raise UserError(f'--width_window_filter {" ".join(map(str, windows))}: no stage has such a width window')
     for block in block_ids:                     # a missing checkpoint is told before the teacher runs
         require_checkpoint(folder, block, quant=True)
-    for lut_id in (lut_id for ids in lut_ids.values() for lut_id in ids if not os.path.exists(_path(output, lut_id))):
+    built = {lut_id for ids in lut_ids.values() for lut_id in ids if _is_built(superspace, output, lut_id)}
+    for lut_id in (lut_id for ids in lut_ids.values() for lut_id in ids if lut_id not in built):
         for sample in sample_rows(superspace, str(lut_id), num_samples, hw_list, seed):
             _latency(superspace, lut_id, sample, predictor)     # a block that the platform lacks, too
     for stage, ids in lut_ids.items():
-        todo = [lut_id for lut_id in ids if not os.path.exists(_path(output, lut_id))]
+        todo = [lut_id for lut_id in ids if lut_id not in built]
         if len(todo) < len(ids):
             note(f'{stage}: {len(ids) - len(todo)} finished files in {output} are kept; remove them to build anew')
         barrier(job)
@@ -176,6 +178,14 @@ def _path(output, lut_id):
     return os.path.join(output, f'{lut_id}.csv')
 
 
+def _is_built(superspace, output, lut_id):
+    """Whether a finished file is there; LutError where what is there is none."""
+    found = [path for path in (_path(output, lut_id), _path(output, lut_id) + '.gz') if os.path.lexists(path)]
+    for path in found:
+        read_block_lut(path, superspace, str(lut_id))
+    return bool(found)
+
+
 def _prepare(student, cache, seed, settings):
     """Initialise scales that training never reached, the same on every rank; digest of all a row depends on."""
     digest = hashlib.sha256(f'{cache.digest} {settings}'.encode())
@@ -194,7 +204,7 @@ def _build(superspace, lut_id, samples, student, cache, predictor, output, job, 
     """Measure this rank's share of the rows that are not there yet; the last step puts them in order."""
     os.makedirs(output, exist_ok=True)
     path, header = _path(output, lut_id), f'{lut_id} {digest}'
-    have = _read_parts(path, header)
+    have = _read_parts(path, header, superspace, lut_id, samples)
     barrier(job)                                # every rank has read before one writes
     share = range(job.rank, len(samples), job.world_size)
     mine = [i for i in share if i not in have]
@@ -219,8 +229,8 @@ def _build(superspace, lut_id, samples, student, cache, predictor, output, job, 
             bar.update()
     barrier(job)
     if job.is_main:
-        lines = _read_parts(path, header)
-        write_block_lut(path, [_parse_line(lines[i]) for i in range(len(samples))])
+        rows = _read_parts(path, header, superspace, lut_id, samples)
+        write_block_lut(path, [rows[i] for i in range(len(samples))])
         for part in glob.glob(f'{glob.escape(path)}.part*'):
             os.remove(part)
     barrier(job)
@@ -260,25 +270,22 @@ def _begin_part(part, header):
         file.write(header + '\n')
 
 
-def _read_parts(path, header):
-    """{row index: line} of the whole lines in every rank's part file of a build with this header."""
-    lines = {}
+def _read_parts(path, header, superspace, lut_id, samples):
+    """{row index: LutRow} of the whole lines in every rank's part file of a build with this header."""
+    rows, space = {}, get_superspace(superspace)
     for part in glob.glob(f'{glob.escape(path)}.part*'):
         with open(part, encoding='ascii', errors='replace') as file:
             first, *rest = file.read().split('\n')[:-1] or [header]     # killed before the header was whole
         if first != header:
             raise UserError(f'{part}: begun with other blocks, images or settings; use those, or remove it')
         for number, line in enumerate(rest, 2):
-            index, _, row = line.partition(',')
+            index, _, text = line.partition(',')
             try:
-                _parse_line(row)
-                lines[int(index)] = row
-            except ValueError:
-                raise UserError(f'{part}:{number}: not a row of a block LUT: {line[:80]!r}; remove it') from None
-    return lines
-
-
-def _parse_line(line):
-    sub_stage, shape, *values = line.split(',')
-    _, cin, hw, _ = map(int, shape.split('x'))
-    return LutRow(sub_stage, cin, hw, *map(float, values))
+                row, sample = parse_row(space, lut_id, text), samples[int(index)]
+                expected = sample.sub_stage, *_input_shape(space, lut_id, sample)[1:3]
+                if int(index) < 0 or int(index) in rows or row[:3] != expected:
+                    raise ValueError
+                rows[int(index)] = row
+            except (ValueError, IndexError):
+                raise UserError(f'{part}:{number}: not a row of this block LUT: {line[:80]!r}; remove it') from None
+    return rows

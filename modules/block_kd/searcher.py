@@ -86,6 +86,9 @@ class BlockKDSearcher:
             self.constraints = tuple(float(constraint) for constraint in given)
         except (TypeError, ValueError):
             raise UserError(f'latency_constraint {latency_constraint!r}: expected positive numbers') from None
+        shown = [f'{constraint:g}' for constraint in self.constraints]
+        if len(set(shown)) < len(shown):
+            raise UserError(f'latency_constraint {" ".join(shown)}: the same one twice')
         for name, values in (('latency_constraint', self.constraints), ('lat_loss_t', (lat_loss_t,)),
                              ('lat_loss_a', (lat_loss_a,))):
             if not values or not all(0 < value < float('inf') for value in values):
@@ -123,11 +126,17 @@ class BlockKDSearcher:
         """SpaceScore of a Supernet."""
         tails = self.estimator.tails(lut_ids(supernet))
         # found is 1 unless the estimator gives expectations and n draws may hold no feasible subnet at all
-        penalties = [max(1.0, (self.t * tail.found / tail.p) ** self.a) if tail.p else float('inf')
-                     for tail in tails]
+        penalties = [self._penalty(tail) for tail in tails]
         score = sum(tail.found / (penalty * tail.loss) for tail, penalty in zip(tails, penalties))
         count = len(tails)
         return SpaceScore(float(score), float(sum(penalties) / count), sum(tail.loss for tail in tails) / count, tails)
+
+    def _penalty(self, tail):
+        """max(1, (t / p)^a), infinite where no subnet is feasible."""
+        try:
+            return max(1.0, (self.t * tail.found / tail.p) ** self.a)
+        except (OverflowError, ZeroDivisionError):
+            return float('inf')
 
     def eval_individual(self, block_choices, width_window_choices):
         """(score, latency_loss, acc_loss) of the space with these block types and width windows for stages 1..6.

@@ -272,11 +272,14 @@ def _load(teacher, source):
     """Load weights, and LSQ+ scales where there are any; one of our checkpoints also says how to normalise."""
     what = f'teacher {teacher.arch}'
     found = load_weights(teacher, source, what, teacher.timm_names, optional=('.sw', '.sa', '.beta'))
-    if found.get('normalize') in tuple(NORMALIZATIONS):
-        teacher.normalize = found['normalize']
-        if folder_name(found['arch']) != folder_name(teacher.arch):
-            shown = os.fspath(source) if isinstance(source, (str, os.PathLike)) else what
-            raise UserError(f'{shown}: a checkpoint of {found["arch"]}, not of {teacher.arch}')
+    if 'normalize' not in found:                # a published one, or plain weights
+        return
+    shown, arch = os.fspath(source) if isinstance(source, (str, os.PathLike)) else what, found.get('arch')
+    if not isinstance(arch, str) or found['normalize'] not in tuple(NORMALIZATIONS):
+        raise UserError(f'{shown}: damaged: arch {str(arch)[:60]}, normalize {str(found["normalize"])[:60]}')
+    if folder_name(arch) != folder_name(teacher.arch):
+        raise UserError(f'{shown}: a checkpoint of {arch}, not of {teacher.arch}')
+    teacher.normalize = found['normalize']
 
 
 def _from_hub(teacher, name):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import UserError
+from ..files import check_file
 from ..modeling.ops.lsq_plus import local_initialisation, set_quant_mode
 from ..modeling.ops.op import resize
 from ..search_space.encoding import EncodingError, parse_block_id
@@ -194,6 +195,7 @@ def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps, 
     """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch."""
     torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
     path = checkpoint_file(folder, block_id, recipe.quant)
+    check_file(path)
     resumed = _load(path, superspace) if resume and os.path.isfile(path) else None
     if recipe.quant and resumed is None and not recipe.from_scratch:
         student = build_student(superspace, block_id, teacher, folder)

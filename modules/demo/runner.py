@@ -63,11 +63,15 @@ def run_steps(demo, steps, lock, say=print):
 
 
 def _read(record):
+    """{'commands': …, 'seconds': …} of a step that is done, None of one that is not; UserError for a damaged one."""
     try:
         with open(record, encoding='utf-8') as f:
-            return json.load(f)
+            done = json.load(f)
+        return {'commands': done['commands'], 'seconds': max(0.0, float(done['seconds']))}
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f'{record}: cannot be read; remove it, and the step is run again') from None
 
 
 def _call(command, lock):

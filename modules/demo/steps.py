@@ -27,15 +27,15 @@ RANDOM, FOUND = 3, 2                    # deployed subnets: random ones, and bes
 class Scale:
     """How much of everything a demo does."""
     teacher_steps: int = 20
-    kd_steps: int = 130
-    kd_lsq_steps: int = 30
-    lut_rows: int = 50
+    kd_steps: int = 110
+    kd_lsq_steps: int = 25
+    lut_rows: int = 40
     spaces: int = 486                   # all of them
     population: int = 100
-    fp32_steps: int = 330               # of 64 images: less than half an epoch
-    lsq_steps: int = 80
+    fp32_steps: int = 280               # of 64 images: less than half an epoch
+    lsq_steps: int = 70
     valid_images: int = 800
-    subnets: int = 20                   # population of the subnet search
+    subnets: int = 16                   # population of the subnet search
     rounds: int = 3
     eval_images: int = 3000
     runs: int = 300
@@ -252,13 +252,13 @@ def deploy(demo):
 
 STEPS = (
     Step('teacher', 'quantise the pretrained teacher, EfficientNet-lite0, with LSQ+', 0.3, teacher),
-    Step('block_kd', 'block KD: each block type of each stage learns to copy the teacher, in fp32', 2.4, block_kd),
-    Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', 1.4, block_kd_lsq),
-    Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', 2.5, predictor),
+    Step('block_kd', 'block KD: each block type of each stage learns to copy the teacher, in fp32', 2.2, block_kd),
+    Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', 1.2, block_kd_lsq),
+    Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', 2.6, predictor),
     Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', 1, block_lut),
     Step('space_search', 'space search: block types and widths by Q-T score', 0.1, space_search),
-    Step('supernets', 'train the found space as a supernet, and one of a random space to compare, fp32 then LSQ+', 8.3,
+    Step('supernets', 'train the found space as a supernet, and one of a random space to compare, fp32 then LSQ+', 7.2,
          supernets),
-    Step('subnet_search', 'search both supernets for the best subnets of the latency window', 2, subnet_search),
-    Step('deploy', 'export to INT8 ONNX, accuracy and latency in ONNX Runtime', 2, deploy),
+    Step('subnet_search', 'search both supernets for the best subnets of the latency window', 2.1, subnet_search),
+    Step('deploy', 'export to INT8 ONNX, accuracy and latency in ONNX Runtime', 2.4, deploy),
 )

@@ -6,20 +6,19 @@ import torch
 
 from ..cli import SEED, positive
 from ..errors import UserError
-from ..files import write_csv
+from ..files import check_file, write_csv
 from ..modeling.network import Network
 from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
 from ..modeling.ops.op import resize
 from ..optional import need
-from ..search_space.encoding import parse_subnet, parse_supernet
 from ..subnet_report import calibrated_network, complete_scales
 from ..training.calibrate import calibrate
-from ..training.checkpoint import load_checkpoint, precision
+from ..training.checkpoint import precision
 from ..training.classes import fit_classes
 from ..training.data import add_data_arguments, calibration_batches, eval_loader, open_data, seed_of
 from ..training.distributed import Job
 from ..training.evaluate import DecodedImages, images_of
-from ..zoo import CHECKPOINTS, find_checkpoint, load_network, load_supernet
+from ..zoo import CHECKPOINTS, find_checkpoint, load_network, load_supernet, subnet_of
 from .measure import compare, describe
 from .runtimes import ONNX
 from .store import Entry, append_line, fingerprint, model_path, read_entries, read_model, write_model
@@ -58,12 +57,24 @@ def entries_of(args):
     """[Entry] that the arguments name, checked before anything is exported."""
     if args.network is None:
         return read_entries(args.input)
-    state = load_checkpoint(args.network)
-    if not isinstance(state, dict) or not {'supernet', 'subnet'} <= set(state):
-        load_network(args.network)              # its error says what lacks
-        raise UserError(f'{args.network}: names no subnet')
-    supernet = parse_supernet(state['supernet'])
-    return [Entry(supernet, parse_subnet(state['subnet'], supernet))]
+    return [Entry(*subnet_of(args.network))]
+
+
+def _check_weights(entries, args, quant_mode):
+    """UserError where weights that will be needed are missing, before anything is written."""
+    if args.network is not None and args.skip_weights:
+        raise UserError(f'--network {args.network} --skip_weights: give one of them')
+    if args.network is not None and quant_mode:
+        _check_int8(load_network(args.network), args.network)
+    elif args.network is None and not args.skip_weights:
+        for entry in entries:
+            for quant in (False, True)[:1 + quant_mode]:
+                find_checkpoint(entry.supernet, quant, args.checkpoint_path)
+
+
+def _check_int8(network, path):
+    if not any(op.is_quantised for op in quantised_ops(network)):
+        raise UserError(f'{path}: an fp32 network, without LSQ+ scales')
 
 
 def subject(entry, args, quant_mode, data=None):
@@ -74,9 +85,9 @@ def subject(entry, args, quant_mode, data=None):
                                                 args.num_workers), data.mean_std)
     if args.network is not None:
         network = load_network(args.network)
-        if quant_mode and not any(op.is_quantised for op in quantised_ops(network)):
-            raise UserError(f'{args.network}: an fp32 network, without LSQ+ scales')
-        if not quant_mode:
+        if quant_mode:
+            _check_int8(network, args.network)
+        else:
             set_fp32_mode(network)
         fit_classes(data, network.num_classes, args.network)
         return Subject(entry, network, batches, args.network)
@@ -130,6 +141,7 @@ def export(subject, folder, quant_mode, runtime=ONNX):
 def export_all(args, runtime, each=None):
     """What export_onnx.py and export_tflite.py do; each(subject, model): after every INT8 model."""
     entries = entries_of(args)
+    _check_weights(entries, args, args.quant_mode)
     for package in runtime.exporters:
         need(package)
     data = images_for(entries, args)
@@ -156,6 +168,9 @@ def evaluate(args, runtime, open_model):
     if args.skip_weights:
         raise UserError('--skip_weights: random weights have no accuracy')
     entries, rows = entries_of(args), []
+    if args.output:
+        check_file(args.output)
+    _check_weights(entries, args, args.quant_mode)
     for package in runtime.packages:
         need(package)
     data = images_for(entries, args)
@@ -191,6 +206,7 @@ def benchmark(args, runtime, packages, measure):
     Missing models are exported with random weights: latency does not depend on them.
     """
     output, entries = args.output or os.path.join(args.model_path, 'latency.csv'), read_entries(args.input)
+    check_file(output)
     for package in packages:
         need(package)
     for entry in entries:

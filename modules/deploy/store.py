@@ -1,4 +1,5 @@
 """Exported models on disk: the list of subnets, file names, and whether a file is still what would be written."""
+import codecs
 import csv
 import hashlib
 import os
@@ -33,7 +34,7 @@ def read_entries(path):
         raise UserError(f'{path}: no such file; a line of it is <superspace>,<supernet_choice>,<subnet_choice>')
     entries = {}
     with open(path, 'rb') as f:
-        lines = f.read().split(b'\n')
+        lines = f.read().removeprefix(codecs.BOM_UTF8).splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = [cell.strip() for cell in next(csv.reader([line.decode()], strict=True), [])]

@@ -33,6 +33,8 @@ def import_table(path, folder, epochs=40, seed=0):
     groups = [(chosen[len(held):], len(chosen) - len(held))]
     model = fit_nets(path, design, ms, groups, tiled=True, block_factor=True, epochs=epochs, batch=128, seed=seed)
     error = np.median(np.abs(design.predict(model)[held] / ms[held] - 1)) if len(held) else float('nan')
+    if len(held) and not np.isfinite(error):
+        raise LatencyError(f'{path}: no model can be fitted to these latencies')
     with new_folder(folder) as temporary:
         save_platform(temporary, model, table)
     return len(table), float(error)

@@ -9,6 +9,7 @@ top come corrections: log factors of single kernels or single blocks, where the 
 Nothing here knows how a model is fitted: see fitting.py. A model is one npz of plain arrays (no pickles).
 """
 import json
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +102,16 @@ def run_net(layers, x):
     return x[:, 0]
 
 
+def _check_net(what, layers):
+    """ValueError unless the layers follow one another, end in one number and hold finite numbers."""
+    ends = [len(layer[0]) for layer in layers[1:]] + [1]
+    for (weight, bias), end in zip(layers, ends, strict=True):
+        if weight.ndim != 2 or weight.shape[1] != end or bias.shape != (end,):
+            raise ValueError(f'{what}: layers that do not fit together')
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise ValueError(f'{what}: weights that are no finite numbers')
+
+
 class KernelModel:
     """Latency model of one platform.
 
@@ -179,6 +190,10 @@ class KernelModel:
             header = json.loads(str(data['header']))
             nets = {name: [(data[f'{name}.{i}.weight'].astype(float), data[f'{name}.{i}.bias'].astype(float))
                            for i in range(count)] for name, count in header['layers'].items()}
+        for name, layers in nets.items():
+            _check_net(f'{path}: {name}', layers)
+        if not math.isfinite(header['overhead_ms']) or not isinstance(header['block_types'], (list, type(None))):
+            raise ValueError(f'{path}: damaged header')
         block_layers = nets.pop('block', None)
         inputs = kernel_features([Kernel('add', 8, 8, 8)], header['tiled']).shape[1]
         if any(len(layers[0][0]) != inputs for layers in nets.values()):

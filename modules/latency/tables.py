@@ -7,18 +7,20 @@ A fitted platform: model.npz (KernelModel.save) and blocks.npz, the model's pred
 spaces. The predictions also hold the corrections of single blocks and kernels, and make look-ups fast.
 """
 import json
-import math
 import os
 from functools import cache
 
 import numpy as np
 
 from .. import ROOT
+from ..errors import one_line
 from ..files import atomic_path, write_text
 from .kernel_model import Block, KernelModel, LatencyError
 
 DATA = os.path.join(ROOT, 'data', 'latency')
 MS = 1e-4                               # resolution of predictions in blocks.npz, ms; an imported table keeps its own
+MOST_SIZE = 2 ** 15 - 1               # of hw and channels in a table
+MS_RANGE = 1e-6, 1e6                    # of a block's latency
 COLUMNS = {'hw': np.int16, 'cin': np.int16, 'cout': np.int16, 'kernel_size': np.int8,
            'expand_ratio': np.float64, 'stride': np.int8}           # expand_ratio: 0 for none
 
@@ -43,6 +45,9 @@ def parse_key(key):
     name, hw, cin, cout, k, e, stride, activation = key.split('_')
     e = None if e in ('None', '0') else float(e)
     block = Block(name, int(hw), int(cin), int(cout), int(k), e, int(stride), activation)
+    if not (all(0 < value <= MOST_SIZE for value in block[1:4]) and 0 <= block.kernel_size < 128
+            and 0 <= block.stride < 128 and (e is None or 0 < e < MOST_SIZE)):
+        raise ValueError('sizes out of range')
     if format_key(block) != key:
         raise ValueError(f'written {format_key(block)} elsewhere')
     return block
@@ -61,7 +66,7 @@ def _unique(path):
 def read_table(path):
     """{Block: ms} from a JSON block table (utf-8). LatencyError names the file, the key and the value."""
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:
             table = json.load(file, object_pairs_hook=_unique(path))
     except OSError as error:
         raise LatencyError(f'{path or repr(path)}: {error.strerror or error}') from None
@@ -80,7 +85,7 @@ def read_table(path):
         except ValueError as error:
             form = '<name>_<hw>_<cin>_<cout>_<k>_<e>_<stride>_<act>'
             raise LatencyError(f'{path}: {key}: not {form}: {error}') from None
-        if isinstance(ms, bool) or not isinstance(ms, (int, float)) or not math.isfinite(ms) or ms <= 0:
+        if isinstance(ms, bool) or not isinstance(ms, (int, float)) or not MS_RANGE[0] <= ms <= MS_RANGE[1]:
             raise LatencyError(f'{path}: {key}: {ms!r} is not a latency in ms')
         blocks[block] = float(ms)
     return blocks
@@ -120,16 +125,23 @@ def _save(path, write):
 @cache
 def load_platform(folder):
     """({Block: ms}, KernelModel) of a fitted platform; the table is shared, do not change it."""
-    paths = [os.path.join(folder, name) for name in ('blocks.npz', 'model.npz')]
     try:
-        with np.load(paths[0], allow_pickle=False) as data:
-            types, ms = data['types'].tolist(), data['ms']
-            ms = (ms if ms.dtype.kind == 'f' else (ms * MS).round(4)).tolist()
-            columns = {name: data[name].tolist() for name in (*COLUMNS, 'type')}
-        model = KernelModel.load(os.path.basename(folder), paths[1])
-    except (OSError, KeyError, ValueError) as error:
-        raise LatencyError(f'{folder}: not a fitted latency platform: {error}') from None
+        with np.load(os.path.join(folder, 'blocks.npz'), allow_pickle=False) as data:
+            table = _read_blocks(data)
+        return table, KernelModel.load(os.path.basename(folder), os.path.join(folder, 'model.npz'))
+    except Exception as error:              # a damaged zip or array can raise anything
+        raise LatencyError(f'{folder}: not a fitted latency platform: {one_line(error)[:200]}') from None
+
+
+def _read_blocks(data):
+    types, ms = data['types'].tolist(), data['ms']
+    columns = {name: data[name] for name in (*COLUMNS, 'type')}
+    if len({array.shape for array in (ms, *columns.values())}) > 1 or ms.ndim != 1 or not len(ms):
+        raise ValueError('blocks.npz: its columns are not of one length')
+    ms = ms if ms.dtype.kind == 'f' else (ms * MS).round(4)
+    if not (np.isfinite(ms) & (ms > 0)).all():
+        raise ValueError('blocks.npz: latencies that are no positive numbers')
+    columns = {name: array.tolist() for name, array in columns.items()}
     columns['expand_ratio'] = [e or None for e in columns['expand_ratio']]
-    kinds = columns.pop('type')
-    names, activations = zip(*(types[kind] for kind in kinds))
-    return dict(zip(zip(names, *columns.values(), activations), ms)), model
+    names, activations = zip(*(types[kind] for kind in columns.pop('type')))
+    return dict(zip(zip(names, *columns.values(), activations), ms.tolist()))

@@ -11,6 +11,8 @@ from ..errors import UserError
 from . import macro_arch
 from .macro_arch import DEPTH_STAGES, SEARCHABLE_STAGES, span
 
+MOST_PIXELS = 2048                      # of an image's side
+
 
 class SearchSpaceError(UserError):
     """Something is not a member of a search space; the message is one line that names it."""
@@ -191,8 +193,8 @@ def check_resolutions(hw_list, superspace):
     """Image resolutions (pixels) as a tuple; SearchSpaceError for one that is no multiple of the space's step."""
     step = get_superspace(superspace).resolution_step
     for hw in hw_list:
-        if hw <= 0 or hw % step:
-            raise SearchSpaceError(f'resolution {hw} is not a positive multiple of {step} pixels')
+        if not 0 < hw <= MOST_PIXELS or hw % step:
+            raise SearchSpaceError(f'resolution {hw} is not a multiple of {step} pixels up to {MOST_PIXELS}')
     return tuple(hw_list)
 
 

@@ -7,6 +7,7 @@ import argparse
 import collections
 import contextlib
 import io
+import math
 import os
 import pickle
 import types
@@ -20,6 +21,8 @@ from ..files import atomic_path
 
 WEIGHTS = ('state_dict', 'model')           # where checkpoints keep their weights
 _HYPERPARAMETERS = ('params', 'lr', 'weight_decay', 'momentum', 'dampening', 'betas', 'eps')      # in every torch
+_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+           torch.float32, torch.float64)
 _SHOWN = 3                                  # keys that an error message names
 
 
@@ -151,10 +154,29 @@ def model_state(checkpoint):
     if not (isinstance(state, Mapping) and state
             and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())):
         raise UserError(f'no weights in it: expected a state dict, or one under {" or ".join(WEIGHTS)}')
+    odd = next((key for key, value in state.items() if not _is_plain(value)), None)
+    if odd is not None:
+        raise UserError(f'{odd}: not a dense tensor of plain numbers, but {_kind(state[odd])}')
     weights = collections.OrderedDict((_stripped(key), value) for key, value in state.items())
     if hasattr(state, '_metadata'):
-        weights._metadata = {_stripped(key): value for key, value in state._metadata.items()}
+        weights._metadata = _metadata_of(state)
     return weights
+
+
+def _is_plain(tensor):
+    return (tensor.layout is torch.strided and tensor.device.type == 'cpu' and not tensor.is_nested
+            and tensor.dtype in _DTYPES)
+
+
+def _kind(tensor):
+    return f'{tensor.layout} {tensor.dtype} on {tensor.device.type}'
+
+
+def _metadata_of(state):
+    """{module: {name: number}} of a state dict's metadata, as far as it is that."""
+    found = state._metadata if isinstance(state._metadata, Mapping) else {}
+    return {_stripped(key): {name: value for name, value in values.items() if isinstance(value, (int, bool))}
+            for key, values in found.items() if isinstance(key, str) and isinstance(values, Mapping)}
 
 
 def load_weights(model, source, what='model', rename=None, optional=()):
@@ -176,13 +198,14 @@ def load_weights(model, source, what='model', rename=None, optional=()):
     wanted = model.state_dict()
     may_lack = ('num_batches_tracked', *optional)           # which old files do not have
     broken = [key for key in wanted if key in weights and wanted[key].is_floating_point()
-              and not (weights[key].is_floating_point() and bool(weights[key].isfinite().all()))]
+              and not (weights[key].is_floating_point() and bool(weights[key].to(wanted[key].dtype).isfinite().all())
+                       and not (key.endswith('running_var') and bool((weights[key] < 0).any())))]
     problems = [_list('missing', [key for key in wanted if key not in weights and not key.endswith(may_lack)]),
                 _list('unexpected', [key for key in weights if key not in wanted]),
                 _list('of another shape', [f'{key} {_shape(weights[key])} instead of {_shape(wanted[key])}'
                                            for key in weights if key in wanted
                                            and weights[key].shape != wanted[key].shape]),
-                _list('with values that are no finite numbers', broken)]
+                _list('with values that are no finite numbers, or negative variances', broken)]
     if any(problems):
         who = name if name == what else f'{name}: not the weights of {what}'
         raise UserError(f'{who}: keys ' + '; '.join(filter(None, problems)))
@@ -204,12 +227,17 @@ def restore(path, checkpoint, settings, optimizer, progress, steps):
                             'or start anew without --resume')
     found = {key: checkpoint.get(key) for key in progress}
     for key, kind in progress.items():
-        if not isinstance(found[key], kind) or key == 'step' and not 0 <= found[key] <= steps:
+        value = found[key]
+        wrong = not isinstance(value, kind) or kind is int and isinstance(value, bool)
+        if wrong or kind is float and not math.isfinite(value) or key == 'step' and not 0 <= value <= steps:
             raise UserError(f'{path}: damaged: {key} {str(found[key])[:60]} in it; start anew without --resume')
     state = checkpoint.get('optimizer')
     try:
         _check_optimizer(state, optimizer)
+        own = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, own):      # its buffers; settings are the script's
+            group.update(values)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = one_line(error)[:100]
         raise UserError(f'{path}: damaged: not the state of its optimizer ({reason}); start anew without --resume') \
@@ -227,7 +255,12 @@ def _check_optimizer(state, optimizer):
                           (p for group in optimizer.param_groups for p in group['params'])))
     for key, values in state['state'].items():
         for name, value in values.items():
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[key].shape:
+            if name == 'step' or value is None:
+                float(value or 0)
+            elif not (isinstance(value, torch.Tensor) and _is_plain(value) and value.is_floating_point()
+                      and bool(value.isfinite().all())):
+                raise ValueError(f'{name} is no tensor of finite numbers')
+            elif value.shape != parameters[key].shape:
                 raise ValueError(f'{name} of shape {_shape(value)} instead of {_shape(parameters[key])}')
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..cli import add_local_rank
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def distributed_job(local_rank=None, device='auto'):
     if device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: torch sees no GPU here')
     use_cuda = device != 'cpu' and torch.cuda.is_available()
+    _check_environment()
     local_rank = int(os.environ.get('LOCAL_RANK', local_rank or 0))
     place = torch.device('cuda', local_rank % torch.cuda.device_count()) if use_cuda else torch.device('cpu')
     if use_cuda:
@@ -47,18 +48,33 @@ def distributed_job(local_rank=None, device='auto'):
         yield Job(device=place)
         return
     shared = use_cuda and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > torch.cuda.device_count()
-    dist.init_process_group('nccl' if use_cuda and not shared else 'gloo')     # NCCL wants a GPU for each rank
+    try:
+        dist.init_process_group('nccl' if use_cuda and not shared else 'gloo')     # NCCL wants a GPU for each rank
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f'the ranks cannot meet: {one_line(error)[:200]}') from None
     rank = dist.get_rank()
     try:
         yield Job(rank, dist.get_world_size(), place)
     except RuntimeError as error:               # DistBackendError is one
         if not re.search('gloo|nccl|connection|timed out', str(error), re.IGNORECASE):
             raise
-        reason = str(error).strip().partition('\n')[0]
-        raise UserError(f'rank {rank}: another rank is gone or does not answer ({reason[:120]}); the job ends, '
-                        '--resume goes on') from None
+        raise UserError(f'rank {rank}: another rank is gone or does not answer ({one_line(error)[:120]}); the job '
+                        'ends, --resume goes on') from None
     finally:
         dist.destroy_process_group()
+
+
+def _check_environment():
+    """UserError for variables of a launcher that are no numbers, or a rank that the job does not have."""
+    values = {}
+    for name in ('LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'RANK', 'WORLD_SIZE', 'MASTER_PORT'):
+        text = os.environ.get(name, '0')
+        if not (text.isascii() and text.isdigit()):
+            raise UserError(f'{name}={text} in the environment: expected a number')
+        values[name] = int(text)
+    if 'RANK' in os.environ and values['RANK'] >= values['WORLD_SIZE']:
+        raise UserError(f'RANK={values["RANK"]} in the environment: expected WORLD_SIZE to be larger, found '
+                        f'{values["WORLD_SIZE"]}')
 
 
 def _sum_over_ranks(tensors):

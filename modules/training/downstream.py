@@ -15,14 +15,14 @@ from torch import nn
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation
 from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
-from .checkpoint import load_checkpoint, load_weights
+from .checkpoint import load_weights
 from .data import calibration_batches, eval_loader, seed_of
 from .distributed import average, average_gradients, broadcast
 from .evaluate import accuracy, images_of
 from .log import curves, note, progress
 from .memory import keep_freed_memory
 from .optim import parameter_groups, set_learning_rate, warmup_linear
-from .resumable import ResumableRun, epoch_batches, steps_per_epoch
+from .resumable import ResumableRun, checkpoint_to_resume, epoch_batches, steps_per_epoch
 from .sources import plain_name
 
 # {data set: (learning rate, weight decay)} of the published fine-tuning
@@ -114,7 +114,7 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
 
 def _start(network, data, recipe, path, job, identity, resume, steps, workers):
     """The FineTuning, from its unfinished checkpoint or from the network as it is, calibrated on the images."""
-    resumed = load_checkpoint(path) if resume and os.path.isfile(path) else None
+    resumed = checkpoint_to_resume(path, resume)
     settings = _settings(data, recipe, job, identity, steps)
     if resumed is not None:
         load_weights(network, resumed, path)

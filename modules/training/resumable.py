@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 
 from ..errors import UserError
-from .checkpoint import restore, save_checkpoint
+from ..files import check_file
+from .checkpoint import load_checkpoint, restore, save_checkpoint
 from .data import train_loader
 
 
@@ -64,6 +65,12 @@ class ResumableRun:
         """UserError of a run that a loss has stopped: `what`, the last good checkpoint and what to try."""
         kept = f'the last good checkpoint is {self.path}' if os.path.exists(self.path) else 'there is no checkpoint yet'
         return UserError(f'{what}; {kept}; try {self.ADVICE}')
+
+
+def checkpoint_to_resume(path, resume):
+    """What is in the checkpoint of a run that goes on, None where it begins; UserError where none can be written."""
+    check_file(path)
+    return load_checkpoint(path) if resume and os.path.isfile(path) else None
 
 
 def steps_per_epoch(data, batch_size, seed, job, max_steps=None):

@@ -256,7 +256,7 @@ def _open_torchvision(path, dataset, name):
                        *(folder for root in (path, DEBIAN) for folder in sorted(glob.glob(f'{glob.escape(root)}/*'))
                          if plain_name(os.path.basename(folder)) == name)):
             if (files := _idx_files(folder)) is not None:
-                train, test = (Named(name, _idx_pair(*pair)) for pair in (files[:2], files[2:]))
+                train, test = (Named(name, _idx_pair(*pair, len(cls.classes))) for pair in (files[:2], files[2:]))
                 return train, test, len(cls.classes)
 
     parameters = inspect.signature(cls.__init__).parameters
@@ -311,12 +311,14 @@ def _idx_files(folder):
     return files if len(files) == 4 else None
 
 
-def _idx_pair(images, labels):
+def _idx_pair(images, labels, classes):
     """_Arrays of a file of images and one of labels; UserError where they do not belong together."""
     pixels, numbers = _read_idx(images), _read_idx(labels)
-    if pixels.ndim != 3 or numbers.shape != pixels.shape[:1] or not len(pixels):
+    if pixels.ndim != 3 or numbers.shape != pixels.shape[:1] or not pixels.size:
         raise UserError(f'{labels}: expected one label for each of the images in {images}; found sizes '
                         f'{numbers.shape} for {pixels.shape}')
+    if numbers.max() >= classes:
+        raise UserError(f'{labels}: label {numbers.max()}, expected 0 to {classes - 1}')
     return _Arrays(pixels, numbers)
 
 
@@ -325,6 +327,8 @@ def _read_idx(path):
     try:
         with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
             data = f.read()
+        if data[:3] != b'\0\0\x08':
+            raise ValueError('not bytes')
         dims = data[3]
         shape = np.frombuffer(data, '>i4', dims, offset=4)
         if shape.min() < 0:

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import UserError
 from ..search_space import sampling
 from .calibrate import initialize_all_scales
-from .checkpoint import checkpoint_name, load_checkpoint, load_weights
+from .checkpoint import checkpoint_name, load_weights
 from .config import save_config
 from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
 from .distributed import average, average_gradients, broadcast
@@ -27,7 +27,7 @@ from .log import curves, note, progress
 from .losses import adaptive_alpha_loss
 from .memory import keep_freed_memory
 from .optim import parameter_groups, set_learning_rate, warmup_cosine
-from .resumable import ResumableRun, epoch_batches, steps_per_epoch
+from .resumable import ResumableRun, checkpoint_to_resume, epoch_batches, steps_per_epoch
 
 LEARNED, CHANCE = 0.9, 0.98             # of the loss of guessing: below the one it has learned, above it collapsed
 
@@ -135,7 +135,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
 def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps):
     """The Training, from its unfinished checkpoint, the fp32 checkpoint (quant) or from scratch."""
     path, fp32 = (os.path.join(folder, checkpoint_name(kind)) for kind in (quant, False))
-    resumed = load_checkpoint(path) if resume and os.path.isfile(path) else None
+    resumed = checkpoint_to_resume(path, resume)
     if resumed is not None:
         load_weights(supernet, resumed, path)
     elif quant and not from_scratch:

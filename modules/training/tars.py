@@ -33,7 +33,9 @@ def tar_index(path):
             with open(place, encoding='utf-8') as f:
                 index = json.load(f)
             if all(index[key] == value for key, value in stamp.items()):
-                return list(zip(index['names'], index['offsets'], index['sizes'], strict=True)), lambda: None
+                members = list(zip(index['names'], index['offsets'], index['sizes'], strict=True))
+                if all(_is_member(*member, stat.st_size) for member in members):
+                    return members, lambda: None
     note(f'{path}: looking for the pictures in it (once)')
     members = _scan_tar(path)
 
@@ -41,6 +43,12 @@ def tar_index(path):
         _keep_index(path, places, stamp, members)
 
     return members, keep
+
+
+def _is_member(name, offset, size, end):
+    """Whether these can be a picture in a tar of `end` bytes; UnicodeError for a name that no file has."""
+    return (isinstance(name, str) and bool(os.fsencode(name)) and type(offset) is type(size) is int
+            and 0 <= offset <= offset + size <= end and size >= 0)
 
 
 def _keep_index(path, places, stamp, members):
