@@ -37,6 +37,8 @@ def load_plugin(path):
     if spec is None:
         raise UserError(f'--plugin {path}: not a Python file *.py')
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    if not os.path.isfile(path):
+        raise UserError(f'--plugin {path}: No such file')
     try:
         spec.loader.exec_module(module)
     except UserError as error:
@@ -94,7 +96,7 @@ def run(main, get_args):
         args = get_args()
         for name, value in getattr(args, '__dict__', {}).items():
             if value == '':
-                raise UserError(f'--{name}: an empty value')
+                raise UserError(f"--{name} '': an empty value")
         main(args)
     except MemoryError as error:
         sys.exit(_fail(f'not enough memory: {one_line(error)}'))

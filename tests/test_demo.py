@@ -22,11 +22,16 @@ FLAGS = ('--quick', '--platform', 'onnx_lut', '--dataset', 'digits')
 KILLS, LONGEST = 20, 30                 # seconds between a start and a kill, at most
 
 
+def _heed_interrupts():
+    """A shell's background jobs ignore Ctrl-C, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _start(folder, **options):
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.Popen([sys.executable, os.path.join(ROOT, 'demo.py'), *FLAGS, '--output_path', str(folder)],
                             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True, **options)
+                            start_new_session=True, preexec_fn=_heed_interrupts, **options)
 
 
 def _finish(folder):

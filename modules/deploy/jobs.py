@@ -141,10 +141,10 @@ def export(subject, folder, quant_mode, runtime=ONNX):
 def export_all(args, runtime, each=None):
     """What export_onnx.py and export_tflite.py do; each(subject, model): after every INT8 model."""
     entries = entries_of(args)
-    _check_weights(entries, args, args.quant_mode)
     for package in runtime.exporters:
         need(package)
     data = images_for(entries, args)
+    _check_weights(entries, args, args.quant_mode)
     for entry in entries:
         for quant_mode in (False, True)[:1 + (args.quant_mode or args.skip_weights)]:
             source = subject(entry, args, quant_mode, data)
@@ -170,10 +170,10 @@ def evaluate(args, runtime, open_model):
     entries, rows = entries_of(args), []
     if args.output:
         check_file(args.output)
-    _check_weights(entries, args, args.quant_mode)
     for package in runtime.packages:
         need(package)
     data = images_for(entries, args)
+    _check_weights(entries, args, args.quant_mode)
     for entry in entries:
         print(f'{entry.supernet} {entry.subnet}')
         for quant_mode in (False, True)[:1 + args.quant_mode]:
