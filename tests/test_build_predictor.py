@@ -164,6 +164,23 @@ def test_a_disturbed_chunk_is_measured_again(tmp_path):
     assert profile.disturbed() == pytest.approx(1 / 3)
 
 
+def test_a_block_without_others_like_it_is_measured_until_nothing_disturbs(tmp_path, monkeypatch):
+    """The classifier is the only block of its kind; here the chunk that it is drawn for is disturbed."""
+    def begun(path):
+        profile = Counted(str(path), Synthetic(), smallest_network('demo'), {}, turns=QUICK)
+        profile.device.slow = lambda: 1.0 if profile.rows else 2.0
+        measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 8 / (1 - builder.RESERVE) / 60,
+                say=lambda line: None)
+        assert profile.quiet_chunks() == set(range(1, 8))
+        return profile
+    profile = begun(tmp_path / 'rows.csv')
+    assert sum(row.blocks[0].name == 'LogitsBlock' for row in profile.rows if row.use == FIT) == 2
+    assert Platform('known', profile, epochs=2).model.nets.keys() > {'fc'}
+    monkeypatch.setattr(builder, '_lost', lambda *_: [])
+    with pytest.raises(UserError, match='too little was measured undisturbed .*no fc'):
+        Platform('known', begun(tmp_path / 'others.csv'), epochs=2)
+
+
 def arguments(tmp_path, **more):
     return SimpleNamespace(**{'platform': 'new', 'superspace': ['demo'], 'minutes': 0.3, 'networks': 4, 'seed': 0,
                               'max_drift': 0.1, 'resume': False, 'force': False, 'output': str(tmp_path / 'measured'),

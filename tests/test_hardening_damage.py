@@ -146,6 +146,15 @@ def test_buffers_of_an_optimizer(buffer):
     one_line(error, 'run.pth', 'momentum_buffer')
 
 
+@pytest.mark.parametrize('step', ['x', torch.ones(2), [1]], ids=str)
+def test_steps_of_an_optimizer(step):
+    optimizer, state = _stopped()
+    state['optimizer']['state'][0]['step'] = step
+    with pytest.raises(UserError) as error:
+        restore('run.pth', state, {'seed': 0}, optimizer, {'step': int}, 10)
+    one_line(error, 'run.pth')
+
+
 def test_settings_of_an_optimizer_are_the_scripts():
     optimizer, state = _stopped()
     state['optimizer']['param_groups'][0].update(lr='x', momentum=None, nesterov='x', maximize=True)

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..modeling.complexity import block_complexity
 from ..modeling.layout import Sizes
 from .candidates import make_candidates, named_networks, random_network
+from .kernel_model import kernels_of
 from .regression import Design, fit_corrections, fit_nets
 
 # what a row is measured for: to be fitted to, held out, held out and measured before, networks to fit to and to test
@@ -66,7 +67,7 @@ def measure(profile, superspaces, tests, minutes, seed=0, say=print):
         first = TESTS[0] * number if number < once else TESTS[1] * (number - once)
         chosen = [list(tests)[i % len(tests)] for i in range(first, first + TESTS[number >= once])]
         items = [(f'{TEST} {name}', tests[name]) for name in chosen]
-        items += [(FIT, (block,)) for block in candidates.draw(CHUNK[FIT])]
+        items += [(FIT, (block,)) for block in _lost(candidates, profile) + candidates.draw(CHUNK[FIT])]
         items += [(HELD_OUT, (block,)) for block in fresh] + [(AGAIN, (block,)) for block in again]
         items += [(NETWORK, random_network(superspaces[number % len(superspaces)], rng))] * CHUNK[NETWORK]
         profile.chunk(number, items)
@@ -82,6 +83,12 @@ def measure(profile, superspaces, tests, minutes, seed=0, say=print):
             worst = sorted(candidates.weights, key=candidates.weights.get)[-3:]
             say(f'{len(fitted)} blocks: median error of a third by a fit to the others '
                 f'{100 * np.median(np.abs(errors)):.1f} %; more of {", ".join(map(_region_name, worst))}')
+
+
+def _lost(candidates, profile):
+    """Blocks of small regions that disturbed chunks alone have measured: they are measured again."""
+    known = {row.blocks for row in rows_of(profile, FIT)}
+    return [block for block in candidates.small_drawn if (block,) not in known][:CHUNK[FIT]]
 
 
 def _progress(profile, number, end, say):
@@ -112,6 +119,11 @@ def fold_errors(rows, seed):
 def _fit_nets(platform, design, ms, groups, epochs, seed):
     return fit_nets(platform, design, ms, [(group, len(group)) for group in groups], tiled=True, block_factor=True,
                     epochs=epochs, batch=BATCH, seed=seed)
+
+
+def kernels_in(items):
+    """Names of the kernels in tuples of Blocks."""
+    return {kernel.name for block in {block for blocks in items for block in blocks} for kernel in kernels_of(block)}
 
 
 class Context(NamedTuple):
@@ -149,6 +161,8 @@ class Platform:
         rows = {use: rows_of(profile, use) for use in (*LEAST, AGAIN)}
         found = {use: len({row.blocks for row in rows[use]}) for use in LEAST}
         lack = [f'{found[use]} {use}' for use, least in LEAST.items() if found[use] < least]
+        wanted = kernels_in(row.blocks for use in (NETWORK, TEST, HELD_OUT) for row in rows[use])
+        lack += [f'no {kernel}' for kernel in sorted(wanted - kernels_in(row.blocks for row in rows[FIT]))]
         if lack:
             raise UserError(f'{name}: too little was measured undisturbed ({", ".join(lack)}; needed: '
                             f'{", ".join(f"{n} {use}" for use, n in LEAST.items())}): --resume with more --minutes')

@@ -77,6 +77,7 @@ class Candidates:
             rng.shuffle(blocks)
         self.weights = dict.fromkeys(self.by_region, 1.0)
         self.large = {name for name, blocks in self.by_region.items() if len(blocks) >= FEW}
+        self.small_drawn = []           # of small regions: there is no other block to tell what they take
 
     def draw(self, count, held_out=False):
         """`count` Blocks (fewer where none is left) by the weights; held_out: by equal ones, none of a small region."""
@@ -86,7 +87,10 @@ class Candidates:
             if not names:
                 break
             weights = None if held_out else [self.weights[name] for name in names]
-            drawn.append(self.by_region[self.rng.choices(names, weights)[0]].pop())
+            name = self.rng.choices(names, weights)[0]
+            drawn.append(self.by_region[name].pop())
+            if name not in self.large:
+                self.small_drawn.append(drawn[-1])
         return drawn
 
     def aim(self, blocks, errors):

@@ -238,7 +238,7 @@ def restore(path, checkpoint, settings, optimizer, progress, steps):
         optimizer.load_state_dict(state)
         for group, values in zip(optimizer.param_groups, own):      # its buffers; settings are the script's
             group.update(values)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         reason = one_line(error)[:100]
         raise UserError(f'{path}: damaged: not the state of its optimizer ({reason}); start anew without --resume') \
             from None
