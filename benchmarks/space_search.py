@@ -41,7 +41,7 @@ def full_search(superspace, constraints, lut_path, estimator):
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             sys.exit('\n'.join(lines))
-        best = [line.split('  /')[0] for line in lines if line.startswith('best ')][-1]
+        best = [line.partition('] ')[2] for line in lines if '] best ' in line][-1]
         return time.perf_counter() - started, usage.ru_maxrss / 1024, best
 
 
