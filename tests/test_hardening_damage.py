@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections import OrderedDict
 
 import numpy as np
@@ -264,7 +265,6 @@ def test_damaged_idx_files(tmp_path, damage):
                                     {'names': [5]}, {'names': [None]}, {'names': ['\ud800']}, {'offsets': [True]}],
                          ids=str)
 def test_damaged_index_of_a_tar_is_made_anew(tmp_path, change):
-    import tarfile
     path = tmp_path / 'x.tar'
     (tmp_path / 'a.png').write_bytes(b'picture')
     with tarfile.open(path, 'w') as tar:
@@ -336,6 +336,7 @@ def test_numbers_that_make_no_sense(run, words, culprit):
 
 
 def test_scores_that_overflow():
+    """A penalty too large for a float counts as infinite, and the run ends well."""
     assert world().base('choices', ['--latency_loss_a=400', '--latency_loss_t=1e10']).code == 0
 
 

@@ -175,7 +175,7 @@ def _kind(tensor):
 def _metadata_of(state):
     """{module: {name: number}} of a state dict's metadata, as far as it is that."""
     found = state._metadata if isinstance(state._metadata, Mapping) else {}
-    return {_stripped(key): {name: value for name, value in values.items() if isinstance(value, (int, bool))}
+    return {_stripped(key): {name: value for name, value in values.items() if isinstance(value, int)}
             for key, values in found.items() if isinstance(key, str) and isinstance(values, Mapping)}
 
 
