@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +139,7 @@ def test_luts_are_the_same_on_one_rank_two_ranks_and_after_a_kill(tmp_path, phot
     first = str(tmp_path / 'killed' / 'onnxw' / names[0])
     _build_lut(tmp_path / 'killed', trained, photos, teacher_file, '--num_threads', 1, kill_when=first)
     assert names[-1] not in os.listdir(tmp_path / 'killed' / 'onnxw')
+    Path(f'{first}.part1').write_text('left by a kill after the LUT was written')
     _build_lut(tmp_path / 'killed', trained, photos, teacher_file, '--num_threads', 2)
     for folder in ('one', 'two', 'killed'):
         assert sorted(os.listdir(tmp_path / folder / 'onnxw')) == sorted(names)

@@ -156,6 +156,10 @@ def build_luts(superspace, block_ids, windows, teacher, folder, output, calibrat
         todo = [lut_id for lut_id in ids if lut_id not in built]
         if len(todo) < len(ids):
             note(f'{stage}: {len(ids) - len(todo)} finished files in {output} are kept; remove them to build anew')
+        if job.is_main:
+            for lut_id in ids:
+                if lut_id in built:             # killed between writing the LUT and removing its parts
+                    _remove_parts(_path(output, lut_id))
         barrier(job)
         if not todo:
             continue
@@ -231,9 +235,13 @@ def _build(superspace, lut_id, samples, student, cache, predictor, output, job, 
     if job.is_main:
         rows = _read_parts(path, header, superspace, lut_id, samples)
         write_block_lut(path, [rows[i] for i in range(len(samples))])
-        for part in glob.glob(f'{glob.escape(path)}.part*'):
-            os.remove(part)
+        _remove_parts(path)
     barrier(job)
+
+
+def _remove_parts(path):
+    for part in glob.glob(f'{glob.escape(path)}.part*'):
+        os.remove(part)
 
 
 def _input_shape(superspace, lut_id, sample):
