@@ -29,7 +29,6 @@ from modules.block_kd.searcher import (
 from modules.errors import UserError
 from modules.evolution import History
 from modules.latency import add_platform_arguments
-from modules.search_space.encoding import parse_supernet
 from modules.search_space.named import find_supernet
 from modules.training.log import run_log, spare_tensorflow
 
@@ -80,7 +79,7 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
     settings = searcher.settings | {'seed': seed, 'population_size': population_size,
                                     'parent_sample_size': parent_sample_size}
     found, scores, best = [], [], -1.0
-    with History(folder, searcher.columns(), settings, resume, parse_supernet) as history, \
+    with History(folder, searcher.columns(), settings, resume, searcher.check_entry) as history, \
             tqdm(total=total, unit='space') as progress, \
             run_log(os.path.join(folder, 'search.log'), resume, show=progress.write) as say:
         known = len(history)

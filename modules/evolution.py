@@ -19,7 +19,7 @@ class History:
 
     columns: names of the numbers of an entry. settings: what decides the scores (JSON values); with `resume` they
     must be those the history was made with, else UserError. Without `resume` an old history is kept as
-    history_old.csv. check: a function that raises UserError for an encoding which cannot be one of this search.
+    history_old.csv. check(encoding, numbers) raises UserError or ValueError for an entry that cannot be of this search.
     """
 
     def __init__(self, folder, columns, settings, resume=False, check=None):
@@ -75,11 +75,12 @@ class History:
                 encoding, *values = row
                 if len(values) != len(self.columns) or encoding in self.entries:
                     raise ValueError
-                if check is not None:
-                    check(encoding)
-                self.entries[encoding] = tuple(map(float, values))
-                if any(map(math.isnan, self.entries[encoding])):
+                numbers = tuple(map(float, values))
+                if any(map(math.isnan, numbers)):
                     raise ValueError
+                if check is not None:
+                    check(encoding, numbers)
+                self.entries[encoding] = numbers
             except (ValueError, csv.Error):
                 raise UserError(f'{self.path}:{number}: not a line of this search: {line[:200]!r}; start anew '
                                 'without --resume') from None

@@ -12,6 +12,11 @@ def new_figure(rows=1, columns=1, **options):
 
 
 def save_figure(figure, path):
-    """Write the figure to `path` (PNG)."""
+    """Write the figure to `path` (PNG); what of a text is no Unicode, as in odd file names, becomes question marks."""
+    from matplotlib.text import Text
+    for text in figure.findobj(Text):
+        written = text.get_text().encode('utf-8', 'replace').decode('utf-8')
+        if written != text.get_text():
+            text.set_text(written)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format='png', dpi=120, bbox_inches='tight')

@@ -190,8 +190,11 @@ class SharedHistory:
     """Scores by encoding, the same on every rank; the first rank keeps them in `folder` (evolution.History)."""
 
     def __init__(self, folder, settings, job, resume=False):
-        def check(encoding):
+        def check(encoding, scores):
             parse_subnet(encoding, settings['supernet'])
+            top1, top5, loss = scores
+            if not (0 <= top1 <= 100 and 0 <= top5 <= 100 and loss >= 0):
+                raise ValueError
         self.history = History(folder, COLUMNS, settings, resume, check) if job.is_main else None
         self.entries = dict(share(self.history.entries if job.is_main else None, job))
 

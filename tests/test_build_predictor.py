@@ -195,6 +195,26 @@ def test_too_much_noise_is_refused_and_nothing_is_written(tmp_path):
     assert '\n' not in str(error.value) and not os.path.exists(tmp_path / 'data')
 
 
+def test_a_disturbed_start_is_put_up_with(tmp_path):
+    profile = Counted(str(tmp_path / 'rows.csv'), Synthetic(), smallest_network('demo'), {}, turns=QUICK)
+    profile.device.slow = lambda: 2.0 if len({row.chunk for row in profile.rows}) < 6 else 1.0
+    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 40 / (1 - builder.RESERVE) / 60,
+            say=lambda line: None)
+    profile.check()
+    assert profile.quiet_chunks() == set(range(6, 40))
+
+
+def test_what_was_refused_as_too_noisy_is_resumed_when_it_is_quiet(tmp_path):
+    noise = random.Random(0)
+    with pytest.raises(UserError, match='too noisy'):
+        profiled(tmp_path / 'rows.csv', Synthetic(slow=lambda: 1 + noise.random() * 3), 30)
+    chunks = len((tmp_path / 'rows.csv').read_text().split('# end')) - 1
+    assert 10 <= chunks < 30
+    profile = profiled(tmp_path / 'rows.csv', Synthetic(), 30 + 3 * chunks, resume=True)
+    profile.check()
+    assert profile.quiet_chunks() >= set(range(chunks, 30 + 3 * chunks))
+
+
 def test_blocks_that_take_another_time_are_refused():
     again = [(1.0, 1.0)] * 12 + [(1.0, 1.3)] * 8
     with pytest.raises(UserError, match='too noisy: of 20 blocks that were measured twice, 60%'):

@@ -300,6 +300,16 @@ def test_failed_download_is_one_line(tmp_path, monkeypatch):
         open_data(tmp_path, 'StanfordCars')
     assert not os.listdir(tmp_path)
 
+    def half_way(self):
+        os.makedirs(self.raw_folder)
+        raise urllib.error.URLError('no route to host')
+    monkeypatch.setattr(datasets.MNIST, 'download', half_way)
+    (tmp_path / 'mine').mkdir()
+    for path in (tmp_path, tmp_path / 'new'):
+        with pytest.raises(UserError, match='no route to host'):
+            open_data(path, 'mnist')
+    assert os.listdir(tmp_path) == ['mine']
+
 
 # ---------------------------------------------------------------- error lines
 

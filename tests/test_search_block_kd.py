@@ -135,7 +135,7 @@ def test_seeds_of_the_search():
 
 def run_search(small, folder, total, seed=0, resume=False, population=30):
     searcher = BlockKDSearcher(small, 'onnx', None, [12], 0.08, 0.01)
-    with evolution.History(str(folder), searcher.columns(), searcher.settings, resume) as history:
+    with evolution.History(str(folder), searcher.columns(), searcher.settings, resume, searcher.check_entry) as history:
         found = search_spaces(searcher, history, random.Random(seed), total, population, 8)
         return [(str(supernet), numbers) for supernet, numbers in found]
 
@@ -243,6 +243,17 @@ def test_a_spoilt_history_is_refused_by_line(tmp_path):
         (tmp_path / 'history.csv').write_bytes(whole + spoilt)
         with pytest.raises(UserError, match=r'history.csv:3: '):
             evolution.History(tmp_path, ['score'], {}, resume=True)
+
+
+@pytest.mark.parametrize('change', [('score', 'inf'), ('score', '-1'), ('p@12', '-0.5'), ('L@12', '-inf'),
+                                    ('acc_loss', '-1')])
+def test_scores_that_no_space_has_are_refused(small, tmp_path, change):
+    run_search(small, tmp_path, 30)
+    header, first, *rest = (tmp_path / 'history.csv').read_text().splitlines(keepends=True)
+    numbers = dict(zip(header.strip().split(','), first.strip().split(','))) | dict([change])
+    (tmp_path / 'history.csv').write_text(''.join([header, ','.join(numbers.values()) + '\n', *rest]))
+    with pytest.raises(UserError, match='history.csv:2: '):
+        run_search(small, tmp_path, 30, resume=True)
 
 
 @pytest.mark.parametrize('args, message', [

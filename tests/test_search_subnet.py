@@ -169,6 +169,15 @@ def test_other_settings_are_refused_and_an_old_history_is_kept_aside(space, tmp_
     assert (tmp_path / 'history_old.csv').read_text() == before
 
 
+@pytest.mark.parametrize('scores', ['inf,0.0,0.0', '-1.0,0.0,0.0', '101.0,0.0,0.0', '50.0,1e9,0.0', '50.0,60.0,-1.0'])
+def test_scores_that_no_subnet_has_are_refused(space, tmp_path, scores):
+    _search(space, tmp_path, [WINDOW], Fake())
+    header, first, *rest = (tmp_path / 'history.csv').read_text().splitlines(keepends=True)
+    (tmp_path / 'history.csv').write_text(''.join([header, first.split(',')[0], f',{scores}\n', *rest]))
+    with pytest.raises(UserError, match='history.csv:2: '):
+        _search(space, tmp_path, [WINDOW], Fake(), resume=True)
+
+
 def test_scores_of_an_earlier_search_count_among_the_best(space, tmp_path):
     found, _, _ = _search(space, tmp_path, [Window(0.9, 1.0)], Fake())
     _, members, _ = _search(space, tmp_path, [Window(0.95, 1.1)], Fake(lambda *_: 0.0), resume=True)

@@ -1,5 +1,6 @@
 """The Q-T score of spaces from block LUTs, and the evolution over spaces (SpaceEvo, section 3)."""
 import hashlib
+import math
 from typing import NamedTuple
 
 from .. import evolution
@@ -150,6 +151,13 @@ class BlockKDSearcher:
     def latency_range(self, supernet):
         """(smallest, largest) latency in ms of the space's subnets as the LUT rows have them."""
         return self.tables.latency_range(lut_ids(supernet))
+
+    def check_entry(self, encoding, numbers):
+        """ValueError or UserError for what cannot be the SpaceScore.numbers() of a space that is searched."""
+        self.parse(encoding)
+        score, *others = numbers
+        if not (0 <= score < math.inf and min(others) >= 0):
+            raise ValueError
 
     def columns(self):
         """Names of SpaceScore.numbers()."""

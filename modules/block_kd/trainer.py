@@ -147,8 +147,9 @@ def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resu
         if recipe.quant and not recipe.from_scratch:
             require_checkpoint(folder, block, quant=False)
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
+    digest = teacher.weights_digest()
     for stage, blocks in by_stage(block_ids).items():
-        trainees = [_trainee(superspace, block, teacher, folder, recipe, job, resume, steps, len(data.train))
+        trainees = [_trainee(superspace, block, teacher, digest, folder, recipe, job, resume, steps, len(data.train))
                     for block in blocks]
         _train_stage(stage, trainees, teacher, data, recipe, job, steps)
         results.update(_finish(stage, trainees, teacher, data, recipe, job))
@@ -182,16 +183,16 @@ def independent_ranks(independent):
         yield
 
 
-def _settings(recipe, learning_rate, steps, num_images, teacher, job):
+def _settings(recipe, learning_rate, steps, num_images, teacher, digest, job):
     """What decides the weights, as plain values: a run is resumed with the same or not at all."""
     return {'steps an epoch': steps, 'epochs': recipe.epochs, 'training images': num_images,
-            'teacher': teacher.arch, 'images a step': recipe.batch_size * job.world_size,
+            'teacher': teacher.arch, 'teacher weights': digest, 'images a step': recipe.batch_size * job.world_size,
             'ranks': job.world_size, 'learning rate': learning_rate, 'lr_step_size': recipe.lr_step_size,
             'weight_decay': recipe.weight_decay, 'hw_list': list(recipe.hw_list), 'nsr_signal': recipe.nsr_signal,
             'inplace_distill_from_teacher': recipe.from_teacher, 'seed': recipe.seed}
 
 
-def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps, num_images):
+def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume, steps, num_images):
     """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch."""
     torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
     path = checkpoint_file(folder, block_id, recipe.quant)
@@ -211,7 +212,7 @@ def _trainee(superspace, block_id, teacher, folder, recipe, job, resume, steps, 
     learning_rate = recipe.learning_rates[SEARCHABLE_STAGES.index(block_id.split('_')[0])]
     trainee = Trainee(path=path, block_id=block_id, student=student, learning_rate=learning_rate,
                       optimizer=torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate),
-                      settings=_settings(recipe, learning_rate, steps, num_images, teacher, job))
+                      settings=_settings(recipe, learning_rate, steps, num_images, teacher, digest, job))
     if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
         trainee.resume({'done': False, **resumed}, steps * recipe.epochs)
     return trainee

@@ -23,7 +23,8 @@ from .regression import Design, fit_corrections, fit_nets
 FIT, HELD_OUT, AGAIN, NETWORK, TEST = 'fit', 'held_out', 'again', 'network', 'test'
 CHUNK = {FIT: 20, HELD_OUT: 3, AGAIN: 1, NETWORK: 1}          # items of a chunk
 TESTS = 2, 1                # test networks of a chunk: until each was measured once, and later, when they are repeated
-CHECK = 10                  # chunks between looks at the noise
+CHECK = 10                  # chunks between looks at the noise, after a share of the time: the start may be disturbed
+PATIENCE = 0.3
 FIRST_REFIT = 240           # blocks to fit to before errors are looked at; again whenever there are twice as many
 FOLDS = 3                   # a third of the blocks tells errors to a fit of the others
 EPOCHS, BATCH = 50, 128
@@ -59,6 +60,7 @@ def measure(profile, superspaces, tests, minutes, seed=0, say=print):
     """
     candidates, rng = make_candidates(superspaces, seed)
     end, refit, number, held = 60 * minutes * (1 - RESERVE), FIRST_REFIT, 0, []
+    known = 0                                       # chunks of killed runs
     once = -(-len(tests) // TESTS[0])               # chunks until each test network was measured
     while profile.seconds < end or profile.has(number):
         fresh = candidates.draw(CHUNK[HELD_OUT], held_out=True)
@@ -70,11 +72,12 @@ def measure(profile, superspaces, tests, minutes, seed=0, say=print):
         items += [(FIT, (block,)) for block in _lost(candidates, profile) + candidates.draw(CHUNK[FIT])]
         items += [(HELD_OUT, (block,)) for block in fresh] + [(AGAIN, (block,)) for block in again]
         items += [(NETWORK, random_network(superspaces[number % len(superspaces)], rng))] * CHUNK[NETWORK]
+        known += profile.has(number)
         profile.chunk(number, items)
         _progress(profile, number, end, say)
         number += 1
-        if number % CHECK == 0:
-            profile.check()
+        if (number - known) % CHECK == 0 and number > known and profile.seconds > PATIENCE * end:
+            profile.check(since=known)              # of this run: after a noisy one, --resume is to measure more
         fitted = rows_of(profile, FIT)
         if len(fitted) >= refit:
             refit = 2 * len(fitted)

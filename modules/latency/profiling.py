@@ -147,18 +147,19 @@ class Profile:
         return {number for number, rows in self._by_chunk.items()
                 if abs(rows[0].reference_ms / level - 1) <= self.max_drift}
 
-    def disturbed(self):
-        """Share of chunks that were disturbed."""
-        return 1 - len(self.quiet_chunks()) / len(self._by_chunk) if self._by_chunk else 0.0
+    def disturbed(self, since=0):
+        """Share of chunks that were disturbed, from number `since` on."""
+        chunks = {number for number in self._by_chunk if number >= since}
+        return len(chunks - self.quiet_chunks()) / len(chunks) if chunks else 0.0
 
-    def check(self, max_disturbed=1 / 3):
-        """UserError where the machine is too noisy to believe its measurements."""
-        if self.disturbed() > max_disturbed:
-            seen = np.array([rows[0].reference_ms for rows in self._by_chunk.values()])
+    def check(self, max_disturbed=1 / 3, since=0):
+        """UserError where the machine is too noisy to believe its measurements, those from chunk `since` on."""
+        if self.disturbed(since) > max_disturbed:
+            seen = np.array([rows[0].reference_ms for number, rows in self._by_chunk.items() if number >= since])
             low, high = np.quantile(seen, (0.1, 0.9))
             raise UserError(
                 f'too noisy: one and the same model took {low:.3f} to {high:.3f} ms (10th to 90th percentile), in '
-                f'{self.disturbed():.0%} of {len(seen)} chunks it was more than {self.max_drift:.0%} off; no platform '
+                f'{self.disturbed(since):.0%} of {len(seen)} chunks it was more than {self.max_drift:.0%} off; no platform '
                 'is written. Stop what else runs here, then --resume, or --max_drift to believe it anyway')
 
 
