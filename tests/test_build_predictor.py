@@ -215,6 +215,18 @@ def test_what_was_refused_as_too_noisy_is_resumed_when_it_is_quiet(tmp_path):
     assert profile.quiet_chunks() >= set(range(chunks, 30 + 3 * chunks))
 
 
+def test_a_noisy_run_is_resumed_with_another_max_drift(tmp_path):
+    noise = random.Random(0)
+    device = Synthetic(slow=lambda: 1 + noise.random() * 3)
+    with pytest.raises(UserError, match='too noisy'):
+        profiled(tmp_path / 'rows.csv', device, 30)
+    profile = Counted(str(tmp_path / 'rows.csv'), device, smallest_network('demo'), {'device': str(device)}, True, 9.0,
+                      turns=QUICK)
+    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 40 / (1 - builder.RESERVE) / 60,
+            say=lambda line: None)
+    assert profile.quiet_chunks() == set(range(40))
+
+
 def test_blocks_that_take_another_time_are_refused():
     again = [(1.0, 1.0)] * 12 + [(1.0, 1.3)] * 8
     with pytest.raises(UserError, match='too noisy: of 20 blocks that were measured twice, 60%'):

@@ -25,6 +25,8 @@ CHUNK = {FIT: 20, HELD_OUT: 3, AGAIN: 1, NETWORK: 1}          # items of a chunk
 TESTS = 2, 1                # test networks of a chunk: until each was measured once, and later, when they are repeated
 CHECK = 10                  # chunks between looks at the noise, after a share of the time: the start may be disturbed
 PATIENCE = 0.3
+DRIFT = 0.1                 # a chunk that is more off does not decide what is measured next, whatever --max_drift is:
+                            # so a run can be resumed with another
 FIRST_REFIT = 240           # blocks to fit to before errors are looked at; again whenever there are twice as many
 FOLDS = 3                   # a third of the blocks tells errors to a fit of the others
 EPOCHS, BATCH = 50, 128
@@ -78,7 +80,7 @@ def measure(profile, superspaces, tests, minutes, seed=0, say=print):
         number += 1
         if (number - known) % CHECK == 0 and number > known and profile.seconds > PATIENCE * end:
             profile.check(since=known)              # of this run: after a noisy one, --resume is to measure more
-        fitted = rows_of(profile, FIT)
+        fitted = rows_of(profile, FIT, DRIFT)
         if len(fitted) >= refit:
             refit = 2 * len(fitted)
             blocks, errors = fold_errors(fitted, seed)
@@ -90,7 +92,7 @@ def measure(profile, superspaces, tests, minutes, seed=0, say=print):
 
 def _lost(candidates, profile):
     """Blocks of small regions that disturbed chunks alone have measured: they are measured again."""
-    known = {row.blocks for row in rows_of(profile, FIT)}
+    known = {row.blocks for row in rows_of(profile, FIT, DRIFT)}
     return [block for block in candidates.small_drawn if (block,) not in known][:CHUNK[FIT]]
 
 
@@ -104,9 +106,9 @@ def _region_name(region):
     return f'{name} {activation} k{kernel} at {2 ** octave} px'
 
 
-def rows_of(profile, use):
-    """Rows measured for `use`, without those of disturbed chunks."""
-    quiet = profile.quiet_chunks()
+def rows_of(profile, use, max_drift=None):
+    """Rows measured for `use`, without those of disturbed chunks; max_drift: by default the profile's."""
+    quiet = profile.quiet_chunks(max_drift)
     return [row for row in profile.rows if row.use.partition(' ')[0] == use and row.chunk in quiet]
 
 

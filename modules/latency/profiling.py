@@ -141,11 +141,12 @@ class Profile:
         seen = [rows[0].reference_ms for rows in self._by_chunk.values()] + ([] if more is None else [more])
         return float(np.quantile(seen, QUANTILE))
 
-    def quiet_chunks(self):
-        """Numbers of the chunks that were not disturbed: their reference is as quick as elsewhere."""
+    def quiet_chunks(self, max_drift=None):
+        """Numbers of the chunks that were not disturbed: their reference is as quick as elsewhere, by max_drift."""
+        max_drift = self.max_drift if max_drift is None else max_drift
         level = self.level() if self._by_chunk else 0.0
         return {number for number, rows in self._by_chunk.items()
-                if abs(rows[0].reference_ms / level - 1) <= self.max_drift}
+                if abs(rows[0].reference_ms / level - 1) <= max_drift}
 
     def disturbed(self, since=0):
         """Share of chunks that were disturbed, from number `since` on."""
@@ -159,8 +160,8 @@ class Profile:
             low, high = np.quantile(seen, (0.1, 0.9))
             raise UserError(
                 f'too noisy: one and the same model took {low:.3f} to {high:.3f} ms (10th to 90th percentile), in '
-                f'{self.disturbed(since):.0%} of {len(seen)} chunks it was more than {self.max_drift:.0%} off; no platform '
-                'is written. Stop what else runs here, then --resume, or --max_drift to believe it anyway')
+                f'{self.disturbed(since):.0%} of {len(seen)} chunks it was more than {self.max_drift:.0%} off; no '
+                'platform is written. Stop what else runs here, then --resume, or --max_drift to believe it anyway')
 
 
 def _append(path, rows):
