@@ -280,7 +280,7 @@ def search_windows(space, starts, score, recipe, seed, job, say):
     found = []
     children = recipe.num_rounds * (recipe.num_mutations + recipe.num_crossovers)
     total = sum(map(len, starts.values())) + children * len(starts)
-    with contextlib.closing(progress(total, 'subnets', enabled=job.is_main)) as bar:
+    with contextlib.closing(progress(total, f'{space.supernet} subnets', enabled=job.is_main)) as bar:
         for window, initial in starts.items():
             if len(initial) < recipe.population_size:
                 say(f'{window}: only {len(initial)} subnets found to start with, not {recipe.population_size}; '

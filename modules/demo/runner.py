@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 
-from .. import ROOT
+from .. import ROOT, usable_cores
 from ..errors import UserError
 from ..files import write_text
+
+POLL = 0.1                              # seconds between looks at running scripts
 
 
 @contextlib.contextmanager
@@ -38,22 +40,21 @@ def run_steps(demo, steps, lock, say=print):
     planned = taken = 0.0
     for number, step in enumerate(steps, 1):
         record = demo.path('done', f'{step.name}.json')
-        commands = [[str(part) for part in command] for command in step.commands(demo)]
+        commands = step.commands(demo)
+        chains = [[[str(part) for part in command] for command in chain]
+                  for chain in (commands if step.side_by_side else [commands])]
         say(f'\n[{number}/{len(steps)}] {step.title}')
         done = _read(record)
         if done is None:
-            seconds = 0.0
             say(f'    about {step.minutes * speed:.1f} minutes, {left * speed:.0f} to the end')
-            for command in commands:
-                say(f'    $ python {shlex.join(command)}')
-                started = time.monotonic()
-                _call(command, lock)
-                seconds += time.monotonic() - started
-            done = {'commands': commands, 'seconds': round(seconds, 1)}
+            started = time.monotonic()
+            _run(chains, lock, say)
+            seconds = time.monotonic() - started
+            done = {'commands': chains, 'seconds': round(seconds, 1)}
             write_text(record, json.dumps(done, indent=1) + '\n')
             planned, taken = planned + step.minutes, taken + seconds / 60
             speed = (1 + taken) / (1 + planned)
-        elif done['commands'] != commands:
+        elif done['commands'] != chains:
             raise UserError(f'{record}: made with other commands; remove {demo.folder}, or give another --output_path')
         else:
             say(f'    done before, in {done["seconds"] / 60:.1f} minutes')
@@ -74,16 +75,44 @@ def _read(record):
         raise UserError(f'{record}: cannot be read; remove it, and the step is run again') from None
 
 
-def _call(command, lock):
-    """Run a script. Ctrl-C reaches the demo alone, which ends the script: it may be killed at any moment anyway."""
-    script, *arguments = command
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, script), *arguments], cwd=ROOT,
-                               pass_fds=[lock.fileno()], start_new_session=True)
+def _run(chains, lock, say):
+    """Run chains of commands, each chain one by one, as many chains side by side as there are cores.
+
+    Ctrl-C reaches the demo alone, which ends the scripts: they may be killed at any moment anyway.
+    """
+    cores = usable_cores()
+    at_once, waiting, running = min(len(chains), cores), [list(chain) for chain in chains], {}
+    threads = str(cores // at_once) if at_once > 1 else None
+
+    def start(chain):
+        if chain:
+            command, *rest = chain
+            running[_start(command, lock, threads, say)] = command[0], rest
+
     try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        raise
-    if code:
-        raise UserError(f'{script} ended with code {code}; mend that and run the demo again, it goes on from there')
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                start(waiting.pop(0))
+            ended = [process for process in running if process.poll() is not None]
+            for process in ended:
+                script, rest = running.pop(process)
+                if process.returncode:
+                    raise UserError(f'{script} ended with code {process.returncode}; mend that and run the demo again, '
+                                    'it goes on from there')
+                start(rest)
+            if running and not ended:
+                time.sleep(POLL)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def _start(command, lock, threads, say):
+    """A started script; threads: how many it may have, None for all."""
+    script, *arguments = command
+    own = {} if threads is None or 'OMP_NUM_THREADS' in os.environ else {'OMP_NUM_THREADS': threads}
+    say(f'    $ {"".join(f"{key}={value} " for key, value in own.items())}python {shlex.join(command)}')
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, script), *arguments], cwd=ROOT,
+                            env={**os.environ, **own}, pass_fds=[lock.fileno()], start_new_session=True)

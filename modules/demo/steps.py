@@ -15,13 +15,14 @@ from ..latency.validation import check_name
 from ..search_space.encoding import parse_subnet, parse_supernet, subnet_config
 from ..search_space.sampling import max_subnet, min_subnet, sample_subnet, sample_supernet
 
-SPACE, TEACHER, CONFIG = 'demo', 'efficientnet-lite0', 'supernet_training_configs/demo.yaml'
+SPACE, TEACHER, CONFIG = 'demo', 'efficientnet-lite0', 'supernet_training_configs/demo_short.yaml'
+ALIGN = True                            # --align_sample: all blocks of a stage share k, w, e
 MEASURED = 'demo_host'                  # platform that a demo may replace
 LOSS_T, LOSS_A = 0.1, 0.01              # the space search's defaults
 DRAWN = 300                             # random spaces, to choose a latency and a space by
-QUANTILE, WIDTH = 0.4, 0.15             # of their subnets' latencies the one searched for; share of it the window takes
+QUANTILE, WIDTH = 0.65, 0.15            # of their subnets' latencies the one searched for; share of it the window takes
 MAX_DRIFT = 0.25                        # noise of this machine that a demo puts up with
-RANDOM, FOUND = 3, 2                    # deployed subnets: random ones, and best ones of each search
+RANDOM, BEST = 3, 2                     # deployed subnets: random ones, and best ones of each search
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Scale:
     lut_rows: int = 40
     spaces: int = 486                   # all of them
     population: int = 100
-    fp32_steps: int = 280               # of 64 images: less than half an epoch
-    lsq_steps: int = 70
+    random_spaces: int = 3              # supernets beside that of the space found
+    fp32_steps: int = 560               # of 32 images: a third of an epoch
+    lsq_steps: int = 140
     valid_images: int = 800
     subnets: int = 16                   # population of the subnet search
     rounds: int = 3
@@ -45,8 +47,8 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale(teacher_steps=2, kd_steps=2, kd_lsq_steps=1, lut_rows=5, spaces=40, population=10, fp32_steps=3,
-              lsq_steps=2, valid_images=40, subnets=4, rounds=1, eval_images=40, runs=10,
+QUICK = Scale(teacher_steps=2, kd_steps=2, kd_lsq_steps=1, lut_rows=5, spaces=40, population=10, random_spaces=1,
+              fp32_steps=3, lsq_steps=2, valid_images=40, subnets=4, rounds=1, eval_images=40, runs=10,
               measure_minutes=0.1, kd_resolutions=(32,))
 
 
@@ -94,7 +96,7 @@ class Demo:
         rng, latencies = random.Random(f'{self.seed} window'), []
         for _ in range(DRAWN):
             supernet = sample_supernet(SPACE, rng)
-            latencies.append(self.predict(supernet, sample_subnet(supernet, rng)))
+            latencies.append(self.predict(supernet, sample_subnet(supernet, rng, ALIGN)))
         c = float(np.quantile(latencies, QUANTILE))
         return float(f'{c:.3g}'), float(f'{WIDTH * c:.2g}')
 
@@ -112,28 +114,35 @@ class Demo:
         return parse_supernet(_rows(os.path.join(self.search_folder, 'top50.csv'))[0]['supernet'])
 
     @cached_property
-    def random_space(self):
-        """A Supernet drawn at random from those of which random subnets hit the window."""
-        rng = random.Random(f'{self.seed} space')
+    def random_spaces(self):
+        """Supernets drawn at random from those of which random subnets hit the window."""
+        rng, spaces = random.Random(f'{self.seed} space'), []
         for _ in range(DRAWN):
             supernet = sample_supernet(SPACE, rng)
-            if supernet != self.found_space and any(self.fits(supernet, sample_subnet(supernet, rng))
-                                                    for _ in range(50)):
-                return supernet
-        raise UserError(f'no other space has subnets of about {self.window[0]} ms')
+            if supernet not in (self.found_space, *spaces) and any(
+                    self.fits(supernet, sample_subnet(supernet, rng, ALIGN)) for _ in range(50)):
+                spaces.append(supernet)
+            if len(spaces) == self.scale.random_spaces:
+                return spaces
+        raise UserError(f'hardly a space has subnets of about {self.window[0]} ms')
+
+    @property
+    def spaces(self):
+        """The Supernets that are trained and searched: the one found, then the random ones."""
+        return [self.found_space, *self.random_spaces]
 
     def best_subnets(self, supernet):
         """Subnets that the subnet search put first, the best one first."""
         c, d = self.window
         name = f'best_c{c:g}_d{d:g}.csv'
         return [parse_subnet(row['subnet'], supernet)
-                for row in _rows(self.path('search_subnet', str(supernet), name))]
+                for row in _rows(self.path('search_subnet', f'{supernet}-align1', name))]
 
     def random_subnets(self, supernet, count):
         """Random subnets of the window."""
         rng, subnets = random.Random(f'{self.seed} subnets'), {}
         for _ in range(10000):
-            subnet = sample_subnet(supernet, rng)
+            subnet = sample_subnet(supernet, rng, ALIGN)
             if self.fits(supernet, subnet):
                 subnets[subnet] = None
             if len(subnets) == count:
@@ -142,10 +151,10 @@ class Demo:
 
     def deployed(self):
         """[Deployed]: what was found beside hand-made baselines, each network once."""
-        found, other = self.found_space, self.random_space
-        networks = [(f'found {i}', found, s) for i, s in enumerate(self.best_subnets(found)[:FOUND], 1)]
-        networks += [(f'best of a random space {i}', other, s)
-                     for i, s in enumerate(self.best_subnets(other)[:FOUND], 1)]
+        found, networks = self.found_space, []
+        for number, space in enumerate(self.spaces):
+            what = f'best of random space {number}' if number else 'found'
+            networks += [(f'{what}, {i}', space, s) for i, s in enumerate(self.best_subnets(space)[:BEST], 1)]
         networks += [(f'random subnet {i}', found, s) for i, s in enumerate(self.random_subnets(found, RANDOM), 1)]
         networks += [('largest subnet', found, max_subnet(found)), ('smallest subnet', found, min_subnet(found))]
         return list({network[1:]: Deployed(*network) for network in reversed(networks)}.values())[::-1]
@@ -157,11 +166,15 @@ def _rows(path):
 
 
 class Step(NamedTuple):
-    """A step; minutes: of the full demo on two quiet cores; commands(demo): [[script, argument, …], …]."""
+    """A step; minutes: of the full demo on two quiet cores.
+
+    commands(demo): [[script, argument, …], …], or with side_by_side [commands, …] of which each goes its own way.
+    """
     name: str
     title: str
     minutes: float
     commands: callable
+    side_by_side: bool = False
 
 
 def _block_kd(script, demo, steps, batch, *more):
@@ -218,34 +231,34 @@ def space_search(demo):
 
 def _supernet(demo, supernet, steps, *more):
     return [['train_supernet.py', '--config-file', CONFIG, '--superspace', SPACE, '--supernet_choice', supernet.choice,
-             '--output_path', demo.path('supernet_training'), '--epochs', 1, '--max_steps', steps,
+             '--align_sample', '--output_path', demo.path('supernet_training'), '--max_steps', steps,
              '--num_valid_images', demo.scale.valid_images, '--resume', *more, *demo.data,
              '--valid_size', demo.valid_size]]
 
 
 def supernets(demo):
-    return [command for space in (demo.found_space, demo.random_space)
-            for command in _supernet(demo, space, demo.scale.fp32_steps)
-            + _supernet(demo, space, demo.scale.lsq_steps, '--quant_mode')]
+    return [_supernet(demo, space, demo.scale.fp32_steps) + _supernet(demo, space, demo.scale.lsq_steps, '--quant_mode')
+            for space in demo.spaces]
 
 
 def subnet_search(demo):
     c, d = demo.window
     scale = demo.scale
-    return [['search_subnet.py', '--superspace', SPACE, '--supernet_choice', space.choice, '--latency_constraint', c,
-             '--latency_delta', d, '--platform', demo.platform, '--checkpoint_path', demo.path('supernet_training'),
-             '--output_path', demo.path('search_subnet'), '--population_size', scale.subnets, '--num_rounds',
-             scale.rounds, '--num_mutations', scale.subnets // 2, '--num_crossovers', scale.subnets // 2,
-             '--num_valid_images', scale.valid_images, '--num_calib_batches', 4, '--num_eval_images', 100, '--resume',
-             *demo.data, '--valid_size', demo.valid_size] for space in (demo.found_space, demo.random_space)]
+    return [[['search_subnet.py', '--superspace', SPACE, '--supernet_choice', space.choice, '--align_sample',
+              '--latency_constraint', c, '--latency_delta', d, '--platform', demo.platform,
+              '--checkpoint_path', demo.path('supernet_training'), '--output_path', demo.path('search_subnet'),
+              '--population_size', scale.subnets, '--num_rounds', scale.rounds, '--num_mutations', scale.subnets // 2,
+              '--num_crossovers', scale.subnets // 2, '--num_valid_images', scale.valid_images,
+              '--num_calib_batches', 4, '--num_eval_images', 100, '--resume', *demo.data,
+              '--valid_size', demo.valid_size]] for space in demo.spaces]
 
 
 def deploy(demo):
     write_text(demo.path('input.csv'), ''.join(f'{SPACE},{network.supernet.choice},{network.subnet}\n'
                                                for network in demo.deployed()))
     models = ['--input', demo.path('input.csv'), '--model_path', demo.path('models')]
-    weights = ['--quant_mode', '--checkpoint_path', demo.path('supernet_training'), '--num_calib_batches', 8,
-               *demo.data, '--valid_size', demo.valid_size]
+    weights = ['--quant_mode', '--checkpoint_path', demo.path('supernet_training'), '--align_sample',
+               '--num_calib_batches', 8, *demo.data, '--valid_size', demo.valid_size]
     return [['onnx_tools/export_onnx.py', *models, *weights],
             ['onnx_tools/eval_onnx.py', *models, *weights, '--num_eval_images', demo.scale.eval_images,
              '--output', demo.path('accuracy.csv')],
@@ -259,8 +272,9 @@ STEPS = (
     Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', 2.6, predictor),
     Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', 1, block_lut),
     Step('space_search', 'space search: block types and widths by Q-T score', 0.1, space_search),
-    Step('supernets', 'train the found space as a supernet, and one of a random space to compare, fp32 then LSQ+', 7.2,
-         supernets),
-    Step('subnet_search', 'search both supernets for the best subnets of the latency window', 2.1, subnet_search),
+    Step('supernets', 'train the found space as a supernet, and random spaces to compare, fp32 then LSQ+', 7.2,
+         supernets, side_by_side=True),
+    Step('subnet_search', 'search each supernet for the best subnets of the latency window', 2.1, subnet_search,
+         side_by_side=True),
     Step('deploy', 'export to INT8 ONNX, accuracy and latency in ONNX Runtime', 2.4, deploy),
 )

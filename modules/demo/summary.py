@@ -12,8 +12,9 @@ from ..latency.report import percentiles
 from ..pictures import new_figure, save_figure
 from ..search_space.encoding import subnet_config
 from ..search_space.sampling import sample_subnet
+from .steps import ALIGN
 
-COLOURS = {'found': '#d1495b', 'best of a random space': '#1f6f8b', 'random subnet': '#999999',
+COLOURS = {'found': '#d1495b', 'best of random space': '#1f6f8b', 'random subnet': '#999999',
            'largest subnet': '#edae49', 'smallest subnet': '#66a182'}
 
 
@@ -28,7 +29,7 @@ def write_summary(demo, steps):
     _draw_breakdown(demo, networks)
     _draw_cdfs(demo)
     for name, source in {'space_search.png': demo.search_folder, 'subnet_search.png':
-                         demo.path('search_subnet', str(demo.found_space))}.items():
+                         demo.path('search_subnet', f'{demo.found_space}-align1')}.items():
         shutil.copyfile(os.path.join(source, 'search.png'), demo.path(name))
     text = _text(demo, steps, rows)
     write_text(demo.path('summary.md'), text)
@@ -47,7 +48,8 @@ def _measured(path, networks, each, header=True):
 
 def _text(demo, steps, rows):
     (c, d), lines = demo.window, []
-    lines += ['# The demo', '', f'Found space: `{demo.found_space}`; a random one to compare: `{demo.random_space}`. '
+    lines += ['# The demo', '',
+              f'Found space: `{demo.found_space}`; random ones to compare: {_names(demo.random_spaces)}. '
               f'Latency window: {c - d:.3g} to {c:.3g} ms of INT8, predicted by `{demo.platform}`.', '',
               '| network | predicted ms | INT8 ms | fp32 ms | speed-up | INT8 top-1 | int8 torch | same answer |',
               '|---|---|---|---|---|---|---|---|']
@@ -57,20 +59,30 @@ def _text(demo, steps, rows):
 
     def best(kind):
         return max((top1 for network, top1, *_ in rows if network.what.startswith(kind)), default=float('nan'))
+    others = [best(f'best of random space {i},') for i in range(1, len(demo.random_spaces) + 1)]
     lines += ['', 'INT8 ms, fp32 ms, INT8 top-1: of ONNX Runtime here, one thread, one image; test images.', '',
-              f'- Searching the **space**: best found network {best("found"):.2f} %, best of the random space '
-              f'{best("best of"):.2f} %.',
-              f'- Searching the **subnet**: best found network {best("found"):.2f} %, best random subnet of the same '
-              f'space and window {best("random"):.2f} %.', '']
+              f'- Searching the **space**: best found network {best("found"):.2f} %, best of a random space '
+              f'{np.mean(others):.2f} % ({", ".join(f"{top1:.2f}" for top1 in others)}).',
+              f'- Searching the **subnet**: best found network {best("found"):.2f} %, random subnets of the same '
+              f'space and window {_mean(rows, "random subnet"):.2f} %, the best of them {best("random subnet"):.2f} %.',
+              '']
     lines += [f'![{title}]({name})\n' for title, name in (
         ('accuracy over latency', 'front.png'), ('where the latency goes', 'breakdown.png'),
-        ('latencies of the two spaces', 'cdf.png'), ('the space search', 'space_search.png'),
+        ('latencies of the spaces', 'cdf.png'), ('the space search', 'space_search.png'),
         ('the subnet search', 'subnet_search.png'))]
     lines += ['| step | minutes |', '|---|---|']
     lines += [f'| {step.title} | {seconds / 60:.1f} |' for step, seconds in steps]
     lines += [f'| all | {sum(seconds for _, seconds in steps) / 60:.1f} |', '', 'Encodings:', '']
     lines += [f'- {network.what}: `{network.supernet}` `{network.subnet}`' for network, *_ in rows]
     return '\n'.join(lines) + '\n'
+
+
+def _names(spaces):
+    return ', '.join(f'`{space}`' for space in spaces)
+
+
+def _mean(rows, kind):
+    return float(np.mean([top1 for network, top1, *_ in rows if network.what.startswith(kind)] or [np.nan]))
 
 
 def _draw_front(demo, rows):
@@ -115,16 +127,16 @@ def _draw_breakdown(demo, networks):
 
 
 def _draw_cdfs(demo):
-    """Distribution of the latencies of random subnets: of the found space and of the random one."""
+    """Distribution of the latencies of random subnets: of the found space and of the random ones."""
     figure, axes = new_figure(figsize=(7, 4.2), layout='constrained')
-    for space, what, colour in ((demo.found_space, 'found', '#d1495b'), (demo.random_space, 'random', '#1f6f8b')):
-        rng = random.Random(demo.seed)
-        drawn = [demo.predict(space, sample_subnet(space, rng)) for _ in range(500)]
-        axes.ecdf(drawn, color=colour, linewidth=2,
-                  label=f'{what}: {space}, median {percentiles(drawn, (50,))[0][1]:.3f} ms')
+    for space in demo.spaces:
+        rng, found = random.Random(demo.seed), space == demo.found_space
+        drawn = [demo.predict(space, sample_subnet(space, rng, ALIGN)) for _ in range(500)]
+        axes.ecdf(drawn, color=COLOURS['found' if found else 'best of random space'], linewidth=2 if found else 1,
+                  label=f'{"found" if found else "random"}: {space}, median {percentiles(drawn, (50,))[0][1]:.3f} ms')
     c, d = demo.window
     axes.axvspan(c - d, c, color='#edae49', alpha=0.2, label='latency window')
-    axes.set(xlabel='predicted INT8 latency (ms)', ylabel='share of subnets at most this slow', title='The two spaces')
+    axes.set(xlabel='predicted INT8 latency (ms)', ylabel='share of subnets at most this slow', title='The spaces')
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right', fontsize=8)
     save_figure(figure, demo.path('cdf.png'))

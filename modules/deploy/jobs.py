@@ -45,6 +45,7 @@ def add_export_arguments(parser, runtime=ONNX):
     parser.add_argument('--skip_weights', action='store_true', help='random weights: for latencies, no checkpoint')
     parser.add_argument('--checkpoint_path', default=CHECKPOINTS,
                         help="root of the supernets' checkpoints, or a checkpoint file")
+    parser.add_argument('--align_sample', action='store_true', help='the supernets in <root>/<supernet>-align1')
     parser.add_argument('--model_path', default=runtime.models, help='folder of the models')
     parser.add_argument('--batch_size', type=positive(int), default=64, help='images a batch')
     parser.add_argument('--num_calib_batches', type=positive(int), default=20,
@@ -69,7 +70,7 @@ def _check_weights(entries, args, quant_mode):
     elif args.network is None and not args.skip_weights:
         for entry in entries:
             for quant in (False, True)[:1 + quant_mode]:
-                find_checkpoint(entry.supernet, quant, args.checkpoint_path)
+                find_checkpoint(entry.supernet, quant, args.checkpoint_path, args.align_sample)
 
 
 def _check_int8(network, path):
@@ -91,7 +92,7 @@ def subject(entry, args, quant_mode, data=None):
             set_fp32_mode(network)
         fit_classes(data, network.num_classes, args.network)
         return Subject(entry, network, batches, args.network)
-    path = find_checkpoint(entry.supernet, quant_mode, args.checkpoint_path)
+    path = find_checkpoint(entry.supernet, quant_mode, args.checkpoint_path, args.align_sample)
     supernet = load_supernet(entry.supernet, path, quant_mode)
     fit_classes(data, supernet.num_classes, path)
     complete_scales(supernet, [entry.subnet], data, args.batch_size, Job(), args.seed)

@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from .. import usable_cores
+
 
 def default_workers():
     """Cores of this process's share of the machine: all of them over the ranks on it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    return max(1, usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
 def thread_map(function, items, workers):

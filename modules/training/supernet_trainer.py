@@ -113,7 +113,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
         save_config(recipe, folder, 'lsq.yaml' if quant else 'checkpoint.yaml')
     kind = 'lsq' if quant else 'fp32'
     writer = curves(os.path.join(folder, 'tensorboard', kind), training.step, job.is_main)
-    bar = progress(steps * recipe.epochs, f'supernet {kind}', training.step, job.is_main)
+    bar = progress(steps * recipe.epochs, f'{supernet.encoding} {kind}', training.step, job.is_main)
     with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
         for epoch in range(training.step // steps, recipe.epochs):
             for _, images, labels in epoch_batches(data, recipe.batch_size_per_gpu, recipe.seed, job, workers, epoch,
