@@ -18,15 +18,14 @@ from modules.latency import open_predictor
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
 from modules.subnet_report import add_evaluation_arguments, images_to_test, open_supernet
+from modules.subnet_results import all_members, evaluate_best, write_results
 from modules.subnet_search import (
     BEST,
     SearchRecipe,
     SharedHistory,
     SubnetSpace,
     Window,
-    all_members,
     best_members,
-    evaluate_best,
     file_digest,
     initial_population,
     initialise_scales,
@@ -34,7 +33,6 @@ from modules.subnet_search import (
     note_trained_images,
     score_subnets,
     search_windows,
-    write_results,
 )
 from modules.training.checkpoint import precision
 from modules.training.data import calibration_batches, eval_loader

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from modules.demo import runner
 from modules.demo.runner import alone, run_steps
 from modules.demo.steps import STEPS, Demo, Step
 from modules.errors import UserError
@@ -109,9 +110,45 @@ def test_twenty_kills_change_nothing(whole, tmp_path):
         assert ours[path] == text, path
 
 
-def _one_step(folder, code):
+def _one_step(folder, code, side_by_side=False):
     demo = Demo(str(folder), 'digits', 'dataset', platform='onnx_lut')
-    return demo, (Step('one', 'a step', 1, lambda demo: code),)
+    return demo, (Step('one', 'a step', 1, lambda demo: code, side_by_side),)
+
+
+MEET = '''import pathlib, sys, time
+folder, name, other, code = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+(folder / name).touch()
+for _ in range(600):
+    if (folder / other).exists():
+        sys.exit(int(code))
+    time.sleep(0.1)
+sys.exit(9)
+'''
+
+
+def _meet(tmp_path, name, other, code=0):
+    (tmp_path / 'meet.py').write_text(MEET)
+    return [str(tmp_path / 'meet.py'), str(tmp_path), name, other, code]
+
+
+def test_chains_run_side_by_side_and_their_commands_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, 'usable_cores', lambda: 2)
+    chains = [[_meet(tmp_path, 'a', 'b'), _meet(tmp_path, 'end', 'end')], [_meet(tmp_path, 'b', 'a')],
+              [_meet(tmp_path, 'c', 'end')]]
+    said = []
+    with alone(str(tmp_path)) as lock:
+        run_steps(*_one_step(tmp_path, chains, side_by_side=True), lock, said.append)
+    names = [line.split()[-3] for line in said if 'meet.py' in line]
+    assert names[:2] == ['a', 'b'] and sorted(names) == ['a', 'b', 'c', 'end']
+
+
+def test_a_chain_that_fails_ends_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, 'usable_cores', lambda: 2)
+    chains = [[_meet(tmp_path, 'a', 'never')], [_meet(tmp_path, 'b', 'a', 3), _meet(tmp_path, 'c', 'c')]]
+    started = time.monotonic()
+    with alone(str(tmp_path)) as lock, pytest.raises(UserError, match='meet.py ended with code 3'):
+        run_steps(*_one_step(tmp_path, chains, side_by_side=True), lock, lambda line: None)
+    assert time.monotonic() - started < 50 and not (tmp_path / 'c').exists() and not (tmp_path / 'done').exists()
 
 
 def test_a_script_that_fails_ends_the_demo(tmp_path):

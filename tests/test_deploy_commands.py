@@ -132,6 +132,10 @@ def test_a_checkpoint_of_a_supernet(tools, tmp_path, monkeypatch, capsys):
     assert 'lsq.pth)' in capsys.readouterr().out
     assert call(tools.export, monkeypatch, *options) == 0
     assert capsys.readouterr().out.count('as it was') == 2
+    (tmp_path / 'demo-012-000-align0').rename(tmp_path / 'demo-012-000-align1')
+    fails(tools.export, monkeypatch, capsys, '-align0/checkpoint.pth', *options)
+    assert call(tools.export, monkeypatch, *options, '--align_sample') == 0
+    assert capsys.readouterr().out.count('as it was') == 2
 
 
 @pytest.fixture(scope='module')

@@ -16,19 +16,18 @@ from modules.errors import UserError
 from modules.latency import LatencyPredictor
 from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from modules.modeling.supernet import Supernet
+from modules.pictures import pareto_front
 from modules.search_space.encoding import parse_supernet
+from modules.subnet_results import all_members
 from modules.subnet_search import (
-    Member,
     SearchRecipe,
     SharedHistory,
     SubnetSpace,
     Window,
-    all_members,
     best_members,
     evolve,
     initial_population,
     note_trained_images,
-    pareto_front,
     score_subnets,
     search_windows,
 )
@@ -186,10 +185,9 @@ def test_scores_of_an_earlier_search_count_among_the_best(space, tmp_path):
     assert {member.round for member in members} >= {None, 0, 4} and len(members) > len(found)
 
 
-def test_pareto_front(space):
+def test_pareto_front():
     points = [(2, 50), (1, 40), (3, 50), (4, 60), (2, 45)]
-    members = [Member(space.extremes[0], ms, (top1, 0, 0)) for ms, top1 in points]
-    assert [(m.ms, m.scores[0]) for m in pareto_front(members)] == [(1, 40), (2, 50), (4, 60)]
+    assert pareto_front(points, tuple) == [(1, 40), (2, 50), (4, 60)]
 
 
 @pytest.fixture(scope='module')

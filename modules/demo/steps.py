@@ -34,21 +34,21 @@ class Scale:
     lut_rows: int = 40
     spaces: int = 486                   # all of them
     population: int = 100
-    random_spaces: int = 3              # supernets beside that of the space found
-    fp32_steps: int = 560               # of 32 images: a third of an epoch
-    lsq_steps: int = 140
-    valid_images: int = 800
+    random_spaces: int = 1              # supernets beside that of the space found
+    fp32_steps: int = 900               # of 32 images: half an epoch
+    lsq_steps: int = 180
+    valid_images: int = 1600
     subnets: int = 16                   # population of the subnet search
     rounds: int = 3
-    eval_images: int = 3000
+    eval_images: int = 5000
     runs: int = 300
-    measure_minutes: float = 2.5
+    measure_minutes: float = 2.0
     kd_resolutions: tuple = (32, 40, 48)
 
 
 FULL = Scale()
-QUICK = Scale(teacher_steps=2, kd_steps=2, kd_lsq_steps=1, lut_rows=5, spaces=40, population=10, random_spaces=1,
-              fp32_steps=3, lsq_steps=2, valid_images=40, subnets=4, rounds=1, eval_images=40, runs=10,
+QUICK = Scale(teacher_steps=2, kd_steps=2, kd_lsq_steps=1, lut_rows=5, spaces=40, population=10, fp32_steps=3,
+              lsq_steps=2, valid_images=40, subnets=4, rounds=1, eval_images=40, runs=10,
               measure_minutes=0.1, kd_resolutions=(32,))
 
 
@@ -112,6 +112,12 @@ class Demo:
     def found_space(self):
         """The Supernet that the space search put first."""
         return parse_supernet(_rows(os.path.join(self.search_folder, 'top50.csv'))[0]['supernet'])
+
+    def place(self, supernet):
+        """(place by score, 1 the best and None where it was not scored; number of the spaces scored)."""
+        rows = sorted(_rows(os.path.join(self.search_folder, 'history.csv')), key=lambda row: -float(row['score']))
+        names = [row['encoding'] for row in rows]
+        return names.index(str(supernet)) + 1 if str(supernet) in names else None, len(names)
 
     @cached_property
     def random_spaces(self):

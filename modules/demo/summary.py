@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UserError
 from ..files import write_text
 from ..latency.report import percentiles
-from ..pictures import new_figure, save_figure
+from ..pictures import new_figure, pareto_front, save_figure
 from ..search_space.encoding import subnet_config
 from ..search_space.sampling import sample_subnet
 from .steps import ALIGN
@@ -49,7 +49,7 @@ def _measured(path, networks, each, header=True):
 def _text(demo, steps, rows):
     (c, d), lines = demo.window, []
     lines += ['# The demo', '',
-              f'Found space: `{demo.found_space}`; random ones to compare: {_names(demo.random_spaces)}. '
+              f'Found space: `{demo.found_space}`; drawn at random to compare: {_placed(demo)}. '
               f'Latency window: {c - d:.3g} to {c:.3g} ms of INT8, predicted by `{demo.platform}`.', '',
               '| network | predicted ms | INT8 ms | fp32 ms | speed-up | INT8 top-1 | int8 torch | same answer |',
               '|---|---|---|---|---|---|---|---|']
@@ -62,7 +62,7 @@ def _text(demo, steps, rows):
     others = [best(f'best of random space {i},') for i in range(1, len(demo.random_spaces) + 1)]
     lines += ['', 'INT8 ms, fp32 ms, INT8 top-1: of ONNX Runtime here, one thread, one image; test images.', '',
               f'- Searching the **space**: best found network {best("found"):.2f} %, best of a random space '
-              f'{np.mean(others):.2f} % ({", ".join(f"{top1:.2f}" for top1 in others)}).',
+              f'{", ".join(f"{top1:.2f} %" for top1 in others)}.',
               f'- Searching the **subnet**: best found network {best("found"):.2f} %, random subnets of the same '
               f'space and window {_mean(rows, "random subnet"):.2f} %, the best of them {best("random subnet"):.2f} %.',
               '']
@@ -77,8 +77,11 @@ def _text(demo, steps, rows):
     return '\n'.join(lines) + '\n'
 
 
-def _names(spaces):
-    return ', '.join(f'`{space}`' for space in spaces)
+def _placed(demo):
+    """The random spaces and their places in the space search."""
+    places = ((space, *demo.place(space)) for space in demo.random_spaces)
+    return ', '.join(f'`{space}` ({f"place {place} of {count} by score" if place else "not scored"})'
+                     for space, place, count in places)
 
 
 def _mean(rows, kind):
@@ -93,11 +96,7 @@ def _draw_front(demo, rows):
         kind = next(kind for kind in COLOURS if network.what.startswith(kind))
         axes.scatter(int8_ms, top1, s=60, color=COLOURS[kind], label=None if kind in shown else kind, zorder=3)
         shown.add(kind)
-    front, most = [], float('-inf')
-    for _, top1, *_, int8_ms in sorted(rows, key=lambda row: (row[-1], -row[1])):
-        if top1 > most:
-            front.append((int8_ms, top1))
-            most = top1
+    front = pareto_front([(int8_ms, top1) for _, top1, *_, int8_ms in rows], tuple)
     axes.plot(*zip(*front), color='#333333', linewidth=1, drawstyle='steps-post', label='Pareto front')
     axes.set(xlabel='measured INT8 latency (ms)', ylabel='INT8 top-1 on test images (%)',
              title='Deployed networks of the demo')
