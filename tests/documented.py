@@ -71,6 +71,7 @@ PARSED = {
     'benchmarks/supernet_step.py': 'measures for minutes',
     'benchmarks/onnx_int8.py': 'measures for minutes',
     'benchmarks/onnx_blocks.py': 'measures for minutes',
+    'benchmarks/demo_spaces.py': 'trains for minutes, after a demo',
     'demo.py': 'tests/test_demo.py',
 }
 IGNORED = {'-m modules.latency.fitting': 'needs ../shared/reference',
