@@ -183,8 +183,8 @@ def test_a_block_without_others_like_it_is_measured_until_nothing_disturbs(tmp_p
 
 def arguments(tmp_path, **more):
     return SimpleNamespace(**{'platform': 'new', 'superspace': ['demo'], 'minutes': 0.3, 'networks': 4, 'seed': 0,
-                              'max_drift': 0.1, 'resume': False, 'force': False, 'output': str(tmp_path / 'measured'),
-                              'data': str(tmp_path / 'data'), **more})
+                              'max_drift': 0.1, 'max_disturbed': 1 / 3, 'resume': False, 'force': False,
+                              'output': str(tmp_path / 'measured'), 'data': str(tmp_path / 'data'), **more})
 
 
 def test_too_much_noise_is_refused_and_nothing_is_written(tmp_path):
@@ -213,6 +213,18 @@ def test_what_was_refused_as_too_noisy_is_resumed_when_it_is_quiet(tmp_path):
     profile = profiled(tmp_path / 'rows.csv', Synthetic(), 30 + 3 * chunks, resume=True)
     profile.check()
     assert profile.quiet_chunks() >= set(range(chunks, 30 + 3 * chunks))
+
+
+def test_of_a_busy_machine_the_quiet_chunks_count(tmp_path):
+    path = str(tmp_path / 'rows.csv')
+    profile = Counted(path, Synthetic(), smallest_network('demo'), {}, max_disturbed=0.9, turns=QUICK)
+    profile.device.slow = lambda: 1.0 if len({row.chunk for row in profile.rows}) % 5 == 3 else 1.6
+    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 60 / (1 - builder.RESERVE) / 60,
+            say=lambda line: None)
+    profile.check()
+    assert profile.quiet_chunks() == set(range(3, 60, 5)) and profile.disturbed() == pytest.approx(0.8, abs=0.02)
+    assert {row.chunk for row in rows_of(profile, FIT)} == profile.quiet_chunks()
+    assert len(Platform('busy', profile, epochs=2).held_out) == 36
 
 
 def test_a_noisy_run_is_resumed_with_another_max_drift(tmp_path):

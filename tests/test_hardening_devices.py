@@ -20,6 +20,7 @@ NAMES = '', '.', '..', 'a/b', '../x', '/x', 'x.json', '.hidden', 'there', 'a' * 
 FLAGS = {
     **dict.fromkeys(BUILDERS, (BUILD, {
         'minutes': ('0', '-1', 'nan', 'inf', 'x'), 'networks': ('0', '1.5', ''), 'max_drift': ('0', 'nan', 'x'),
+        'max_disturbed': ('-0.1', '1.1', 'nan'),
         'seed': ('-1', 'x', '9' * 30), 'threads': ('0', 'many'), 'core': ('-1', '4095', 'x', '99999'),
         'superspace': ('mobile', '../demo', '')})),
     'onnx_tools.import_lut': (IMPORT, {'epochs': ('0', '-1', 'x', '1.5'), 'table': ('nowhere.json', '/', '')}),

@@ -26,7 +26,9 @@ def add_build_arguments(parser, minutes=25.0):
     parser.add_argument('--minutes', type=positive(float), default=minutes, help='time for all of it')
     parser.add_argument('--networks', type=positive(int), default=15, help='random test networks of each hyperspace')
     parser.add_argument('--max_drift', type=positive(float), default=0.1, help='a chunk of models whose reference is '
-                        'off by more than this share was disturbed; with too many of them no platform is written')
+                        'off by more than this share was disturbed, and is left out')
+    parser.add_argument('--max_disturbed', type=within(float, 0, 1), default=1 / 3, help='with more than this share of '
+                        'chunks disturbed no platform is written')
     parser.add_argument('--resume', action='store_true', help='go on with the measurements of a run that was stopped')
     parser.add_argument('--force', action='store_true', help='replace a platform of this name')
     parser.add_argument('--seed', type=SEED, default=0, help='of what is measured')
@@ -72,7 +74,8 @@ def build(args, make_device, turns=None):
     superspaces = list(dict.fromkeys(args.superspace))
     path = os.path.join(args.output, args.platform, 'measurements.csv')
     facts = {'device': str(device), 'superspaces': superspaces, 'networks': args.networks, 'seed': args.seed}
-    profile = Profile(path, device, smallest_network(superspaces[0]), facts, args.resume, args.max_drift, turns)
+    profile = Profile(path, device, smallest_network(superspaces[0]), facts, args.resume, args.max_drift,
+                      args.max_disturbed, turns)
     print(f'{device}\nmeasurements: {path}', flush=True)
     measure(profile, superspaces, test_networks(superspaces, args.networks, args.seed), args.minutes, args.seed, _say)
     profile.check()

@@ -24,6 +24,7 @@ from .tables import format_key, parse_key
 
 FIRST_BLOCK = 'FirstConvBlock'      # begins whole networks, whose latency includes that of the call
 QUANTILE = 0.25                     # of the rounds: other processes only ever add time, so the lower half is nearer
+QUICK_CHUNKS = 0.1                  # quantile of the chunks: on a busy machine most may be disturbed
 TRIES = 3                           # measurements of a disturbed chunk
 FIELDS = 'chunk', 'use', 'ms', 'rounds_spread', 'reference_ms', 'seconds', 'blocks'
 
@@ -77,10 +78,13 @@ class Profile:
 
     facts: {name: value} of what the measurements depend on, the file's first line. A file of other facts, or one
     that is damaged before its last line, is a UserError; a last line that a killed run left unfinished goes.
+    max_drift: see quiet_chunks(); max_disturbed: share of the chunks that may be disturbed.
     """
 
-    def __init__(self, path, device, reference, facts, resume=False, max_drift=0.1, turns=None):
-        self.path, self.device, self.reference, self.max_drift = path, device, reference, max_drift
+    def __init__(self, path, device, reference, facts, resume=False, max_drift=0.1, max_disturbed=1 / 3,
+                 turns=None):
+        self.path, self.device, self.reference = path, device, reference
+        self.max_drift, self.max_disturbed = max_drift, max_disturbed
         self.turns = turns or Turns()
         self._by_chunk, self._saved, self._prepared = {}, {}, None
         header = '# ' + json.dumps(facts) + '\n' + ','.join(FIELDS) + '\n'
@@ -137,9 +141,9 @@ class Profile:
         return best
 
     def level(self, more=None):
-        """The reference's latency where nothing disturbs: the lower quartile over chunks."""
+        """The reference's latency where nothing disturbs: that of the quickest tenth of the chunks."""
         seen = [rows[0].reference_ms for rows in self._by_chunk.values()] + ([] if more is None else [more])
-        return float(np.quantile(seen, QUANTILE))
+        return float(np.quantile(seen, QUICK_CHUNKS))
 
     def quiet_chunks(self, max_drift=None):
         """Numbers of the chunks that were not disturbed: their reference is as quick as elsewhere, by max_drift."""
@@ -153,15 +157,15 @@ class Profile:
         chunks = {number for number in self._by_chunk if number >= since}
         return len(chunks - self.quiet_chunks()) / len(chunks) if chunks else 0.0
 
-    def check(self, max_disturbed=1 / 3, since=0):
+    def check(self, since=0):
         """UserError where the machine is too noisy to believe its measurements, those from chunk `since` on."""
-        if self.disturbed(since) > max_disturbed:
+        if self.disturbed(since) > self.max_disturbed:
             seen = np.array([rows[0].reference_ms for number, rows in self._by_chunk.items() if number >= since])
             low, high = np.quantile(seen, (0.1, 0.9))
             raise UserError(
                 f'too noisy: one and the same model took {low:.3f} to {high:.3f} ms (10th to 90th percentile), in '
                 f'{self.disturbed(since):.0%} of {len(seen)} chunks it was more than {self.max_drift:.0%} off; no '
-                'platform is written. Stop what else runs here, then --resume, or --max_drift to believe it anyway')
+                'platform is written. Stop what else runs here, then --resume, or with a larger --max_disturbed')
 
 
 def _append(path, rows):
