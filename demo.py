@@ -3,7 +3,7 @@
     python demo.py
     python demo.py --platform onnx_lut --output_path checkpoints/demo_lut     # without measuring this machine
 
-Runs the scripts that users run, one after another, on the small `demo` hyperspace with Fashion-MNIST: block KD and its
+Runs the scripts that users run, some side by side, on the small `demo` hyperspace with Fashion-MNIST: block KD and its
 LSQ+, a latency predictor of this machine, block LUTs, the space search, two supernets (of the space found and of a
 random one), subnet searches, and the INT8 deployment of what was found beside hand-made baselines. Twenty minutes on
 two cores. Ctrl-C is harmless: the same command goes on. Ends with <output_path>/summary.md and its pictures.

@@ -1,8 +1,7 @@
 """Does the space search find better spaces? Supernets of the best space and of random ones, trained alike.
 
-    python benchmarks/demo_spaces.py --search checkpoints/demo/block_kd/search/demo/c0.168_t0.1_a0.01 \\
-        --platform demo_host
-    python benchmarks/demo_spaces.py --search … --platform demo_host --spaces 8 --steps 1120
+    python benchmarks/demo_spaces.py --search checkpoints/demo/block_kd/search/demo/c0.201_t0.1_a0.01
+    python benchmarks/demo_spaces.py --search … --spaces 8 --steps 1120
 
 After a demo (its search and its platform are needed). Each space's supernet is trained in fp32 by the demo's recipe
 for --steps steps; then --subnets random subnets whose predicted latency is in the window up to the search's constraint,
@@ -46,7 +45,6 @@ BEST = 4
 def get_args():
     p = parser(__doc__)
     p.add_argument('--search', required=True, help='folder of a space search of the demo')
-    p.add_argument('--platform', default='demo_host', help='latency platform of that search')
     p.add_argument('--spaces', type=positive(int), default=8, help='random spaces beside the best one')
     p.add_argument('--steps', type=positive(int), default=560, help='of training, 32 images each')
     p.add_argument('--subnets', type=positive(int), default=24, help='random subnets of each space')
@@ -58,17 +56,20 @@ def get_args():
 
 
 def scored_spaces(folder):
-    """([(Supernet, score)] best first, latency constraint in ms) of a space search."""
+    """([(Supernet, score)] best first, latency constraint in ms, LatencyPredictor) of a space search."""
     with open(os.path.join(folder, 'history.csv'), encoding='utf-8', newline='') as f:
         rows = [(parse_supernet(row['encoding']), float(row['score'])) for row in csv.DictReader(f)]
     with open(os.path.join(folder, 'settings.json'), encoding='utf-8') as f:
-        constraint, = json.load(f)['latency_constraint']
-    return sorted(rows, key=lambda row: -row[1]), constraint
+        settings = json.load(f)
+    if settings['superspace'] != 'demo' or len(settings['latency_constraint']) != 1:
+        raise UserError(f'--search {folder}: expected a search of the demo space under one latency constraint')
+    return (sorted(rows, key=lambda row: -row[1]), settings['latency_constraint'][0],
+            LatencyPredictor(settings['platform']))
 
 
-def window_subnets(supernet, platform, constraint, count, seed):
+def window_subnets(supernet, predictor, constraint, count, seed):
     """Up to `count` random subnets with a predicted latency in the window, all blocks of a stage alike."""
-    predictor, rng, found = LatencyPredictor(platform), random.Random(f'{seed} {supernet}'), {}
+    rng, found = random.Random(f'{seed} {supernet}'), {}
     for _ in range(DRAWS):
         subnet = sample_subnet(supernet, rng, align=True)
         if (1 - WIDTH) * constraint <= predictor.predict_subnet(subnet_config(supernet, subnet)) <= constraint:
@@ -78,7 +79,7 @@ def window_subnets(supernet, platform, constraint, count, seed):
     return list(found)
 
 
-def measure(supernet, constraint, args):
+def measure(supernet, constraint, predictor, args):
     """(top-1 of the subnets in the window, best first, of the largest, of the smallest) of a space, in percent."""
     recipe = load_config(SupernetRecipe, CONFIG, {'max_steps': args.steps})
     data = open_data(args.dataset_path, 'fashion-mnist', recipe.valid_size, recipe.augment,
@@ -91,19 +92,19 @@ def measure(supernet, constraint, args):
 
     def top1(subnet):
         return evaluate_subnet(model, subnet, calibration, valid, job).top1
-    subnets = window_subnets(supernet, args.platform, constraint, args.subnets, args.seed)
+    subnets = window_subnets(supernet, predictor, constraint, args.subnets, args.seed)
     return sorted(map(top1, subnets), reverse=True), top1(max_subnet(supernet)), top1(min_subnet(supernet))
 
 
 def main(args):
-    scored, constraint = scored_spaces(args.search)
+    scored, constraint, predictor = scored_spaces(args.search)
     rest = [place for place in range(1, len(scored))
-            if window_subnets(scored[place][0], args.platform, constraint, 1, args.seed)]
+            if window_subnets(scored[place][0], predictor, constraint, 1, args.seed)]
     if len(rest) < args.spaces:
         raise UserError(f'--spaces {args.spaces}: only {len(rest)} others have subnets of {constraint} ms')
     places = [0, *sorted(random.Random(args.seed).sample(rest, args.spaces))]
     with ProcessPoolExecutor(usable_cores(), multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        results = list(pool.map(functools.partial(measure, constraint=constraint, args=args),
+        results = list(pool.map(functools.partial(measure, constraint=constraint, predictor=predictor, args=args),
                                 [scored[place][0] for place in places]))
     columns = {f'best {BEST}': [np.mean(window[:BEST]) for window, *_ in results],
                'mean': [np.mean(window) for window, *_ in results],

@@ -105,9 +105,13 @@ def test_a_run_is_resumed_with_its_own_settings_only(photos, tmp_path):
         with pytest.raises(UserError, match=said):
             train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), recipe, Job(), resume=True)
     teacher.classifier.weight += 1
+    recipe, path = Recipe(1, 4, (0.01,) * 6, hw_list=(64,), max_steps=2), tmp_path / 'stage6_0' / 'checkpoint.pth'
     with pytest.raises(UserError, match='begun with teacher weights'):
-        train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path),
-                     Recipe(1, 4, (0.01,) * 6, hw_list=(64,), max_steps=2), Job(), resume=True)
+        train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), recipe, Job(), resume=True)
+    old = load_checkpoint(path)
+    del old['settings']['teacher weights']                  # as before it was in there
+    torch.save(old, path)
+    train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), recipe, Job(), resume=True)
 
 
 def test_ranks_that_split_the_blocks_train_each_as_one_process_would(tmp_path, photos):

@@ -183,7 +183,7 @@ def test_a_block_without_others_like_it_is_measured_until_nothing_disturbs(tmp_p
 
 def arguments(tmp_path, **more):
     return SimpleNamespace(**{'platform': 'new', 'superspace': ['demo'], 'minutes': 0.3, 'networks': 4, 'seed': 0,
-                              'max_drift': 0.1, 'max_disturbed': 1 / 3, 'resume': False, 'force': False,
+                              'max_drift': 0.1, 'max_disturbed': 0.33, 'resume': False, 'force': False,
                               'output': str(tmp_path / 'measured'), 'data': str(tmp_path / 'data'), **more})
 
 
@@ -237,6 +237,17 @@ def test_a_noisy_run_is_resumed_with_another_max_drift(tmp_path):
     measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 40 / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
     assert profile.quiet_chunks() == set(range(40))
+
+
+def test_a_refused_run_whose_time_is_used_up_gets_more(tmp_path):
+    noise = random.Random(0)
+    with pytest.raises(UserError, match='too noisy'):
+        jobs.build(arguments(tmp_path, minutes=0.05), lambda: Synthetic(slow=lambda: 1 + noise.random() * 3), QUICK)
+    with pytest.raises(UserError, match='too noisy'):           # and again while it stays noisy
+        jobs.build(arguments(tmp_path, minutes=0.05, resume=True),
+                   lambda: Synthetic(slow=lambda: 1 + noise.random() * 3), QUICK)
+    folder = jobs.build(arguments(tmp_path, minutes=0.3, resume=True, max_disturbed=0.9), Synthetic, QUICK)
+    assert os.path.isfile(os.path.join(folder, 'report.md'))
 
 
 def test_blocks_that_take_another_time_are_refused():

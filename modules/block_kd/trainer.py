@@ -214,6 +214,8 @@ def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume,
                       optimizer=torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate),
                       settings=_settings(recipe, learning_rate, steps, num_images, teacher, digest, job))
     if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
+        if isinstance(resumed.get('settings'), dict):
+            resumed['settings'].setdefault('teacher weights', digest)       # which older ones do not say
         trainee.resume({'done': False, **resumed}, steps * recipe.epochs)
     return trainee
 

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -104,13 +105,14 @@ def _run(chains, lock, say):
                 time.sleep(POLL)
     finally:
         for process in running:
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)      # its data loaders too, which hold the lock
         for process in running:
             process.wait()
 
 
 def _start(command, lock, threads, say):
-    """A started script; threads: how many it may have, None for all."""
+    """A started script in a session of its own; threads: of its arithmetic, None for one a core."""
     script, *arguments = command
     own = {} if threads is None or 'OMP_NUM_THREADS' in os.environ else {'OMP_NUM_THREADS': threads}
     say(f'    $ {"".join(f"{key}={value} " for key, value in own.items())}python {shlex.join(command)}')

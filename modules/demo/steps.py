@@ -273,14 +273,15 @@ def deploy(demo):
 
 STEPS = (
     Step('teacher', 'quantise the pretrained teacher, EfficientNet-lite0, with LSQ+', 0.3, teacher),
-    Step('block_kd', 'block KD: each block type of each stage learns to copy the teacher, in fp32', 2.2, block_kd),
-    Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', 1.2, block_kd_lsq),
-    Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', 2.6, predictor),
-    Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', 1, block_lut),
+    Step('block_kd', 'block KD: each block type of each stage learns to copy the teacher, in fp32', 2.0, block_kd),
+    Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', 1.1, block_kd_lsq),
+    Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', 2.1, predictor),
+    Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', 0.7,
+         block_lut),
     Step('space_search', 'space search: block types and widths by Q-T score', 0.1, space_search),
-    Step('supernets', 'train the found space as a supernet, and random spaces to compare, fp32 then LSQ+', 7.2,
+    Step('supernets', 'train the found space as a supernet, and random spaces to compare, fp32 then LSQ+', 5.0,
          supernets, side_by_side=True),
-    Step('subnet_search', 'search each supernet for the best subnets of the latency window', 2.1, subnet_search,
+    Step('subnet_search', 'search each supernet for the best subnets of the latency window', 1.8, subnet_search,
          side_by_side=True),
     Step('deploy', 'export to INT8 ONNX, accuracy and latency in ONNX Runtime', 2.4, deploy),
 )

@@ -9,7 +9,7 @@ import torch
 from ..cli import SEED, positive, within
 from ..errors import UserError
 from ..search_space.superspace import SUPERSPACES
-from .builder import Platform, measure, test_networks
+from .builder import RESERVE, Platform, measure, test_networks
 from .candidates import smallest_network
 from .profiling import Profile
 from .tables import DATA
@@ -27,8 +27,8 @@ def add_build_arguments(parser, minutes=25.0):
     parser.add_argument('--networks', type=positive(int), default=15, help='random test networks of each hyperspace')
     parser.add_argument('--max_drift', type=positive(float), default=0.1, help='a chunk of models whose reference is '
                         'off by more than this share was disturbed, and is left out')
-    parser.add_argument('--max_disturbed', type=within(float, 0, 1), default=1 / 3, help='with more than this share of '
-                        'chunks disturbed no platform is written')
+    parser.add_argument('--max_disturbed', type=within(float, 0, 1), default=0.33, help='with a larger share of chunks '
+                        'disturbed no platform is written')
     parser.add_argument('--resume', action='store_true', help='go on with the measurements of a run that was stopped')
     parser.add_argument('--force', action='store_true', help='replace a platform of this name')
     parser.add_argument('--seed', type=SEED, default=0, help='of what is measured')
@@ -77,11 +77,14 @@ def build(args, make_device, turns=None):
     profile = Profile(path, device, smallest_network(superspaces[0]), facts, args.resume, args.max_drift,
                       args.max_disturbed, turns)
     print(f'{device}\nmeasurements: {path}', flush=True)
-    measure(profile, superspaces, test_networks(superspaces, args.networks, args.seed), args.minutes, args.seed, _say)
-    profile.check()
-    print(f'fitting to {len(profile.rows)} measurements', flush=True)
-    platform = Platform(args.platform, profile, seed=args.seed)
-    check_repeated(platform, args.max_drift)
+    try:
+        platform = _measured(args, profile, superspaces, args.minutes)
+    except UserError:
+        if profile.new:
+            raise
+        # refused before, when all its time was used up
+        minutes = profile.seconds / 60 / (1 - RESERVE) + args.minutes
+        platform = _measured(args, profile, superspaces, minutes)
     lines = report_lines(platform, {'device': device, 'hyperspaces': ' '.join(superspaces),
                                     'date': date.today().isoformat(),
                                     'time': f'{profile.seconds / 60:.1f} min, of it {platform.fit_seconds:.0f} s for '
@@ -93,6 +96,16 @@ def build(args, make_device, turns=None):
     print(f'{folder}: {blocks.within:.1%} of held-out blocks within 10 %, networks within {networks.worst:.1%}, '
           f'rank correlation {spearman(platform.networks):.4f}; use it with --platform {args.platform}')
     return folder
+
+
+def _measured(args, profile, superspaces, minutes):
+    """Platform of what `minutes` of measurements give; UserError where they cannot be believed."""
+    measure(profile, superspaces, test_networks(superspaces, args.networks, args.seed), minutes, args.seed, _say)
+    profile.check()
+    print(f'fitting to {len(profile.rows)} measurements', flush=True)
+    platform = Platform(args.platform, profile, seed=args.seed)
+    check_repeated(platform, args.max_drift)
+    return platform
 
 
 def check_repeated(platform, max_drift, least=10, share=0.75):

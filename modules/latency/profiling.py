@@ -81,12 +81,13 @@ class Profile:
     max_drift: see quiet_chunks(); max_disturbed: share of the chunks that may be disturbed.
     """
 
-    def __init__(self, path, device, reference, facts, resume=False, max_drift=0.1, max_disturbed=1 / 3,
+    def __init__(self, path, device, reference, facts, resume=False, max_drift=0.1, max_disturbed=0.33,
                  turns=None):
         self.path, self.device, self.reference = path, device, reference
         self.max_drift, self.max_disturbed = max_drift, max_disturbed
         self.turns = turns or Turns()
         self._by_chunk, self._saved, self._prepared = {}, {}, None
+        self.new = 0                        # chunks that this run measured
         header = '# ' + json.dumps(facts) + '\n' + ','.join(FIELDS) + '\n'
         if resume and os.path.isfile(path):
             for row in _read(path, header):
@@ -124,6 +125,7 @@ class Profile:
                 for (use, blocks), *row in zip(items, ms, spread)]
         _append(self.path, rows)
         self._by_chunk[number] = rows
+        self.new += 1
         return rows
 
     def _measure(self, items):
@@ -146,11 +148,11 @@ class Profile:
         return float(np.quantile(seen, QUICK_CHUNKS))
 
     def quiet_chunks(self, max_drift=None):
-        """Numbers of the chunks that were not disturbed: their reference is as quick as elsewhere, by max_drift."""
+        """Numbers of the chunks that were not disturbed: their reference is at most max_drift slower than elsewhere."""
         max_drift = self.max_drift if max_drift is None else max_drift
         level = self.level() if self._by_chunk else 0.0
         return {number for number, rows in self._by_chunk.items()
-                if abs(rows[0].reference_ms / level - 1) <= max_drift}
+                if rows[0].reference_ms <= level * (1 + max_drift)}
 
     def disturbed(self, since=0):
         """Share of chunks that were disturbed, from number `since` on."""

@@ -288,13 +288,15 @@ def _local_or_download(path, dataset, cls, choices):
         if (local := load_local()) is not None:
             return local
         import fcntl
-        with _without_empty_folders(path):
-            folder = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX)      # of the ranks of a machine one downloads, the others wait
+        is_new = not os.path.isdir(path)
+        os.makedirs(path, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)      # of the ranks of a machine one downloads, the others wait
+            with _without_empty_folders(path, is_new):
                 return load_local() or load(download=True)
-            finally:
-                os.close(folder)
+        finally:
+            os.close(folder)
     except ImportError as error:
         raise UserError(f'--dataset {dataset}: torchvision needs a package for it: {error}') from None
     except Exception as error:          # URLError, RuntimeError, ValueError, errors of zip and tar files, …
@@ -303,17 +305,17 @@ def _local_or_download(path, dataset, cls, choices):
 
 
 @contextlib.contextmanager
-def _without_empty_folders(path):
-    """Make the folder `path`; what fails inside leaves no empty folders of its own there, nor `path` itself."""
-    before = set(os.listdir(path)) if os.path.isdir(path) else None
-    os.makedirs(path, exist_ok=True)
+def _without_empty_folders(path, is_new):
+    """What fails inside leaves no empty folders of its own in the folder `path`, nor an empty `path` that is new."""
+    before = set(os.listdir(path))
     try:
         yield
     except Exception:
-        tops = [os.path.join(path, name) for name in set(os.listdir(path)) - (before or set())]
-        for folder in [root for top in tops for root, *_ in os.walk(top, topdown=False)] + [path] * (before is None):
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+        with contextlib.suppress(OSError):
+            tops = [os.path.join(path, name) for name in set(os.listdir(path)) - before]
+            for folder in [root for top in tops for root, *_ in os.walk(top, topdown=False)] + [path] * is_new:
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
         raise
 
 
