@@ -50,7 +50,7 @@ def space():
 class Fake:
     """Accuracies of subnets by `value`, and a list of what was measured; it is killed at measurement `die_at`."""
 
-    def __init__(self, value=lambda subnet, count: sum(subnet.widths) + subnet.resolution / 100, die_at=None):
+    def __init__(self, value=lambda subnet, count: sum(subnet.widths) / 10 + subnet.resolution / 1000, die_at=None):
         self.value, self.die_at, self.measured = value, die_at, []
 
     def __call__(self, subnets):
