@@ -1,4 +1,5 @@
 """ONNX export: every block type in fp32 and int8 beside torch, grids and padding."""
+import contextlib
 from collections import Counter
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modules.deploy import onnx_run
 from modules.deploy.folding import tap_sums, weight_codes
 from modules.deploy.graph import need
 from modules.deploy.int8 import lsq_target
@@ -39,6 +41,20 @@ def operators(model, folder):
     options.optimized_model_filepath, options.log_severity_level = str(folder / 'optimised.onnx'), 3
     ort.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
     return [node.op_type for node in onnx.load(folder / 'optimised.onnx').graph.node]
+
+
+def test_the_slow_exact_mode_is_asked_for_only_where_sums_are_not_exact(monkeypatch):
+    """With VNNI it takes twice as long, for the same numbers; without it, the other mode saturates."""
+    network, images = some_block('ResNetBlock')
+    set_quant_mode(network)
+    model, answers = export_int8(network, observe(network, [images])), []
+    for exact in (onnx_run.sums_are_exact(), False):
+        monkeypatch.setattr(onnx_run, 'sums_are_exact', lambda exact=exact: exact)
+        session = open_session(model)
+        with contextlib.nullcontext() if not exact else pytest.raises(RuntimeError, match='does not have'):
+            assert session.get_session_options().get_session_config_entry(onnx_run.EXACT_SUMS[0]) == '1'
+        answers.append(run_session(session, images.numpy()))
+    np.testing.assert_array_equal(*answers)
 
 
 @pytest.mark.parametrize('name', SEARCHED)
