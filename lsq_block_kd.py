@@ -16,7 +16,7 @@ LEARNING_RATES = (0.0025, 0.00025, 0.00025, 0.00025, 0.00025, 0.00025)
 
 
 def get_args():
-    p = get_parser(__doc__, num_epochs=1, learning_rates=LEARNING_RATES)
+    p = get_parser(__doc__, num_epochs=1, learning_rates=LEARNING_RATES, stem_rate=0.001, head_rate=0.0001)
     p.add_argument('--teacher_checkpoint_path', required=True, help='checkpoint of the int8 teacher')
     p.add_argument('--from_scratch', action='store_true', help='without an fp32 checkpoint')
     return p.parse_args()

@@ -14,6 +14,7 @@ import random
 
 from modules.cli import parser, positive, run, within
 from modules.errors import UserError
+from modules.files import file_digest
 from modules.latency import open_predictor
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
@@ -26,7 +27,6 @@ from modules.subnet_search import (
     SubnetSpace,
     Window,
     best_members,
-    file_digest,
     initial_population,
     initialise_scales,
     measure_with,

@@ -1,19 +1,21 @@
-"""Block KD in fp32: train every candidate block of the chosen stages to copy a teacher stage.
+"""Block KD in fp32: train every candidate block of the chosen stages, the stem and the head to copy the teacher.
 
     python -m torch.distributed.launch --nproc_per_node=4 train_block_kd.py --superspace onnxw \\
         --output_path checkpoints/block_kd/onnxw --inplace_distill_from_teacher --num_epochs 5 \\
         --stage_list stage1_0 stage1_2 --hw_list 160 192 224 --dataset_path dataset
 
-Writes <output_path>/<block>/checkpoint.pth; lsq_block_kd.py goes on from there.
+Writes <output_path>/<block>/checkpoint.pth; lsq_block_kd.py goes on from there, and a supernet can start from these
+blocks (train_supernet.py --init_block_kd).
 """
 import os
 
+from modules.block_kd.checkpoints import build_student
+from modules.block_kd.targets import HEAD, loss_name, part_of, parts_of
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import (
     Recipe,
     blocks_of_rank,
-    build_student,
-    by_stage,
+    by_part,
     check_map_sizes,
     evaluate,
     independent_ranks,
@@ -27,21 +29,25 @@ from modules.training.data import add_data_arguments, open_data
 from modules.training.distributed import add_distributed_arguments, distributed_job
 from modules.training.log import note
 from modules.training.losses import NSR_SIGNALS
+from modules.training.sources import count_classes
 
 LEARNING_RATES = (0.005, 0.01, 0.01, 0.01, 0.01, 0.005)
 
 
-def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES):
+def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES, stem_rate=0.01, head_rate=0.001):
     p = parser(docstring)
     p.add_argument('--superspace', required=True, choices=sorted(SUPERSPACES), help='hyperspace')
     p.add_argument('--output_path', required=True, help='folder of the checkpoints, <output_path>/<block>/')
-    p.add_argument('--stage_list', nargs='+', help='block ids or whole stages; default: all')
+    p.add_argument('--stage_list', nargs='+', help='block ids, whole stages, stem, head; default: all')
     p.add_argument('--teacher_arch', default='efficientnet-b5', help='efficientnet-b0..b7, -lite0..lite4')
     p.add_argument('--hw_list', nargs='+', type=positive(int), help="image resolutions; default: the superspace's")
     p.add_argument('--num_epochs', type=positive(int), default=num_epochs, help='passes over the training images')
     p.add_argument('--train_batch_size', type=positive(int), default=64, help='images a step and rank')
     p.add_argument('--learning_rate_list', nargs=6, type=positive(float), default=list(learning_rates),
                    help='learning rate of stage1 .. stage6')
+    p.add_argument('--stem_learning_rate', type=positive(float), default=stem_rate, help='of first_conv and stage0')
+    p.add_argument('--head_learning_rate', type=positive(float), default=head_rate,
+                   help='of final_expand, feature_mix and logits')
     p.add_argument('--lr_step_size', type=positive(int), default=20, help='batches between learning-rate updates')
     p.add_argument('--weight_decay', type=not_negative(float), default=1e-4, help='not of norms, biases and scales')
     p.add_argument('--num_calib_batches', type=positive(int), default=20, help='of batch-norm calibration')
@@ -77,17 +83,21 @@ def main(args):
 def train(args, job, teacher, quant=False, from_scratch=False):
     """Train or, with --test_only, evaluate the chosen blocks."""
     space = get_superspace(args.superspace)
-    blocks = select_blocks(space, args.stage_list or space.searchable_stages)
+    blocks = select_blocks(space, args.stage_list or parts_of(space), ends=True)
     hw_list = check_resolutions(args.hw_list or space.kd_resolutions, space)
     check_map_sizes(space, blocks, hw_list)
     teacher.check_fits(space)
     data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, max(hw_list), labelled=False,
                      normalize=teacher.normalize, seed=args.seed)
+    if HEAD in blocks:
+        blocks = with_head(blocks, args, data.num_classes, teacher)
     if not len(data.valid):
         raise UserError('no held-out images to evaluate on: give a --valid_size, or more pictures')
     if args.amp and job.device.type != 'cuda':
         note('--amp: only on GPUs; this run computes in float32')
-    recipe = Recipe(args.num_epochs, args.train_batch_size, tuple(args.learning_rate_list), args.lr_step_size,
+    rates = dict(zip(parts_of(space), (args.stem_learning_rate, *args.learning_rate_list[:len(space.searchable_stages)],
+                                       args.head_learning_rate)))
+    recipe = Recipe(args.num_epochs, args.train_batch_size, rates, args.lr_step_size,
                     args.weight_decay, hw_list, args.inplace_distill_from_teacher, args.nsr_signal,
                     num_calib_batches=args.num_calib_batches, checkpoint_freq=args.checkpoint_freq,
                     max_steps=args.max_steps or (10 if args.debug else None),
@@ -101,16 +111,31 @@ def train(args, job, teacher, quant=False, from_scratch=False):
     with independent_ranks(independent):
         if args.test_only:
             results = {}
-            for stage, ids in by_stage(blocks).items():
+            for part, ids in by_part(blocks).items():
                 students = [build_student(space, i, teacher, args.output_path, quant, unfinished=True) for i in ids]
                 students = [(i, student.to(job.device)) for i, student in zip(ids, students)]
-                results.update(evaluate(stage, students, teacher, data, recipe, job))
+                results.update(evaluate(part, students, teacher, data, recipe, job))
         else:
             results = train_blocks(space, blocks, teacher, data, args.output_path, recipe, job, args.resume)
     if job.is_main:
         for block, losses in results.items():
-            print(f'{block}: NSR loss ' + '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items()),
-                  os.path.join(args.output_path, block), flush=True)
+            shown = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
+            folder = os.path.join(args.output_path, block)
+            print(f'{block}: {loss_name(part_of(block))} loss {shown} {folder}', flush=True)
+
+
+def with_head(blocks, args, num_classes, teacher):
+    """The blocks, without the head where the pictures do not have the teacher's classes."""
+    classes = teacher.classifier.out_features
+    num_classes = num_classes or count_classes(args.dataset_path)
+    if num_classes == classes:
+        return blocks
+    reason = (f'{args.dataset_path}: {num_classes or "no"} classes, {teacher.arch} tells {classes} apart: the head is '
+              'not trained')
+    if args.stage_list:
+        raise UserError(f'{reason}; leave it out of --stage_list')
+    note(f'{reason}; in a supernet it starts with random weights')
+    return [block for block in blocks if block != HEAD]
 
 
 if __name__ == '__main__':

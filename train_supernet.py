@@ -5,13 +5,15 @@
         --batch_size_per_gpu 64 --resume
 
 Writes <output_path>/<supernet>-align0/checkpoint.pth, with --quant_mode lsq.pth from it, and beside them the best
-state so far, the effective configuration and TensorBoard's curves.
+state so far, the effective configuration and TensorBoard's curves. With --init_block_kd, and a recipe of
+supernet_training_configs/block_kd*.yaml, it starts from the blocks of train_block_kd.py instead of random weights.
 """
 import dataclasses
 import os
 
 import torch
 
+from modules.block_kd.into_supernet import start_from_blocks
 from modules.cli import parser, run
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import compile_quantisers, prove_quantisers, set_quant_mode
@@ -38,6 +40,8 @@ def get_args():
     p.add_argument('--output_path', default='./checkpoints/supernet_training', help='root of the checkpoints')
     p.add_argument('--resume', action='store_true', help='go on from the checkpoint of this stage, if there is one')
     p.add_argument('--from_scratch', action='store_true', help='--quant_mode without an fp32 checkpoint')
+    p.add_argument('--init_block_kd', metavar='FOLDER', help='start from the blocks that block KD has trained there, '
+                   '--quant_mode from their lsq.pth; default: from random weights')
     p.add_argument('--amp', action='store_true', help='bf16 autocast, for GPUs')
     p.add_argument('--compile', action='store_true', help='fake-quantise by kernels of torch.compile: --quant_mode '
                    'is faster after some seconds of compilation; needs a C++ compiler, on GPUs Triton')
@@ -49,6 +53,8 @@ def get_args():
 
 
 def main(args):
+    if args.from_scratch and args.init_block_kd:
+        raise UserError('--from_scratch and --init_block_kd: give one of them')
     supernet = find_supernet(args.supernet_choice, args.superspace)
     overrides = {field.name: getattr(args, field.name) for field in dataclasses.fields(SupernetRecipe)}
     recipe = load_config(SupernetRecipe, args.config_file, overrides, 'quant' if args.quant_mode else None)
@@ -69,8 +75,9 @@ def main(args):
             compile_quantisers()
             prove_quantisers(job.device)
         model = build(supernet, data.num_classes, recipe, args.quant_mode)
+        blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode) if args.init_block_kd else None
         results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
-                                 args.align_sample, args.amp and job.device.type == 'cuda', args.num_workers)
+                                 args.align_sample, args.amp and job.device.type == 'cuda', args.num_workers, blocks)
     if job.is_main:
         for name, result in results.items():
             print(f'{supernet} {name}: {Accuracy(**result)}')

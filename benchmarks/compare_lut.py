@@ -19,10 +19,11 @@ import numpy as np
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from modules.block_kd.checkpoints import build_student
 from modules.block_kd.lut import read_luts
 from modules.block_kd.lut_builder import FeatureCache, Sample, measure
 from modules.block_kd.teacher import build_teacher
-from modules.block_kd.trainer import build_student, by_stage, select_blocks
+from modules.block_kd.trainer import by_part, select_blocks
 from modules.cli import parser, positive, run
 from modules.files import write_text
 from modules.pictures import new_figure, save_figure
@@ -77,7 +78,7 @@ def main(args):
     calibration = [images for images, *_ in calibration_batches(data.train, args.batch_size, args.num_calib_batches)]
     evaluation = [images for images, _ in eval_loader(data.valid, args.batch_size, limit=args.num_eval_batches)]
     table, results = ['| blocks | rows | Spearman of NSR |', '|---|---|---|'], []
-    for stage, ids in by_stage(blocks).items():
+    for stage, ids in by_part(blocks).items():
         cache = FeatureCache(teacher, stage, hw_list, calibration, evaluation, job, 8.0, args.output)
         pooled = []
         for block in ids:
@@ -102,7 +103,7 @@ def _spearman(pairs):
 
 def draw(results, space, path):
     """Scatter of our NSR over the published NSR, a panel per stage, a colour per block type."""
-    stages = list(by_stage(list(dict.fromkeys(block for block, *_ in results))))
+    stages = list(by_part(list(dict.fromkeys(block for block, *_ in results))))
     figure, panels = new_figure(1, len(stages), figsize=(5.2 * len(stages), 4.6), layout='constrained')
     for axes, stage in zip(np.atleast_1d(panels), stages):
         for block in dict.fromkeys(block for block, *_ in results if block.startswith(f'{stage}_')):

@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from modules.block_kd.checkpoints import build_student
 from modules.block_kd.lut_builder import FeatureCache, Sample, measure
 from modules.block_kd.teacher import build_teacher
-from modules.block_kd.trainer import build_student
 from modules.cli import parser, positive, run
 from modules.modeling.ops.lsq_plus import set_quant_mode
 from modules.modeling.ops.op import resize

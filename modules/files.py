@@ -1,6 +1,7 @@
 """Files that are whole or not there: written under a temporary name, then renamed."""
 import contextlib
 import csv
+import hashlib
 import io
 import os
 import re
@@ -104,6 +105,15 @@ def new_folder(folder):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(temporary + '-old', ignore_errors=True)
+
+
+def file_digest(path):
+    """First 16 hex digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def write_text(path, text):

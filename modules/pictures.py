@@ -2,13 +2,16 @@
 from .files import atomic_path
 
 
-def new_figure(rows=1, columns=1, **options):
-    """(figure, axes) as pyplot.subplots gives them; options: matplotlib.figure.Figure's, such as figsize (inches)."""
+def new_figure(rows=1, columns=1, squeeze=True, **options):
+    """(figure, axes) as pyplot.subplots gives them; options: matplotlib.figure.Figure's, such as figsize (inches).
+
+    squeeze False: axes are an array whatever their number.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(**options)
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns)
+    return figure, figure.subplots(rows, columns, squeeze=squeeze)
 
 
 def save_figure(figure, path):

@@ -5,7 +5,6 @@ again, whatever constraint it was scored for. Everything is a function of the se
 search is resumed by replaying it (evolution.py), and any number of ranks takes the same decisions.
 """
 import contextlib
-import hashlib
 import math
 import random
 from dataclasses import dataclass
@@ -302,15 +301,6 @@ def note_trained_images(path, num_valid):
     if held_out is not None and held_out < num_valid:
         note(f'{path}: trained with --valid_size {held_out}, so it has seen {num_valid - held_out} of the {num_valid} '
              f'images that are held out here; give --valid_size {held_out}')
-
-
-def file_digest(path):
-    """First 16 hex digits of the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def best_members(members, window, count=BEST):

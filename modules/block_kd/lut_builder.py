@@ -27,8 +27,9 @@ from ..training.distributed import barrier
 from ..training.log import note, progress
 from ..training.losses import nsr_loss
 from ..training.parallel import thread_map
+from .checkpoints import build_student, require_checkpoint
 from .lut import LutRow, format_row, parse_row, read_block_lut, write_block_lut
-from .trainer import build_student, by_stage, check_map_sizes, require_checkpoint
+from .trainer import by_part, check_map_sizes
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,11 @@ def build_luts(superspace, block_ids, windows, teacher, folder, output, calibrat
     check_map_sizes(superspace, block_ids, hw_list)
     lut_ids = {stage: [BlockId(stage, int(block.split('_')[1]), window) for block in blocks
                        for window in range(superspace.stage(stage).num_windows) if windows is None or window in windows]
-               for stage, blocks in by_stage(block_ids).items()}
+               for stage, blocks in by_part(block_ids).items()}
     if not any(lut_ids.values()):
         raise UserError(f'--width_window_filter {" ".join(map(str, windows))}: no stage has such a width window')
     for block in block_ids:                     # a missing checkpoint is told before the teacher runs
-        require_checkpoint(folder, block, quant=True)
+        require_checkpoint(folder, block, True, superspace)
     built = {lut_id for ids in lut_ids.values() for lut_id in ids if _is_built(superspace, output, lut_id)}
     for lut_id in (lut_id for ids in lut_ids.values() for lut_id in ids if lut_id not in built):
         for sample in sample_rows(superspace, str(lut_id), num_samples, hw_list, seed):

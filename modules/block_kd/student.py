@@ -1,4 +1,8 @@
-"""Student stages of block KD: teacher channels -> in_proj -> dynamic stage -> out_proj -> teacher channels."""
+"""Students of block KD: teacher channels -> in_proj -> dynamic stages -> out_proj -> teacher channels.
+
+A StudentStage is a candidate block type of a searchable stage. The two ends of the network are an EndStudent each: the
+stem has images for its input and no in_proj, the head ends in logits and has no out_proj.
+"""
 import random
 
 import torch
@@ -9,11 +13,47 @@ from ..modeling.ops.dynamic_op import DynamicConv
 from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
 from ..search_space import sampling
 from ..search_space.encoding import EncodingError, format_sub_stage, parse_block_id, parse_sub_stage
+from ..search_space.macro_arch import ENDS
 from ..search_space.superspace import get_superspace
 from ..training.calibrate import kept_statistics
 
 
-class StudentStage(nn.Module):
+class Student(nn.Module):
+    """What all students share: stages between two 1x1 convolutions, of which the ends of the network have one.
+
+    Subclasses have named_stages(), _set_extreme(pick) and sample_active_sub_stage(rng).
+    """
+
+    def set_max_sub_stage(self):
+        """Activate the largest sub-stage and input width."""
+        self._set_extreme(max)
+
+    def set_min_sub_stage(self):
+        """Activate the smallest sub-stage and input width."""
+        self._set_extreme(min)
+
+    def initialize_scales(self, x, rng, tries=1000):
+        """Initialise the scales that no forward has reached yet, on inputs x; changes nothing else.
+
+        Ranks that call this with the same x and rng get the same scales. The active sub-stage is then any.
+        """
+        with torch.no_grad(), local_initialisation(), kept_statistics(self):
+            self.eval()
+            self.set_max_sub_stage()
+            self(x)
+            for _ in range(tries):
+                if all(op.scales_initialized for op in quantised_ops(self)):
+                    return
+                self.sample_active_sub_stage(rng=rng)
+                self(x)
+
+    def forward(self, x):
+        for part in (self.in_proj, *self.named_stages().values(), self.out_proj):
+            x = x if part is None else part(x)
+        return x
+
+
+class StudentStage(Student):
     """One candidate block type of one stage; (N, teacher_cin, H, W) to (N, teacher_cout, H/s, W/s).
 
     The stage holds its whole width list on both sides (block KD trains all width windows at once).
@@ -52,34 +92,68 @@ class StudentStage(nn.Module):
         block = pick(self.block_type.kernels), pick(self.spec.widths), pick(self.block_type.expands)
         self.set_active_sub_stage(pick(self.input_widths), [block] * pick(self.spec.depths))
 
-    def set_max_sub_stage(self):
-        """Activate the largest sub-stage and input width."""
-        self._set_extreme(max)
-
-    def set_min_sub_stage(self):
-        """Activate the smallest sub-stage and input width."""
-        self._set_extreme(min)
-
     def sample_active_sub_stage(self, width_list=None, rng=random):
         """Activate a random sub-stage (widths from `width_list` where given); returns (cin, [(k, w, e), …])."""
         blocks, cin, _ = sampling.sample_sub_stage(self.superspace, self.block_id, rng, width_list=width_list)
         self.set_active_sub_stage(cin, blocks)
         return cin, blocks
 
-    def initialize_scales(self, x, rng, tries=1000):
-        """Initialise the scales that no forward has reached yet, on stage inputs x; changes nothing else.
+    def named_stages(self):
+        """{'stage3': DynamicStage}: what a supernet has of it, by the name it has there."""
+        return {self.block_id.stage: self.stage}
 
-        Ranks that call this with the same x and rng get the same scales. The active sub-stage is then any.
-        """
-        with torch.no_grad(), local_initialisation(), kept_statistics(self):
-            self.eval()
-            self.set_max_sub_stage()
-            self(x)
-            for _ in range(tries):
-                if all(op.scales_initialized for op in quantised_ops(self)):
-                    return
-                self.sample_active_sub_stage(rng=rng)
-                self(x)
 
-    def forward(self, x):
-        return self.out_proj(self.stage(self.in_proj(x)))
+class EndStudent(Student):
+    """The stem or the head (macro_arch.ENDS) as a supernet has it, at all its widths and depths.
+
+    stem: images (N, 3, H, W) to (N, teacher_cout, H/2, W/2), the teacher's input of stage1. head: the
+    teacher's output (N, teacher_cin, h, w) of the last searched stage, to logits (N, teacher_cout).
+    """
+
+    def __init__(self, superspace, block_id, teacher_cin, teacher_cout):
+        super().__init__()
+        self.superspace, self.block_id = superspace, block_id
+        self.stages = nn.ModuleDict()
+        for name in ENDS[block_id]:
+            stage = superspace.stage(name)
+            cout = teacher_cout if name == 'logits' else max(stage.widths)
+            cin = max(superspace.input_widths(name))
+            self.stages[name] = DynamicStage(stage, superspace.block_type(name), cin, cout)
+        self.input_widths = superspace.input_widths(ENDS[block_id][0])
+        is_head = block_id == 'head'
+        self.classes = teacher_cout if is_head else None
+        self.in_proj = DynamicConv(teacher_cin, max(self.input_widths), 1) if is_head else None
+        self.out_proj = None if is_head else DynamicConv(cout, teacher_cout, 1)
+        self.set_max_sub_stage()
+
+    def _set_active(self, cin, blocks):
+        if self.in_proj is not None:
+            self.in_proj.active_out_channels = cin
+        for name, stage in self.stages.items():
+            widths = [self.classes if name == 'logits' else w for _, w, _ in blocks[name]]
+            stage.set_active(cin, [(k, w, e) for (k, _, e), w in zip(blocks[name], widths)])
+            cin = widths[-1]
+
+    def _set_extreme(self, pick):
+        blocks = {}
+        for name in self.stages:
+            stage, block_type = self.superspace.stage(name), self.superspace.block_type(name)
+            block = pick(block_type.kernels), pick(stage.widths), pick(block_type.expands)
+            blocks[name] = [block] * pick(stage.depths)
+        self._set_active(pick(self.input_widths), blocks)
+
+    def sample_active_sub_stage(self, rng=random):
+        """Activate random widths and depths."""
+        blocks, cin = sampling.sample_end(self.superspace, self.block_id, rng)
+        self._set_active(cin, blocks)
+
+    def named_stages(self):
+        """{stage name: DynamicStage}: what a supernet has of it."""
+        return dict(self.stages.items())
+
+
+def new_student(superspace, block_id, teacher_cin, teacher_cout):
+    """The Student of a block id, stem and head included, between teacher_cin and teacher_cout channels."""
+    if block_id in ENDS:
+        return EndStudent(get_superspace(superspace), block_id, teacher_cin, teacher_cout)
+    return StudentStage.build(superspace, block_id, teacher_cin, teacher_cout)

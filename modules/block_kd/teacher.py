@@ -155,9 +155,12 @@ class Teacher(nn.Module):
         return torch.set_grad_enabled(self._tuning and torch.is_grad_enabled())
 
     def forward_stages(self, x, names):
-        """{name: (input, output)} of the named stages in one pass that ends after the deepest of them."""
+        """{name: (input, output)} of the named stages in one pass that ends after the deepest of them.
+
+        Beside stage1 .. stage6 there is stage0, and head, from stage6's output to the logits (N, classes).
+        """
         for name in names:
-            if name not in self.stage_channels:
+            if name not in ('stage0', *self.stage_channels, 'head'):
                 raise UserError(f'teacher {self.arch}: no stage {name!r}; stages: {" ".join(SEARCHABLE_STAGES)}')
         maps = {}
         with self._grad():
@@ -168,7 +171,12 @@ class Teacher(nn.Module):
                 stage_input, x = x, stage(x)
                 if name in names:
                     maps[name] = stage_input, x
+            if 'head' in names:
+                maps['head'] = x, self._logits(x)
         return maps
+
+    def _logits(self, x):
+        return self.classifier(self.global_pool(self.bn2(self.conv_head(x))))
 
     def forward_to_stage(self, x, name):
         """(output, input) of a stage: images (N, 3, H, W) to (N, cout, H/s, W/s), (N, cin, H/s', W/s')."""
@@ -177,8 +185,7 @@ class Teacher(nn.Module):
 
     def forward(self, x):
         with self._grad():
-            x = self.blocks(self.bn1(self.conv_stem(x)))
-            return self.classifier(self.global_pool(self.bn2(self.conv_head(x))))
+            return self._logits(self.blocks(self.bn1(self.conv_stem(x))))
 
     def check_fits(self, superspace):
         """UserError unless every stage down-samples as in the superspace: else a student cannot copy it."""

@@ -1,7 +1,8 @@
 """Block KD: every candidate block of a stage learns to copy a teacher stage, in fp32, then with LSQ+.
 
-All blocks of a stage learn from one teacher pass. Everything random in a step is drawn from generators seeded
-by (seed, block, epoch, step), so that a resumed run and any number of ranks take the very same steps.
+So do the ends of the network, stem and head, which no search chooses. All blocks of a stage learn from one teacher
+pass. Everything random in a step is drawn from generators seeded by (seed, block, epoch, step), so that a resumed run
+and any number of ranks take the very same steps.
 """
 import contextlib
 import math
@@ -16,18 +17,17 @@ from ..files import check_file
 from ..modeling.ops.lsq_plus import local_initialisation, set_quant_mode
 from ..modeling.ops.op import resize
 from ..search_space.encoding import EncodingError, parse_block_id
-from ..search_space.macro_arch import SEARCHABLE_STAGES
-from ..search_space.superspace import get_superspace
 from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
-from ..training.checkpoint import checkpoint_name, load_checkpoint, load_weights
+from ..training.checkpoint import load_weights
 from ..training.data import calibration_batches, eval_loader
 from ..training.distributed import average, average_gradients, broadcast
 from ..training.log import curves, progress
-from ..training.losses import nsr_loss
 from ..training.memory import keep_freed_memory
 from ..training.optim import cosine, parameter_groups, set_learning_rate
 from ..training.resumable import ResumableRun, epoch_batches, steps_per_epoch
-from .student import StudentStage
+from .checkpoints import build_student, checkpoint_file, read_block, require_checkpoint
+from .student import Student
+from .targets import HEAD, STEM, kd_loss, part_of, parts_of, teacher_maps
 
 SUB_STAGES = ('max', 'min', 'random')
 DIVERGED = 1e4                              # a loss (NSR) above this; a useless student is at about 1
@@ -35,10 +35,10 @@ DIVERGED = 1e4                              # a loss (NSR) above this; a useless
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; learning_rates per stage1..6, hw_list in pixels, checkpoint_freq in steps."""
+    """How to train; learning_rates {part: rate} (targets.parts_of), hw_list in pixels, checkpoint_freq in steps."""
     epochs: int
     batch_size: int
-    learning_rates: tuple
+    learning_rates: dict
     lr_step_size: int = 20
     weight_decay: float = 1e-4
     hw_list: tuple = (160, 192, 224)
@@ -61,109 +61,82 @@ class Recipe:
 class Trainee(ResumableRun):
     """One block in training."""
     block_id: str
-    student: StudentStage
+    student: Student
     learning_rate: float
     losses: dict = field(default_factory=dict)      # of the last step, plain numbers once it is over
 
     def content(self):
-        return {'superspace': self.student.superspace.name, 'model': self.student.state_dict()}
+        return {'superspace': self.student.superspace.name, 'block': self.block_id, 'model': self.student.state_dict()}
 
 
-def select_blocks(superspace, stage_list):
-    """Block ids of a list of block ids and whole stages ('stage1_0', 'stage3'), in order, each once."""
+def select_blocks(superspace, stage_list, ends=False):
+    """Block ids of a list of block ids and whole stages ('stage1_0', 'stage3'), in order, each once.
+
+    ends: also of the stem and the head, which block KD trains, but which are in no block LUT.
+    """
+    known = [STEM, *superspace.block_ids(), HEAD]
     chosen = []
     for name in stage_list:
         if name in superspace.searchable_stages:
-            chosen += [block for block in superspace.block_ids() if block.startswith(f'{name}_')]
+            chosen += [block for block in known if block.startswith(f'{name}_')]
+        elif name in (STEM, HEAD):
+            if not ends:
+                raise EncodingError(f'{name}: no search chooses it, so it is in no block LUT')
+            chosen.append(name)
         else:
             block = parse_block_id(superspace, name)
             if block.window is not None:
                 raise EncodingError(f'{name}: block KD trains all widths at once: give {block[0]}_{block[1]}')
             chosen.append(str(block))
-    return sorted(dict.fromkeys(chosen), key=superspace.block_ids().index)
+    return sorted(dict.fromkeys(chosen), key=known.index)
 
 
 def check_map_sizes(superspace, block_ids, hw_list):
-    """UserError where a resolution leaves a stage's output a single pixel, which has no variance over space."""
-    for stage in by_stage(block_ids):
-        stride = superspace.input_stride(stage) * superspace.stage(stage).stride
+    """UserError where a resolution leaves a part's output a single pixel, which has no variance over space."""
+    for part in by_part(block_ids):
+        if part == HEAD:
+            continue
+        following = parts_of(superspace)[parts_of(superspace).index(part) + 1]
+        stride = superspace.input_stride('final_expand' if following == HEAD else following)
         if min(hw_list) <= stride:
-            raise UserError(f'resolution {min(hw_list)} leaves a single pixel at {stage}, which NSR cannot measure')
+            raise UserError(f'resolution {min(hw_list)} leaves a single pixel at {part}, which NSR cannot measure')
 
 
-def by_stage(block_ids):
-    """{stage: [block id, …]} in order."""
-    stages = {}
+def by_part(block_ids):
+    """{stage, stem or head: [block id, …]} in order."""
+    parts = {}
     for block_id in block_ids:
-        stages.setdefault(block_id.split('_')[0], []).append(block_id)
-    return stages
-
-
-def checkpoint_file(folder, block_id, quant):
-    """<folder>/stage3_1/checkpoint.pth, or lsq.pth."""
-    return os.path.join(folder, block_id, checkpoint_name(quant))
-
-
-def require_checkpoint(folder, block_id, quant):
-    """The block's checkpoint file; UserError where it is missing."""
-    path = checkpoint_file(folder, block_id, quant)
-    if not os.path.isfile(path):
-        script = 'lsq_block_kd.py' if quant else 'train_block_kd.py'
-        raise UserError(f'{path}: no checkpoint of block {block_id}; train it first with {script}')
-    return path
-
-
-def build_student(superspace, block_id, teacher, folder=None, quant=False, unfinished=False):
-    """StudentStage between the teacher's channels; with `folder`, with the weights of its checkpoint there.
-
-    A checkpoint of training that has not ended is refused unless `unfinished`.
-    """
-    student = StudentStage.build(superspace, block_id, *teacher.stage_channels[block_id.split('_')[0]])
-    if folder is not None:
-        path = require_checkpoint(folder, block_id, quant)
-        checkpoint = _load(path, superspace)
-        if not checkpoint.get('done', True) and not unfinished:
-            raise UserError(f'{path}: training is not finished (step {checkpoint.get("step")}): --resume finishes it')
-        load_weights(student, checkpoint, path)
-    return set_quant_mode(student) if quant else student
-
-
-def _load(path, superspace):
-    """A block's checkpoint; UserError where it is one of another superspace. Old files do not say theirs."""
-    checkpoint, wanted = load_checkpoint(path), get_superspace(superspace).name
-    if not isinstance(checkpoint, dict):
-        raise UserError(f'{path}: not the checkpoint of a block, but a {type(checkpoint).__name__}')
-    if checkpoint.get('superspace', wanted) != wanted:
-        raise UserError(f'{path}: a block of superspace {checkpoint["superspace"]}, not of {wanted}')
-    return checkpoint
+        parts.setdefault(part_of(block_id), []).append(block_id)
+    return parts
 
 
 def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False):
-    """Train blocks stage by stage into `folder`; returns {block id: {'max': NSR, 'min': NSR, 'random': NSR}}."""
+    """Train blocks part by part into `folder`; returns {block id: {'max': loss, 'min': loss, 'random': loss}}."""
     keep_freed_memory()
     results = {}
     teacher.to(memory_format=_memory(recipe))
     for block in block_ids:
         if recipe.quant and not recipe.from_scratch:
-            require_checkpoint(folder, block, quant=False)
+            require_checkpoint(folder, block, False, superspace)
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
     digest = teacher.weights_digest()
-    for stage, blocks in by_stage(block_ids).items():
+    for part, blocks in by_part(block_ids).items():
         trainees = [_trainee(superspace, block, teacher, digest, folder, recipe, job, resume, steps, len(data.train))
                     for block in blocks]
-        _train_stage(stage, trainees, teacher, data, recipe, job, steps)
-        results.update(_finish(stage, trainees, teacher, data, recipe, job))
+        _train_part(part, trainees, teacher, data, recipe, job, steps)
+        results.update(_finish(part, trainees, teacher, data, recipe, job))
     return results
 
 
-def _finish(stage, trainees, teacher, data, recipe, job):
+def _finish(part, trainees, teacher, data, recipe, job):
     """Complete the scales, evaluate, and write the final checkpoints if the losses are good ones."""
     if recipe.quant:
         images, *_ = next(iter(calibration_batches(data.train, recipe.batch_size, 1, recipe.seed)))
-        stage_input, _ = _stage_features(teacher, images, max(recipe.hw_list), stage, recipe, job)
+        part_input, _ = _part_maps(teacher, trainees[0].student.superspace, part, images, max(recipe.hw_list), recipe,
+                                   job)
         for trainee in trainees:
-            trainee.student.initialize_scales(stage_input, random.Random(f'{recipe.seed} {trainee.block_id} scales'))
-    results = evaluate(stage, [(t.block_id, t.student) for t in trainees], teacher, data, recipe, job)
+            trainee.student.initialize_scales(part_input, random.Random(f'{recipe.seed} {trainee.block_id} scales'))
+    results = evaluate(part, [(t.block_id, t.student) for t in trainees], teacher, data, recipe, job)
     for trainee in trainees:
         _check_losses(trainee, results[trainee.block_id], trainee.step)
         trainee.done = True
@@ -197,7 +170,7 @@ def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume,
     torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
     path = checkpoint_file(folder, block_id, recipe.quant)
     check_file(path)
-    resumed = _load(path, superspace) if resume and os.path.isfile(path) else None
+    resumed = read_block(path, superspace, block_id) if resume and os.path.isfile(path) else None
     if recipe.quant and resumed is None and not recipe.from_scratch:
         student = build_student(superspace, block_id, teacher, folder)
     else:
@@ -209,7 +182,7 @@ def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume,
     student.to(job.device)
     student.to(memory_format=_memory(recipe))
     broadcast(student, job)
-    learning_rate = recipe.learning_rates[SEARCHABLE_STAGES.index(block_id.split('_')[0])]
+    learning_rate = recipe.learning_rates[part_of(block_id)]
     trainee = Trainee(path=path, block_id=block_id, student=student, learning_rate=learning_rate,
                       optimizer=torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate),
                       settings=_settings(recipe, learning_rate, steps, num_images, teacher, digest, job))
@@ -220,23 +193,23 @@ def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume,
     return trainee
 
 
-def _train_stage(stage, trainees, teacher, data, recipe, job, steps):
+def _train_part(part, trainees, teacher, data, recipe, job, steps):
     total = steps * recipe.epochs
     first = min((t.step for t in trainees if not t.done), default=total)
     folder = os.path.dirname(os.path.dirname(trainees[0].path))
     kind = 'lsq' if recipe.quant else 'fp32'
-    writer = curves(os.path.join(folder, 'tensorboard', kind, stage), first, job.is_main)
-    bar = progress(total, f'{stage} {kind}', first, job.is_main)
+    writer = curves(os.path.join(folder, 'tensorboard', kind, part), first, job.is_main)
+    bar = progress(total, f'{part} {kind}', first, job.is_main)
     with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
-        _take_steps(stage, trainees, teacher, data, recipe, job, steps, first, bar, writer)
+        _take_steps(part, trainees, teacher, data, recipe, job, steps, first, bar, writer)
 
 
-def _take_steps(stage, trainees, teacher, data, recipe, job, steps, first, bar, writer):
+def _take_steps(part, trainees, teacher, data, recipe, job, steps, first, bar, writer):
     for epoch in range(first // steps, recipe.epochs):
         for step, images, _ in epoch_batches(data, recipe.batch_size, recipe.seed, job, recipe.workers, epoch, steps,
                                              first):
             active = [t for t in trainees if t.step == step and not t.done]
-            _step(stage, active, images, teacher, recipe, epoch, step, steps * recipe.epochs, job)
+            _step(part, active, images, teacher, recipe, epoch, step, steps * recipe.epochs, job)
             bar.update()
             if step % recipe.lr_step_size == 0:
                 _report(active, step, bar, writer, 'lsq' if recipe.quant else 'fp32')
@@ -245,17 +218,18 @@ def _take_steps(stage, trainees, teacher, data, recipe, job, steps, first, bar, 
                     trainee.unproven = trainee.state()
 
 
-def _step(stage, trainees, images, teacher, recipe, epoch, step, total, job):
+def _step(part, trainees, images, teacher, recipe, epoch, step, total, job):
     """One optimiser step of every trainee on one batch of images."""
-    hws = _resolutions(recipe, stage, epoch, step)
+    hws = _resolutions(recipe, part, epoch, step)
     images = images.to(job.device, non_blocking=True)
     with torch.no_grad(), _autocast(recipe, job):
-        features = {hw: _stage_features(teacher, images, hw, stage, recipe, job) for hw in dict.fromkeys(hws)}
+        features = {hw: _part_maps(teacher, trainees[0].student.superspace, part, images, hw, recipe, job)
+                    for hw in dict.fromkeys(hws)}
     for trainee in trainees:
         rng = random.Random(f'{recipe.seed} {trainee.block_id} {epoch} {step}')
         trainee.optimizer.zero_grad(set_to_none=True)
         trainee.student.train()
-        trainee.losses = _sandwich(trainee.student, hws, features, rng, recipe, job)
+        trainee.losses = _sandwich(part, trainee.student, hws, features, rng, recipe, job)
     losses = [loss for t in trainees for loss in t.losses.values()]
     averages = average(torch.stack(losses).tolist() if losses else [], job)     # the one wait for the device
     for i, trainee in enumerate(trainees):
@@ -279,9 +253,9 @@ def _check_losses(trainee, losses, step):
         raise trainee.failure(f'{trainee.block_id}: step {step}: the loss diverged ({shown})')
 
 
-def _resolutions(recipe, stage, epoch, step):
+def _resolutions(recipe, part, epoch, step):
     """Image resolutions of the sandwich: max, min, then random ones, the same for all blocks of a stage."""
-    rng = random.Random(f'{recipe.seed} {stage} hw {epoch} {step}')
+    rng = random.Random(f'{recipe.seed} {part} hw {epoch} {step}')
     return [max(recipe.hw_list), min(recipe.hw_list)] + [rng.choice(recipe.hw_list)
                                                          for _ in range(recipe.num_random)]
 
@@ -290,24 +264,24 @@ def _memory(recipe):
     return torch.channels_last if recipe.channels_last else torch.contiguous_format
 
 
-def _stage_features(teacher, images, hw, stage, recipe, job):
-    """The teacher's (stage input, stage output) for images (N, 3, H, W) resized to hw."""
+def _part_maps(teacher, superspace, part, images, hw, recipe, job):
+    """(input, target) of a part from the teacher, for images (N, 3, H, W) resized to hw."""
     images = resize(images.to(job.device), hw).contiguous(memory_format=_memory(recipe))
-    output, stage_input = teacher.forward_to_stage(images, stage)
-    return stage_input.contiguous(memory_format=_memory(recipe)), output
+    part_input, target = teacher_maps(teacher, superspace, part, images)
+    return part_input.contiguous(memory_format=_memory(recipe)), target
 
 
-def _sandwich(student, hws, features, rng, recipe, job):
+def _sandwich(part, student, hws, features, rng, recipe, job):
     """Backward of max, min and random sub-stages, gradients summed; returns their losses (tensors) by name."""
     losses, of_max = {}, {}
     for i, hw in enumerate(hws):
         name = _activate(student, i, rng)
-        stage_input, target = features[hw]
+        part_input, target = features[hw]
         if i > 0 and not recipe.from_teacher:
             target = of_max[hw]
         with _autocast(recipe, job):
-            output = student(stage_input)
-        loss = nsr_loss(output, target, recipe.nsr_signal)
+            output = student(part_input)
+        loss = kd_loss(part, output, target, recipe.nsr_signal)
         loss.backward()
         losses[name] = loss.detach()
         if i == 0 and not recipe.from_teacher:
@@ -342,16 +316,16 @@ def _report(trainees, step, bar, writer, kind):
 
 
 @torch.no_grad()
-def evaluate(stage, students, teacher, data, recipe, job):
-    """{block id: {'max': NSR, 'min': NSR, 'random': NSR}} on the held-out images, after batch-norm calibration.
+def evaluate(part, students, teacher, data, recipe, job):
+    """{block id: {'max': loss, 'min': loss, 'random': loss}} on the held-out images, after batch-norm calibration.
 
-    students: [(block id, StudentStage)]. The teacher runs once per image for all of them. Images are at the
+    students: [(block id, Student)]. The teacher runs once per image for all of them. Images are at the
     largest resolution. The students' training state is put back.
     """
     results = {}
 
     def features(images):
-        return _stage_features(teacher, images, max(recipe.hw_list), stage, recipe, job)
+        return _part_maps(teacher, students[0][1].superspace, part, images, max(recipe.hw_list), recipe, job)
 
     calibration = [features(images)[0].cpu() for images, *_ in calibration_batches(
         data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed)]      # of GiB: not on the device
@@ -366,12 +340,12 @@ def evaluate(stage, students, teacher, data, recipe, job):
         sums = {(block_id, name): [0.0, 0] for block_id, name, *_ in candidates}
         for images, _ in eval_loader(data.valid, recipe.batch_size, job.rank, job.world_size, recipe.workers,
                                      limit=recipe.num_valid_batches):
-            stage_input, target = features(images)
+            part_input, target = features(images)
             for block_id, name, i, student, statistics in candidates:
                 _activate(student, i, random.Random(f'{recipe.seed} {block_id} evaluation'))
                 set_norm_statistics(student, statistics)
                 total = sums[block_id, name]
-                total[0] += nsr_loss(student(stage_input), target, recipe.nsr_signal).item() * len(images)
+                total[0] += kd_loss(part, student(part_input), target, recipe.nsr_signal).item() * len(images)
                 total[1] += len(images)
     for (block_id, name), (loss, count) in sums.items():
         loss, count = average([loss, count], job)

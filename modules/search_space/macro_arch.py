@@ -8,6 +8,7 @@ from dataclasses import dataclass
 SEARCHABLE_STAGES = ('stage1', 'stage2', 'stage3', 'stage4', 'stage5', 'stage6')
 DEPTH_STAGES = ('first_conv', 'stage0') + SEARCHABLE_STAGES     # the stages a subnet encoding speaks of
 HEAD_STAGES = ('final_expand', 'feature_mix', 'logits')
+ENDS = {'stem': ('first_conv', 'stage0'), 'head': HEAD_STAGES}  # stages that no search chooses, as block KD trains them
 IMAGE_CHANNELS = 3
 
 

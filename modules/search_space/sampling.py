@@ -1,5 +1,6 @@
 """Random members of a space, mutation and crossover. Randomness is a random.Random that is passed in."""
 from .encoding import Subnet, Supernet, parse_block_id, parse_supernet
+from .macro_arch import ENDS
 from .superspace import get_superspace
 
 
@@ -101,6 +102,15 @@ def sample_sub_stage(superspace, block_id, rng, hw_list=None, width_list=None):
     widths = width_list or (stage.widths if block_id.window is None else stage.window_widths(block_id.window))
     blocks = _sample_blocks(block_type, widths, rng.choice(stage.depths), rng)
     return blocks, rng.choice(space.input_widths(block_id.stage)), rng.choice(hw_list or space.kd_resolutions)
+
+
+def sample_end(superspace, end, rng):
+    """Random blocks of the stem or the head, {stage: [(k, w, e), …]}, and an input width (macro_arch.ENDS)."""
+    space, blocks = get_superspace(superspace), {}
+    for name in ENDS[end]:
+        stage = space.stage(name)
+        blocks[name] = _sample_blocks(space.block_type(name), stage.widths, rng.choice(stage.depths), rng)
+    return blocks, rng.choice(space.input_widths(ENDS[end][0]))
 
 
 def sample_supernet(superspace, rng):

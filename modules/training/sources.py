@@ -158,6 +158,14 @@ def _open_imagenet(path, labelled, min_side):
     return _open_pictures(path, min_side), None, 0
 
 
+def count_classes(path):
+    """Classes of an ImageNet folder by its layout, without looking for its pictures; 0 where it has none."""
+    train = os.path.join(os.path.expanduser(path), 'train')
+    if os.path.isdir(train):
+        return sum(entry.is_dir() for entry in os.scandir(train))
+    return 1000 if os.path.isfile(os.path.join(os.path.expanduser(path), TARS[0])) else 0
+
+
 def _walk(path):
     """Relative names of all pictures below a folder, in order; links to folders are followed, but not in circles."""
     seen = set()

@@ -92,15 +92,16 @@ class Training(ResumableRun):
 
 
 def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=False, from_scratch=False,
-                   align_sample=False, amp=False, workers=0):
+                   align_sample=False, amp=False, workers=0, blocks=None):
     """Train into <folder>/checkpoint.pth, or lsq.pth with `quant`; returns {'max': {'top1': …}, 'min': …, 'random': …}.
 
     supernet: modeling.Supernet, already in int8 mode for `quant`; data: training.data.Data at its largest
-    resolution. Beside it: the best validated state as checkpoint_best.pth or lsq_best.pth, and the recipe as *.yaml.
+    resolution; blocks: {block: digest} of the block-KD checkpoints whose weights it has, None for random ones. Beside
+    it: the best validated state as checkpoint_best.pth or lsq_best.pth, and the recipe as *.yaml.
     """
     keep_freed_memory()
     steps = steps_per_epoch(data, recipe.batch_size_per_gpu, recipe.seed, job, recipe.max_steps)
-    training = _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps)
+    training = _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps, blocks)
     if training.done:
         note(f'{training.path}: already trained')
         return training.results
@@ -132,13 +133,13 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
     return training.results
 
 
-def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps):
-    """The Training, from its unfinished checkpoint, the fp32 checkpoint (quant) or from scratch."""
+def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps, blocks):
+    """The Training: from its unfinished checkpoint, the fp32 checkpoint (quant), or the weights that it has."""
     path, fp32 = (os.path.join(folder, checkpoint_name(kind)) for kind in (quant, False))
     resumed = checkpoint_to_resume(path, resume)
     if resumed is not None:
         load_weights(supernet, resumed, path)
-    elif quant and not from_scratch:
+    elif quant and not (from_scratch or blocks):
         if not os.path.isfile(fp32):
             raise UserError(f'{fp32}: no fp32 checkpoint to start from; train it first without --quant_mode')
         begun = load_weights(supernet, fp32, str(supernet.encoding))
@@ -156,7 +157,8 @@ def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, ali
     ignored = ('checkpoint_freq', 'valid_freq', 'num_calib_batches', 'num_valid_images', 'max_steps')
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ignored}
     settings |= {'supernet': str(supernet.encoding), 'align_sample': align_sample, 'steps an epoch': steps,
-                 'ranks': job.world_size, 'training images': len(data.train), 'classes': supernet.num_classes}
+                 'ranks': job.world_size, 'training images': len(data.train), 'classes': supernet.num_classes,
+                 'init_block_kd': blocks}
     training = Training(path=path, optimizer=optimizer, settings=settings, supernet=supernet)
     if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
         training.resume(resumed, steps * recipe.epochs)

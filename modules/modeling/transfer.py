@@ -1,0 +1,97 @@
+"""From block KD to a supernet: the students' stages, joined without the projections that stood between them.
+
+Student s of block KD is  T_in -> in_proj_s -> stage_s -> out_proj_s -> T_out  with T the teacher's maps. Joined at
+the teacher's maps, students compute
+
+    stage_s(M x + b),   x = stage_(s-1)(…),   M = in_proj_s . out_proj_(s-1)
+
+in which a supernet has no place for M (a matrix, channels x channels) and b. Both are linear, so a convolution W that
+reads M x + b can read x instead:
+
+    W (M x + b) = W' x + W b,   W'[o, j] = sum_i W[o, i] M[i, j]
+
+and its batch norm takes the constant W b out: its running mean falls by it. That is exact, but for the border of a
+k x k convolution with b, where the zeros of the padding stand in the place of b.
+
+A depth-wise convolution cannot take M, since it does not mix channels. It commutes with M as far as its filters are
+alike, so M moves on to the next convolution that does mix them. An identity shortcut cannot take M either; it is used
+where a block of stride 1 has as many input as output channels.
+
+Beside this there is DNA (Li et al., CVPR 2020) and DONNA (Moons et al., ICCV 2021), which train blocks in this way to
+rank networks, and give one network its blocks' weights.
+"""
+import torch
+
+from .ops.lsq_plus import quantised_ops
+from .ops.op import take
+
+
+@torch.no_grad()
+def assemble(supernet, students):
+    """Give a Supernet the weights of students (block_kd.Student) in the order of its stages, the head perhaps left out.
+
+    In int8 mode the students' trained scales too; those of ops that read or hold something else now are left to be
+    initialised by images (training.calibrate.initialize_all_scales).
+    """
+    out_proj = None
+    for student in students:
+        stages = student.named_stages()
+        for name, stage in stages.items():
+            copy_stage(stage, supernet.stages[name])
+        if out_proj is not None:
+            first = supernet.stages[next(iter(stages))].blocks[0]
+            absorb(first, *between(out_proj, student.in_proj))
+        out_proj = student.out_proj
+
+
+def copy_stage(source, target):
+    """Copy a DynamicStage into one that is not larger: channels from the front, kernels from the centre."""
+    for larger, block in zip(source.blocks, target.blocks):
+        weights = larger.state_dict()
+        for name, tensor in block.state_dict().items():
+            tensor.copy_(take(weights[name], tensor.shape))
+        for op, trained in zip(quantised_ops(block), quantised_ops(larger)):
+            op.scales_initialized = trained.scales_initialized
+
+
+def between(out_proj, in_proj):
+    """(M, b) of two 1x1 convolutions in a row: in_proj(out_proj(x)) = M x + b; M (in_proj's outputs, x's channels)."""
+    second = in_proj.weight.flatten(1)
+    return second @ out_proj.weight.flatten(1), second @ out_proj.bias + in_proj.bias
+
+
+def absorb(block, matrix, offset):
+    """Change a DynamicBlock that reads `matrix` x + `offset` into one that reads x, as far as its layers can."""
+    main = [layer for layer in block.layers if not layer.shortcut and layer.op != 'add']
+    depthwise = []
+    for layer in main:
+        if layer.op == 'conv':
+            _fold(getattr(block, layer.name), matrix, None if depthwise else offset)
+            break
+        depthwise.append(getattr(block, layer.name))
+    for layer in block.layers:
+        if layer.shortcut:
+            _fold(getattr(block, layer.name), matrix, offset)
+    for unit in depthwise:
+        _forget_scales(unit)
+
+
+def _fold(unit, matrix, offset):
+    """W M for the weights W of a convolution with batch norm; W b leaves the running mean (not where b is None)."""
+    weight = unit.conv.weight
+    if offset is not None:
+        unit.norm.running_mean -= weight.sum((2, 3)) @ offset
+    weight.copy_(torch.einsum('oikl,ij->ojkl', weight, matrix))
+    _forget_scales(unit)
+
+
+def _forget_scales(unit):
+    """Leave the LSQ+ scales of a unit's ops to be initialised, as in a new op."""
+    for op in quantised_ops(unit):
+        op.sw.fill_(1)
+        op.sa.fill_(1)
+        op.beta.zero_()
+        op.scales_initialized = False
+
+
+__all__ = ['absorb', 'assemble', 'between', 'copy_stage']
