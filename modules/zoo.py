@@ -26,6 +26,7 @@ from .training.checkpoint import (
     model_state,
     save_checkpoint,
 )
+from .training.log import note
 
 CHECKPOINTS = os.path.join('checkpoints', 'supernet_training')
 EXTREMES = {'max': max_subnet, 'min': min_subnet}
@@ -113,6 +114,25 @@ def build_network(supernet, subnet, num_classes=1000, path=None, quant_mode=Fals
     if num_classes != network.num_classes:
         network.reset_classifier(num_classes)
     return network
+
+
+def take_out(supernet, subnets, path, quant):
+    """Static Networks of a supernet's subnets with a checkpoint's weights and head; with `quant` the first is in int8.
+
+    The others are in int8 too where the checkpoint is. Scales that it lacks are left to be initialised on images.
+    """
+    whole = load_supernet(supernet, path)
+    trained = any(op.scales_initialized for op in quantised_ops(whole))
+    if quant and trained:
+        set_quant_mode(whole)
+    networks = []
+    for subnet in subnets:
+        whole.set_active_subnet(subnet)
+        networks.append(whole.get_active_subnet())
+    if quant and not trained:
+        note(f'{path}: fp32 weights: int8 begins with LSQ+ scales that are initialised on the training images')
+        set_quant_mode(networks[0])
+    return networks
 
 
 def network_checkpoint(network, supernet, subnet, quant_mode, **more):
@@ -226,4 +246,4 @@ for _name in named_subnets():
 
 __all__ = ['EXTREMES', 'build_network', 'choose_subnet', 'find_checkpoint', 'find_subnet', 'find_supernet',
            'get_subnet', 'load_network', 'load_supernet', 'named_subnets', 'named_supernets', 'network_checkpoint',
-           'save_network', 'subnet_config', 'timm_name', *map(timm_name, named_subnets())]
+           'save_network', 'subnet_config', 'take_out', 'timm_name', *map(timm_name, named_subnets())]

@@ -1,25 +1,30 @@
 """downstream_cls.py: exact resumption after SIGKILL, the recipe by its numbers, and that it learns (digits)."""
+import csv
 import os
 import pickle
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
 import downstream_cls
 from modules.errors import UserError
+from modules.files import write_csv
 from modules.modeling.ops.lsq_plus import quantised_ops
-from modules.search_space.sampling import min_subnet
+from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
 from modules.training import downstream
+from modules.training.calibrate import calibrate, norm_statistics
 from modules.training.checkpoint import load_checkpoint
-from modules.training.data import eval_loader, open_data
+from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
-from modules.training.downstream import DownstreamRecipe, find_recipe, finetune
-from modules.training.evaluate import accuracy
-from modules.zoo import build_network, load_network
+from modules.training.downstream import KEPT_HEAD, DownstreamRecipe, find_recipe, finetune, mixed_loss
+from modules.training.evaluate import accuracy, images_of
+from modules.zoo import build_network, load_network, take_out
 
 from .checkpoints import call, fails, published_root, write_supernet
 from .launching import run_script
@@ -176,6 +181,8 @@ def test_the_recipes_are_the_published_ones():
     assert [find_recipe(name) for name in names] == [list(pair) for pair in zip(
         (0.0125, 0.0125, 0.15, 0.00375, 0.15, 0.15, 0.075), (4e-5, 4e-5, 4e-6, 4e-6, 4e-8, 0, 4e-8))]
     assert find_recipe('cifar-10', weight_decay=0.0) == [0.0125, 0.0]
+    assert find_recipe('CIFAR10', weight_decay=0.0, keep_head=True) == [0.02, 0.0]
+    assert find_recipe('fashion-mnist', keep_head=True) == list(KEPT_HEAD)
     recipe = DownstreamRecipe(0.1, 0.0)
     assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs, recipe.label_smoothing, recipe.grad_clip_norm,
             recipe.momentum) == (200, 128, 2, 0.1, 1, 0.9)
@@ -231,3 +238,149 @@ def test_from_scratch_in_fp32(tmp_path, monkeypatch, capsys):
     assert call(downstream_cls, monkeypatch, *args) == 0
     assert 'min in fp32 from random weights' in capsys.readouterr().err
     assert not any(op.is_quantised for op in quantised_ops(load_network(tmp_path / FOLDER / 'checkpoint.pth')))
+
+
+# finishing: a found subnet on the data of its supernet
+
+FOUND = sample_subnet(DEMO, random.Random(3))
+COLUMNS = ('subnet', 'ms', 'MFLOPs', 'Mparams', 'valid_top1', 'test_top1', 'test_top5', 'test_loss')
+
+
+@pytest.fixture(scope='module')
+def supernets(tmp_path_factory):
+    """A root of the fp32 checkpoint of DEMO, and best_c2_d1.csv, whose second row is FOUND."""
+    root = tmp_path_factory.mktemp('spaceevo@demo')
+    write_supernet(root / f'{DEMO}-align0' / 'checkpoint.pth', DEMO, 10)
+    write_csv(root / 'best_c2_d1.csv', COLUMNS, [(subnet, *'1234567') for subnet in (min_subnet(DEMO), FOUND)])
+    return root
+
+
+def _finish(supernets, output, *more):
+    return _args(supernets, output, '--learning_rate', 0.02, '--num_epochs', 1, '--batch_size', 4, *more)
+
+
+@pytest.mark.parametrize('ranks', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_finishing_is_resumed_exactly_and_a_row_is_its_encoding(tmp_path, supernets, monkeypatch, capsys, ranks):
+    def run(output, *more):
+        if ranks > 1:
+            return run_script('downstream_cls.py', *_finish(supernets, output, '--distill', *more), ranks=ranks)
+        assert call(downstream_cls, monkeypatch, *_finish(supernets, output, '--distill', *more)) == 0
+        return ''.join(capsys.readouterr())
+
+    row = '--subnet_name', f'{supernets}/best_c2_d1.csv:2'
+    said = run(tmp_path / 'whole', '--subnet_name', str(FOUND))
+    assert f'{DEMO}-align0/checkpoint.pth: fp32 weights: int8 begins with LSQ+ scales that are initialised' in said
+    assert '10 classes, 0.5 of the loss from the largest subnet of' in said
+    name, = os.listdir(tmp_path / 'whole')
+    assert name.startswith(f'{DEMO}_') and len(name) == len(DEMO) + 7
+    whole, broken = (tmp_path / run / name / 'digits' / 'lsq.pth' for run in ('whole', 'broken'))
+    run_script('downstream_cls.py', *_finish(supernets, tmp_path / 'broken', '--distill', *row), ranks=ranks,
+               kill_when=broken)
+    assert not load_checkpoint(broken)['done']
+    run(tmp_path / 'broken', '--resume', *row)
+    one, two = load_checkpoint(whole), load_checkpoint(broken)
+    assert one['step'] == two['step'] == 3 and one['results'] == two['results']
+    assert all(torch.equal(tensor, two['state_dict'][key]) for key, tensor in one['state_dict'].items())
+    if ranks == 1:
+        other = tmp_path / 'other.pth'
+        write_supernet(other, DEMO, 10, quant=True)
+        resumed = _finish(supernets, tmp_path / 'broken', '--resume', *row)
+        for text, *more in (('begun with distill 0.5, not 0.25', '--distill', 0.25),
+                            ('begun with distill 0.5, not None', '--keep_head'),
+                            ('begun with kept_head_of', '--distill', '--checkpoint_path', other),
+                            ('no checkpoint of demo-012-111', '--distill', '--checkpoint_path', tmp_path / 'gone')):
+            fails(downstream_cls, monkeypatch, capsys, text, *resumed, *more)
+
+
+def test_a_finished_network_is_exported_as_it_is(tmp_path, supernets, monkeypatch, capsys):
+    pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
+    from onnx_tools import eval_onnx
+    assert call(downstream_cls, monkeypatch, *_finish(
+        supernets, tmp_path, '--subnet_name', f'{supernets}/best_c2_d1.csv', '--keep_head', '--max_steps', 80,
+        '--num_eval_images', 100, '--batch_size', 16, '--learning_rate', 0.1, '--warmup_epochs', 0)) == 0
+    path, = tmp_path.glob(f'{DEMO}_*/digits/lsq.pth')
+    state = load_checkpoint(path)
+    assert state['subnet'] == str(min_subnet(DEMO)) == state['subnet_name']
+    assert all(op.is_quantised and op.scales_initialized for op in quantised_ops(load_network(path)))
+    assert call(eval_onnx, monkeypatch, '--network', path, '--quant_mode', '--dataset', 'digits', '--num_workers', 0,
+                '--num_eval_images', 100, '--model_path', tmp_path / 'models', '--output', tmp_path / 'x.csv') == 0
+    capsys.readouterr()
+    with open(tmp_path / 'x.csv', encoding='utf-8') as file:
+        int8 = list(csv.DictReader(file))[1]
+    assert int8['kind'] == 'int8' and float(int8['agree']) >= 95 and float(int8['onnx']) > 70
+    # the images of the fine-tuning are those of the deployment
+    assert float(int8['torch']) == pytest.approx(state['results']['test']['top1'], abs=1e-3)
+
+
+def test_a_share_of_the_gradient_comes_from_the_teacher():
+    generator = torch.Generator().manual_seed(0)
+    logits, answers = (torch.randn(5, 4, generator=generator, requires_grad=True) for _ in range(2))
+    labels = torch.tensor([0, 3, 1, 1, 2])
+    loss = mixed_loss(logits, labels, answers, 0.3, label_smoothing=0.1)
+    loss.backward()
+    student, teacher = logits.detach().softmax(1), answers.detach().softmax(1)
+    wanted = 0.9 * F.one_hot(labels, 4) + 0.1 / 4
+    torch.testing.assert_close(logits.grad, (0.7 * (student - wanted) + 0.3 * (student - teacher)) / 5)
+    assert answers.grad is None
+    kl = (teacher * (teacher / student).log()).sum(1).mean()
+    torch.testing.assert_close(loss.detach(), 0.7 * -(wanted * student.log()).sum(1).mean() + 0.3 * kl)
+    torch.testing.assert_close(mixed_loss(logits, labels, label_smoothing=0.1),
+                               F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+def test_the_teacher_is_calibrated_and_stays_as_it_is(tmp_path, supernets, digits):
+    path = supernets / f'{DEMO}-align0' / 'checkpoint.pth'
+    result = {}
+    for share in (None, 1.0):
+        network, teacher = take_out(DEMO, (FOUND, max_subnet(DEMO)), path, True)
+        assert all(op.is_quantised and not op.scales_initialized for op in quantised_ops(network))
+        assert not any(op.is_quantised for op in quantised_ops(teacher))
+        before = {name: tensor.clone() for name, tensor in teacher.named_parameters()}
+        recipe = replace(RECIPE, distill=share)
+        finetune(network, digits, recipe, str(tmp_path / f'{share}.pth'), Job(), IDENTITY, teacher=teacher)
+        result[share] = network.state_dict()
+    assert not teacher.training and all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.named_parameters())
+    twin, = take_out(DEMO, (max_subnet(DEMO),), path, False)
+    calibrate(twin, images_of(calibration_batches(digits.train, 8, 2)))
+    for one, two in zip(norm_statistics(teacher), norm_statistics(twin)):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)     # another memory format
+    head = 'stages.logits.0.linear.bias'
+    assert not torch.allclose(result[None][head], result[1.0][head], atol=1e-4)
+
+
+def test_int8_weights_are_taken_before_fp32_ones(supernets, tmp_path):
+    assert downstream_cls.find_start(DEMO, True, supernets, False, True).endswith('checkpoint.pth')
+    folder = tmp_path / f'{DEMO}-align0'
+    for name, quant in (('checkpoint.pth', False), ('lsq.pth', True)):
+        write_supernet(folder / name, DEMO, 10, quant)
+    path = downstream_cls.find_start(DEMO, True, tmp_path, False, True)
+    assert path.endswith('lsq.pth')
+    for network in take_out(DEMO, (FOUND, max_subnet(DEMO)), path, True):
+        assert all(op.is_quantised and op.scales_initialized for op in quantised_ops(network))
+
+
+def test_mistakes_of_finishing_end_in_one_line_and_code_2(tmp_path, lsq, supernets, monkeypatch, capsys):
+    def said(text, *more):
+        fails(downstream_cls, monkeypatch, capsys, text, *_finish(supernets, tmp_path / 'out', *more))
+
+    def table(text):
+        (tmp_path / 'best.csv').write_bytes(text)
+        return '--subnet_name', f'{tmp_path}/best.csv:2'
+
+    said('the data set has 10 classes, ', '--checkpoint_path', lsq, '--keep_head')
+    said('lsq.pth tells 6 apart', '--checkpoint_path', lsq, '--distill')
+    said('--from_scratch: random weights have no head', '--distill', '--from_scratch')
+    said('expected nowhere/demo-012-111-align0/checkpoint.pth or nowhere/checkpoint.pth; train it with '
+         'train_supernet.py', '--checkpoint_path', 'nowhere', '--keep_head')
+    said('none.csv: No such file', '--subnet_name', 'none.csv')
+    for row in ('0', '3', 'x', ''):
+        said(f"best_c2_d1.csv: no row '{row}'; it has 2, counted from 1", '--subnet_name',
+             f'{supernets}/best_c2_d1.csv:{row}')
+    said("best.csv: no column 'subnet'", *table(b'a,b\n1,2\n3,4\n'))
+    said("best.csv row 2: ", *table(f'ms,subnet\n1,{FOUND}\n2,{FOUND}x\n'.encode()))
+    said("best.csv row 2: ", *table(b'ms,subnet\n1,d\n2\n'))
+    said('best.csv: not a table', *table(b'subnet\n\xff\n'))
+    fails(downstream_cls, monkeypatch, capsys, 'best_c2_d1.csv: of which supernet? give --supernet_choice',
+          '--subnet_name', f'{supernets}/best_c2_d1.csv', '--dataset', 'digits', '--keep_head')
+    assert not (tmp_path / 'out').exists()

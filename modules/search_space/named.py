@@ -1,11 +1,15 @@
 """Published supernets and subnets by name: data/search_results.yaml."""
+import csv
 import os
+import re
 from functools import cache
 
 import yaml
 
 from .. import ROOT
+from ..errors import one_line
 from .encoding import EncodingError, parse_subnet, parse_supernet
+from .superspace import SearchSpaceError
 
 SEARCH_RESULTS = os.path.join(ROOT, 'data', 'search_results.yaml')
 
@@ -43,3 +47,29 @@ def find_subnet(name):
     supernet, subnet = named_subnets()[name]
     supernet = find_supernet(supernet)
     return supernet, parse_subnet(subnet, supernet)
+
+
+def listed_subnet(text, supernet):
+    """encoding.Subnet of a row of a CSV with a column `subnet`, such as search_subnet.py's best_c15_d2.csv.
+
+    text: `<path>.csv`, its first row, or `<path>.csv:<row>`, counted from 1 below the column names; None for any other
+    text. EncodingError names the file and the row; OSError: no such file.
+    """
+    match = re.fullmatch(r'(.+\.csv)(?::(.*))?', text)
+    if match is None:
+        return None
+    path, row = match[1], '1' if match[2] is None else match[2]
+    try:
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            reader = csv.DictReader(file)
+            columns, rows = reader.fieldnames or (), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise EncodingError(f'{path}: not a table ({one_line(error)})') from None
+    if 'subnet' not in columns:
+        raise EncodingError(f"{path}: no column 'subnet'; expected such as best_c15_d2.csv of search_subnet.py")
+    if not re.fullmatch('[1-9][0-9]{0,8}', row) or int(row) > len(rows):
+        raise EncodingError(f'{path}: no row {row!r}; it has {len(rows)}, counted from 1')
+    try:
+        return parse_subnet(rows[int(row) - 1]['subnet'], supernet)
+    except SearchSpaceError as error:
+        raise EncodingError(f'{path} row {row}: {error}') from None
