@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from modules.block_kd.into_supernet import start_from_blocks
+from modules.block_kd.into_supernet import learn_first_blocks, start_from_blocks
 from modules.cli import parser, run
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import compile_quantisers, prove_quantisers, set_quant_mode
@@ -75,7 +75,10 @@ def main(args):
             compile_quantisers()
             prove_quantisers(job.device)
         model = build(supernet, data.num_classes, recipe, args.quant_mode)
-        blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode) if args.init_block_kd else None
+        blocks = None
+        if args.init_block_kd:
+            students, blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode)
+            learn_first_blocks(model, students, data, recipe.batch_size_per_gpu, recipe.seed, job.device)
         results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
                                  args.align_sample, args.amp and job.device.type == 'cuda', args.num_workers, blocks)
     if job.is_main:

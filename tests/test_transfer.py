@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modules.block_kd.checkpoints import load_student
-from modules.block_kd.into_supernet import start_from_blocks
+from modules.block_kd.into_supernet import learn_first_blocks, start_from_blocks
 from modules.block_kd.student import new_student
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
@@ -15,10 +15,11 @@ from modules.modeling.supernet import Supernet
 from modules.modeling.transfer import assemble, copy_stage
 from modules.search_space.encoding import Supernet as Encoding
 from modules.search_space.superspace import SUPERSPACES
-from modules.training.calibrate import norms
+from modules.training.calibrate import kept_statistics, norms
 from modules.training.checkpoint import load_checkpoint
-from modules.training.data import open_data
+from modules.training.data import eval_loader, open_data
 from modules.training.distributed import Job
+from modules.training.losses import nsr_loss
 from modules.training.supernet_trainer import SupernetRecipe, train_supernet
 
 from .launching import run_script
@@ -138,7 +139,7 @@ def test_scales_of_what_reads_or_holds_something_else_are_left_to_be_initialised
     ops = {name: op for name, op in supernet.named_modules() if op in set(quantised_ops(supernet))}
     left = {name for name, op in ops.items() if not op.scales_initialized}
     assert left == {f'stages.{name}' for name in (
-        'stage1.blocks.0.depth_conv1.dwconv', 'stage1.blocks.0.point_conv1.conv', 'stage1.blocks.0.downsample.conv',
+        'stage1.blocks.0.depth_conv1.dwconv', 'stage1.blocks.0.downsample.conv',
         'stage2.blocks.0.point_conv1.conv', 'stage2.blocks.0.downsample.conv',
         'stage3.blocks.0.point_conv1.conv', 'stage3.blocks.0.downsample.conv',
         'stage4.blocks.0.conv1.conv', 'stage4.blocks.0.downsample.conv',
@@ -146,6 +147,38 @@ def test_scales_of_what_reads_or_holds_something_else_are_left_to_be_initialised
         'stage6.blocks.0.fused_conv.conv', 'stage6.blocks.0.downsample.conv', 'final_expand.blocks.0.conv.conv')}
     assert all(op.sw == 1 and op.beta == 0 for name, op in ops.items() if name in left)
     assert all(op.sw != 1 for name, op in ops.items() if name not in left)
+
+
+def test_a_block_that_begins_depth_wise_learns_to_do_without_the_projections(digits, monkeypatch):
+    """Nearer to what the students compute than after assembling; nothing else changes, and it is reproducible."""
+    def distance(supernet, students):
+        stage, student = supernet.stages['stage1'].blocks[0].train(), students['stage1']
+        student.set_max_sub_stage()
+        x, _ = next(iter(eval_loader(digits.valid, 32)))
+        with torch.no_grad(), kept_statistics(supernet):
+            for name in ('first_conv', 'stage0'):
+                x = supernet.stages[name].train()(x)
+            projected = student.in_proj(students['stem'].out_proj(x))
+            return nsr_loss(stage(x), student.stage.blocks[0].train()(projected)).item()
+    weights, space = [], dataclasses.replace(SUPERSPACES['demo'], name='small', resolutions=(32,),
+                                             block_types=SUPERSPACES['onnxw'].block_types)
+    monkeypatch.setitem(SUPERSPACES, 'small', space)
+    for steps in (0, 60, 60):
+        students = dict(zip(('stem', *space.searchable_stages), _students(space, (0, 1, 1))[:-1]))
+        supernet = Supernet(_widest(space, (0, 1, 1)), 10)
+        assemble(supernet, students.values())
+        before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
+        learn_first_blocks(supernet, students, digits, 16, steps=steps)
+        changed = {name for name, tensor in supernet.state_dict().items() if not torch.equal(before[name], tensor)}
+        assert bool(changed) == bool(steps) and all(name.startswith('stages.stage1.blocks.0.') for name in changed)
+        weights.append((distance(supernet, students), supernet.state_dict()))
+    assert weights[1][0] < 0.8 * weights[0][0]
+    assert all(torch.equal(weights[1][1][name], weights[2][1][name]) for name in weights[1][1])
+
+
+@pytest.fixture(scope='module')
+def digits():
+    return open_data('', 'digits', valid_size=40, image_size=32)
 
 
 @pytest.fixture(scope='module')
@@ -174,7 +207,7 @@ def _supernet(quant=False):
 
 def test_a_supernet_starts_from_a_folder_of_blocks(blocks, capsys):
     supernet = _supernet()
-    digests = start_from_blocks(supernet, str(blocks.parent))           # the superspace's name is added
+    _, digests = start_from_blocks(supernet, str(blocks.parent))           # the superspace's name is added
     assert list(digests) == ['stem', 'stage1_0', 'stage2_1', 'stage3_2']
     assert 'no checkpoint.pth of head: the head starts with random weights' in capsys.readouterr().err
     student, _ = load_student('demo', 'stage2_1', str(blocks))
@@ -182,7 +215,7 @@ def test_a_supernet_starts_from_a_folder_of_blocks(blocks, capsys):
     assert torch.equal(block.se.fc['reduce'].weight, student.stage.blocks[1].se.fc['reduce'].weight[
         :block.se.fc['reduce'].out_channels, :block.se.fc['reduce'].in_channels])
     assert not any(op.scales_initialized for op in quantised_ops(supernet))
-    assert start_from_blocks(_supernet(True), str(blocks), quant=True) != digests
+    assert start_from_blocks(_supernet(True), str(blocks), quant=True)[1] != digests
 
 
 @pytest.mark.parametrize('change, said', [
@@ -220,20 +253,19 @@ def test_a_head_of_other_classes_is_left_out(blocks, tmp_path, capsys):
         head = _students(SUPERSPACES['demo'], (0, 1, 2), classes=classes)[-1]
         torch.save({'model': head.state_dict()}, tmp_path / 'head' / 'checkpoint.pth')
         supernet = _supernet()
-        assert ('head' in start_from_blocks(supernet, str(tmp_path))) == (classes == 10)
+        assert ('head' in start_from_blocks(supernet, str(tmp_path))[1]) == (classes == 10)
         assert ('tells 1000 classes apart, the supernet 10' in capsys.readouterr().err) == (classes == 1000)
         assert torch.equal(supernet.stages['logits'].blocks[0].linear.bias, head.stages['logits'].blocks[0].linear.bias
                            ) == (classes == 10)
 
 
-def test_training_goes_on_from_the_same_blocks_only(blocks, tmp_path):
+def test_training_goes_on_from_the_same_blocks_only(blocks, digits, tmp_path):
     """And with --quant_mode it needs no fp32 checkpoint."""
-    digits = open_data('', 'digits', valid_size=40, image_size=32)
     recipe = SupernetRecipe(epochs=1, warmup_epochs=0.0, batch_size_per_gpu=16, augment='none', num_calib_batches=2,
                             max_steps=2, num_valid_images=40, base_lr=0.01)
     for quant in (False, True):
         supernet = _supernet(quant)
-        digests = start_from_blocks(supernet, str(blocks), quant)
+        digests = start_from_blocks(supernet, str(blocks), quant)[1]
         train_supernet(supernet, digits, recipe, str(tmp_path), Job(), quant, blocks=digests)
         ops = {name: op for name, op in supernet.named_modules() if op in quantised_ops(supernet)}
         assert all(op.scales_initialized == quant for name, op in ops.items() if 'downsample' not in name)

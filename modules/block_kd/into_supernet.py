@@ -1,21 +1,39 @@
-"""Starting a supernet from block KD: finds the blocks it is made of, checks that they fit, and has them assembled."""
+"""Starting a supernet from block KD: finds the blocks it is made of, checks that they fit, and has them assembled.
+
+What assembling (modeling.transfer) cannot carry over, a first block that begins with a depth-wise convolution, is
+learned from the student in some steps: x -> M x + b -> its block is what the supernet's block has to compute of x.
+"""
+import itertools
 import os
+import random
+
+import torch
+from torch import nn
 
 from ..errors import UserError
 from ..files import file_digest
-from ..modeling.transfer import assemble
+from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
+from ..modeling.ops.op import resize
+from ..modeling.transfer import assemble, can_absorb
+from ..training.calibrate import kept_statistics
 from ..training.checkpoint import checkpoint_name
+from ..training.data import train_loader
 from ..training.log import note
+from ..training.losses import nsr_loss
+from ..training.optim import cosine, parameter_groups, set_learning_rate
 from .checkpoints import checkpoint_file, load_student, teacher_of, training_command
 from .targets import HEAD, STEM
 
+STEPS, LEARNING_RATE = 60, 0.005            # of a block that learns to do without M, Adam
+
 
 def start_from_blocks(supernet, folder, quant=False):
-    """Give a Supernet the weights of the blocks in `folder`; returns {block: digest of its checkpoint}.
+    """Give a Supernet the weights of the blocks in `folder`; returns (students in order, digests of their files).
 
     folder: --output_path of train_block_kd.py (of lsq_block_kd.py for `quant`), or a folder in which that has the
     superspace's name. Without a head of the supernet's classes its head stays as it is, which a line says.
-    UserError: a block that is missing, unfinished, of another superspace or of another teacher than the others.
+    Both results are {block: …}. UserError: a block that is missing, unfinished, of another superspace or of another
+    teacher than the others.
     """
     encoding = supernet.encoding
     space = encoding.superspace
@@ -38,8 +56,9 @@ def start_from_blocks(supernet, folder, quant=False):
             note(f'{checkpoint_file(folder, HEAD, quant)}: tells {head[0].classes} classes apart, the supernet '
                  f'{supernet.num_classes}: the head starts with random weights')
     _check_teachers(loaded, folder, quant)
-    assemble(supernet, [student for student, _ in loaded.values()])
-    return {block: file_digest(checkpoint_file(folder, block, quant)) for block in loaded}
+    students = {block: student for block, (student, _) in loaded.items()}
+    assemble(supernet, students.values())
+    return students, {block: file_digest(checkpoint_file(folder, block, quant)) for block in loaded}
 
 
 def _check_teachers(loaded, folder, quant):
@@ -55,3 +74,58 @@ def _check_teachers(loaded, folder, quant):
                             f'weights {teacher[1]})')
         before, teacher = block, own if None not in own else teacher
         channels = student.out_proj and student.out_proj.out_channels
+
+
+def learn_first_blocks(supernet, students, data, batch_size, seed=0, device='cpu', steps=STEPS):
+    """Train the first blocks that begin depth-wise to compute what the students with their projections do.
+
+    students: of start_from_blocks(). The training is in fp32, of a supernet in int8 mode too; the scales of such blocks
+    are left to be initialised. A function of the weights, the images and the seed, so equal on all ranks.
+    """
+    ordered = list(students.values())
+    pairs = [(next(iter(student.named_stages())), before, student) for before, student in zip(ordered, ordered[1:])]
+    pairs = [pair for pair in pairs if not can_absorb(supernet.stages[pair[0]].blocks[0])]
+    if not pairs:
+        return
+    quant = any(op.is_quantised for op in quantised_ops(supernet))
+    set_fp32_mode(supernet).to(device)
+    with kept_statistics(supernet):
+        for name, before, student in pairs:
+            supernet.set_max_subnet()
+            project = set_fp32_mode(nn.Sequential(before.out_proj, student.in_proj)).to(device)
+            target = set_fp32_mode(student.stage.blocks[0]).to(device)
+            batches = (images.to(device) for epoch in range(steps)
+                       for images, _ in train_loader(data.train, batch_size, epoch, seed))
+            _learn_block(supernet, name, project, target, batches, random.Random(f'{seed} {name} first block'), steps)
+    supernet.set_max_subnet()
+    if quant:
+        set_quant_mode(supernet)
+
+
+def _learn_block(supernet, name, project, target, batches, rng, steps):
+    """Train the first block of stage `name` to give for x what `target` gives for project(x); x: the stage's input.
+
+    Each step takes the largest block and a random one, on images of a random resolution of the supernet's.
+    """
+    _, block_type, widths = supernet.encoding.choices[name]
+    block = supernet.stages[name].blocks[0]
+    optimizer = torch.optim.Adam(parameter_groups(block, 0.0), lr=LEARNING_RATE)
+    for module in (supernet, target):
+        module.train()
+    for step, images in zip(range(steps), batches):
+        with torch.no_grad():
+            x = resize(images, rng.choice(supernet.encoding.superspace.resolutions))
+            for earlier in itertools.takewhile(lambda earlier: earlier != name, supernet.stages):
+                x = supernet.stages[earlier](x)
+            projected = project(x)
+        optimizer.zero_grad(set_to_none=True)
+        for pick in (max, rng.choice):
+            choice = pick(block_type.kernels), pick(widths), pick(block_type.expands)
+            block.set_active(x.shape[1], *choice)
+            target.set_active(projected.shape[1], *choice)
+            with torch.no_grad():
+                wanted = target(projected)
+            nsr_loss(block(x), wanted).backward()
+        torch.nn.utils.clip_grad_value_(block.parameters(), 1.0)
+        set_learning_rate(optimizer, cosine(LEARNING_RATE, step, steps))
+        optimizer.step()

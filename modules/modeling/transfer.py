@@ -13,9 +13,9 @@ reads M x + b can read x instead:
 and its batch norm takes the constant W b out: its running mean falls by it. That is exact, but for the border of a
 k x k convolution with b, where the zeros of the padding stand in the place of b.
 
-A depth-wise convolution cannot take M, since it does not mix channels. It commutes with M as far as its filters are
-alike, so M moves on to the next convolution that does mix them. An identity shortcut cannot take M either; it is used
-where a block of stride 1 has as many input as output channels.
+A depth-wise convolution cannot take M, since it does not mix channels; a block that begins with one learns to do
+without it (block_kd.into_supernet). An identity shortcut cannot take M either; it is used where a block of stride 1 has
+as many input as output channels.
 
 Beside this there is DNA (Li et al., CVPR 2020) and DONNA (Moons et al., ICCV 2021), which train blocks in this way to
 rank networks, and give one network its blocks' weights.
@@ -39,8 +39,7 @@ def assemble(supernet, students):
         for name, stage in stages.items():
             copy_stage(stage, supernet.stages[name])
         if out_proj is not None:
-            first = supernet.stages[next(iter(stages))].blocks[0]
-            absorb(first, *between(out_proj, student.in_proj))
+            absorb(supernet.stages[next(iter(stages))].blocks[0], *between(out_proj, student.in_proj))
         out_proj = student.out_proj
 
 
@@ -62,27 +61,17 @@ def between(out_proj, in_proj):
 
 def absorb(block, matrix, offset):
     """Change a DynamicBlock that reads `matrix` x + `offset` into one that reads x, as far as its layers can."""
-    main = [layer for layer in block.layers if not layer.shortcut and layer.op != 'add']
-    depthwise = []
-    for layer in main:
+    for layer in (layer for layer in block.layers if layer is block.layers[0] or layer.shortcut):
+        unit = getattr(block, layer.name)
         if layer.op == 'conv':
-            _fold(getattr(block, layer.name), matrix, None if depthwise else offset)
-            break
-        depthwise.append(getattr(block, layer.name))
-    for layer in block.layers:
-        if layer.shortcut:
-            _fold(getattr(block, layer.name), matrix, offset)
-    for unit in depthwise:
+            unit.norm.running_mean -= unit.conv.weight.sum((2, 3)) @ offset
+            unit.conv.weight.copy_(torch.einsum('oikl,ij->ojkl', unit.conv.weight, matrix))
         _forget_scales(unit)
 
 
-def _fold(unit, matrix, offset):
-    """W M for the weights W of a convolution with batch norm; W b leaves the running mean (not where b is None)."""
-    weight = unit.conv.weight
-    if offset is not None:
-        unit.norm.running_mean -= weight.sum((2, 3)) @ offset
-    weight.copy_(torch.einsum('oikl,ij->ojkl', weight, matrix))
-    _forget_scales(unit)
+def can_absorb(block):
+    """Whether the main path of a DynamicBlock begins with a convolution that mixes channels."""
+    return block.layers[0].op == 'conv'
 
 
 def _forget_scales(unit):
@@ -94,4 +83,4 @@ def _forget_scales(unit):
         op.scales_initialized = False
 
 
-__all__ = ['absorb', 'assemble', 'between', 'copy_stage']
+__all__ = ['absorb', 'assemble', 'between', 'can_absorb', 'copy_stage']
