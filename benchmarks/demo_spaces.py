@@ -2,11 +2,13 @@
 
     python benchmarks/demo_spaces.py --search checkpoints/demo/block_kd/search/demo/c0.201_t0.1_a0.01
     python benchmarks/demo_spaces.py --search … --spaces 8 --steps 1120
+    python benchmarks/demo_spaces.py --search … --steps 150 --init_block_kd checkpoints/demo/block_kd
 
-After a demo (its search and its platform are needed). Each space's supernet is trained in fp32 by the demo's recipe
-for --steps steps; then --subnets random subnets whose predicted latency is in the window up to the search's constraint,
-the largest and the smallest subnet are evaluated on held-out images. Prints a table and how well the search's scores
-rank the spaces. A process a core; a run that was stopped goes on.
+After a demo (its search and its platform are needed). Each space's supernet is trained in fp32 by the demo's recipe, or
+from the blocks of --init_block_kd by block_kd_short.yaml, for --steps steps; then --subnets random subnets whose
+predicted latency is in the window up to the search's constraint, the largest and the smallest subnet are evaluated on
+held-out images. Prints a table and how well the search's scores rank the spaces. A process a core; a run that was
+stopped goes on.
 """
 import csv
 import functools
@@ -24,6 +26,7 @@ import torch
 from scipy.stats import spearmanr
 
 from modules import ROOT, usable_cores
+from modules.block_kd.into_supernet import learn_first_blocks, start_from_blocks
 from modules.cli import SEED, parser, positive, run
 from modules.errors import UserError
 from modules.latency import LatencyPredictor
@@ -36,7 +39,7 @@ from modules.training.evaluate import DecodedImages, evaluate_subnet
 from modules.training.supernet_trainer import SupernetRecipe, train_supernet
 from train_supernet import build
 
-CONFIG = os.path.join(ROOT, 'supernet_training_configs', 'demo_short.yaml')
+CONFIGS = [os.path.join(ROOT, 'supernet_training_configs', name) for name in ('demo_short.yaml', 'block_kd_short.yaml')]
 WIDTH = 0.15                            # of the window, as in the demo
 DRAWS = 20000
 BEST = 4
@@ -49,7 +52,9 @@ def get_args():
     p.add_argument('--steps', type=positive(int), default=560, help='of training, 32 images each')
     p.add_argument('--subnets', type=positive(int), default=24, help='random subnets of each space')
     p.add_argument('--images', type=positive(int), default=1500, help='held-out images')
-    p.add_argument('--dataset_path', default=os.path.join(ROOT, 'dataset'), help='folder of Fashion-MNIST')
+    p.add_argument('--init_block_kd', metavar='FOLDER', help='blocks to start from; default: random weights')
+    p.add_argument('--dataset', default='fashion-mnist', help='of train_supernet.py')
+    p.add_argument('--dataset_path', default=os.path.join(ROOT, 'dataset'), help='of train_supernet.py')
     p.add_argument('--seed', type=SEED, default=0, help='of the spaces and subnets')
     p.add_argument('--output', default=os.path.join('checkpoints', 'benchmarks', 'demo_spaces'), help='checkpoints')
     return p.parse_args()
@@ -81,12 +86,15 @@ def window_subnets(supernet, predictor, constraint, count, seed):
 
 def measure(supernet, constraint, predictor, args):
     """(top-1 of the subnets in the window, best first, of the largest, of the smallest) of a space, in percent."""
-    recipe = load_config(SupernetRecipe, CONFIG, {'max_steps': args.steps})
-    data = open_data(args.dataset_path, 'fashion-mnist', recipe.valid_size, recipe.augment,
+    recipe = load_config(SupernetRecipe, CONFIGS[bool(args.init_block_kd)], {'max_steps': args.steps})
+    data = open_data(args.dataset_path, args.dataset, recipe.valid_size, recipe.augment,
                      max(supernet.superspace.resolutions), seed=recipe.seed)
-    model, job = build(supernet, data.num_classes, recipe, quant=False), Job()
+    model, job, blocks = build(supernet, data.num_classes, recipe, quant=False), Job(), None
+    if args.init_block_kd:
+        students, blocks = start_from_blocks(model, args.init_block_kd)
+        learn_first_blocks(model, students, data, recipe.batch_size_per_gpu, recipe.seed)
     train_supernet(model, data, recipe, os.path.join(args.output, f'{args.steps}', str(supernet)), job, resume=True,
-                   align_sample=True)
+                   align_sample=True, blocks=blocks)
     calibration = DecodedImages(calibration_batches(data.train, 64, 8, args.seed), data.mean_std)
     valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images), data.mean_std)
 
