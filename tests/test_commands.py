@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from modules.block_kd.teacher import build_teacher
+from modules.files import write_csv
 from modules.latency import LatencyPredictor
 from modules.latency.candidates import space_blocks
 from modules.latency.tables import write_table
@@ -144,6 +145,8 @@ def home(tree):
         write_supernet(demo / name, 'demo-222-111', 10, quant)
     supernet, smallest = parse_supernet('demo-222-111'), min_subnet('demo-222-111')
     (tree / 'input.csv').write_text(f'demo,222-111,{smallest}\n')
+    for name, file in ((ONNXW, 'best_c15_d2.csv'), ('demo-222-111', 'best_c0.9_d0.1.csv')):
+        write_csv(tree / 'checkpoints' / 'search_subnet' / name / file, ['subnet'], [[min_subnet(name)]])
     network = random_supernet('demo-222-111', 10, True)
     network.set_min_subnet()
     save_network(tree / 'checkpoints' / 'downstream' / 'net.pth', network.get_active_subnet(), supernet, smallest, True)

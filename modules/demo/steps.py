@@ -14,6 +14,7 @@ from ..latency import LatencyPredictor
 from ..latency.validation import check_name
 from ..search_space.encoding import parse_subnet, parse_supernet, subnet_config
 from ..search_space.sampling import max_subnet, min_subnet, sample_subnet, sample_supernet
+from ..search_space.superspace import get_superspace
 
 SPACE, TEACHER, CONFIG = 'demo', 'efficientnet-lite0', 'supernet_training_configs/demo_short.yaml'
 ALIGN = True                            # --align_sample: all blocks of a stage share k, w, e
@@ -187,7 +188,8 @@ def _block_kd(script, demo, steps, batch, *more):
     return [[script, '--superspace', SPACE, '--teacher_arch', TEACHER, '--output_path', demo.path('block_kd', SPACE),
              '--inplace_distill_from_teacher', '--train_batch_size', batch, '--num_epochs', 1, '--max_steps', steps,
              '--num_calib_batches', 4, '--num_valid_batches', 4, '--augment', 'none', '--resume',
-             '--hw_list', *demo.scale.kd_resolutions, *more, *demo.data, '--valid_size', demo.valid_size]]
+             '--hw_list', *demo.scale.kd_resolutions, *more, *demo.data, '--valid_size', demo.valid_size,
+             '--stage_list', *get_superspace(SPACE).searchable_stages]]
 
 
 def _teacher_checkpoint(demo):
