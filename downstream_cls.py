@@ -79,7 +79,7 @@ def get_args():
 
 def main(args):
     name, supernet, subnet = find_network(args.subnet_name, args.supernet_choice, args.superspace)
-    keep_head = args.keep_head or bool(args.distill)
+    keep_head = args.keep_head or args.distill is not None
     if keep_head and args.from_scratch:
         raise UserError('--from_scratch: random weights have no head for --keep_head, and no teacher for --distill')
     learning_rate, weight_decay = find_recipe(args.dataset, args.learning_rate, args.weight_decay, keep_head)

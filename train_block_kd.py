@@ -9,7 +9,7 @@ blocks (train_supernet.py --init_block_kd).
 """
 import os
 
-from modules.block_kd.checkpoints import build_student
+from modules.block_kd.checkpoints import build_student, checkpoint_file
 from modules.block_kd.targets import HEAD, loss_name, part_of, parts_of
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import (
@@ -24,6 +24,7 @@ from modules.block_kd.trainer import (
 )
 from modules.cli import SEED, not_negative, parser, positive, run
 from modules.errors import UserError
+from modules.search_space.macro_arch import ENDS
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, open_data
 from modules.training.distributed import add_distributed_arguments, distributed_job
@@ -91,6 +92,8 @@ def train(args, job, teacher, quant=False, from_scratch=False):
                      normalize=teacher.normalize, seed=args.seed)
     if HEAD in blocks:
         blocks = with_head(blocks, args, data.num_classes, teacher)
+    if not args.stage_list and (args.test_only or quant and not from_scratch):
+        blocks = without_untrained_ends(blocks, args.output_path, quant and args.test_only)
     if not len(data.valid):
         raise UserError('no held-out images to evaluate on: give a --valid_size, or more pictures')
     if args.amp and job.device.type != 'cuda':
@@ -129,6 +132,8 @@ def with_head(blocks, args, num_classes, teacher):
     classes = teacher.classifier.out_features
     num_classes = num_classes or count_classes(args.dataset_path)
     if num_classes == classes:
+        if args.train_batch_size < 2:
+            raise UserError('--train_batch_size 1: the head averages over the map, and batch norm needs two values')
         return blocks
     reason = (f'{args.dataset_path}: {num_classes or "no"} classes, {teacher.arch} tells {classes} apart: the head is '
               'not trained')
@@ -136,6 +141,15 @@ def with_head(blocks, args, num_classes, teacher):
         raise UserError(f'{reason}; leave it out of --stage_list')
     note(f'{reason}; in a supernet it starts with random weights')
     return [block for block in blocks if block != HEAD]
+
+
+def without_untrained_ends(blocks, folder, quant):
+    """The blocks, without a stem or head that has no checkpoint: of before they were trained, or a published folder."""
+    for end in ENDS:
+        if end in blocks and not os.path.isfile(checkpoint_file(folder, end, quant)):
+            note(f'{checkpoint_file(folder, end, quant)}: not there; {end} is left out')
+            blocks = [block for block in blocks if block != end]
+    return blocks
 
 
 if __name__ == '__main__':

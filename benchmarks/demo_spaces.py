@@ -4,11 +4,11 @@
     python benchmarks/demo_spaces.py --search … --spaces 8 --steps 1120
     python benchmarks/demo_spaces.py --search … --steps 150 --init_block_kd checkpoints/demo/block_kd
 
-After a demo (its search and its platform are needed). Each space's supernet is trained in fp32 by the demo's recipe, or
-from the blocks of --init_block_kd by block_kd_short.yaml, for --steps steps; then --subnets random subnets whose
-predicted latency is in the window up to the search's constraint, the largest and the smallest subnet are evaluated on
-held-out images. Prints a table and how well the search's scores rank the spaces. A process a core; a run that was
-stopped goes on.
+After a demo (its search and its platform are needed; with --init_block_kd also a stem, by train_block_kd.py). Each
+space's supernet is trained in fp32 by the demo's recipe, or from the blocks of --init_block_kd by block_kd_short.yaml,
+for --steps steps; then --subnets random subnets whose predicted latency is in the window up to the search's constraint,
+the largest and the smallest subnet are evaluated on held-out images. Prints a table and how well the search's scores
+rank the spaces. A process a core; a run that was stopped goes on.
 """
 import csv
 import functools
@@ -36,6 +36,7 @@ from modules.training.config import load_config
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
 from modules.training.evaluate import DecodedImages, evaluate_subnet
+from modules.training.sources import plain_name
 from modules.training.supernet_trainer import SupernetRecipe, train_supernet
 from train_supernet import build
 
@@ -93,8 +94,9 @@ def measure(supernet, constraint, predictor, args):
     if args.init_block_kd:
         students, blocks = start_from_blocks(model, args.init_block_kd)
         learn_first_blocks(model, students, data, recipe.batch_size_per_gpu, recipe.seed)
-    train_supernet(model, data, recipe, os.path.join(args.output, f'{args.steps}', str(supernet)), job, resume=True,
-                   align_sample=True, blocks=blocks)
+    start = 'block_kd' if args.init_block_kd else 'scratch'
+    folder = os.path.join(args.output, f'{plain_name(args.dataset)}-{start}-{args.steps}', str(supernet))
+    train_supernet(model, data, recipe, folder, job, resume=True, align_sample=True, blocks=blocks)
     calibration = DecodedImages(calibration_batches(data.train, 64, 8, args.seed), data.mean_std)
     valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images), data.mean_std)
 

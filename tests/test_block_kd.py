@@ -281,7 +281,7 @@ def test_the_ends_are_trained_like_blocks(photos, tmp_path):
 
 def test_the_head_needs_the_teachers_classes(photos, capsys):
     teacher = build_teacher('efficientnet-lite0')
-    args = argparse.Namespace(dataset_path=str(photos), stage_list=None)
+    args = argparse.Namespace(dataset_path=str(photos), stage_list=None, train_batch_size=4)
     assert with_head(['stem', 'head'], args, 1000, teacher) == ['stem', 'head']
     assert with_head(['stem', 'head'], args, 10, teacher) == ['stem']
     assert '10 classes, efficientnet-lite0 tells 1000 apart: the head is not trained' in capsys.readouterr().err

@@ -14,6 +14,7 @@ from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.modeling.transfer import assemble, copy_stage
 from modules.search_space.encoding import Supernet as Encoding
+from modules.search_space.sampling import max_subnet
 from modules.search_space.superspace import SUPERSPACES
 from modules.training.calibrate import kept_statistics, norms
 from modules.training.checkpoint import load_checkpoint
@@ -54,22 +55,24 @@ def _widest(space, block_types):
 
 
 @torch.no_grad()
-def _joined(name, pairs=2, pixels=64, bias=True):
-    """[(output of the students with projections, of the stitched supernet)] of the first pairs of parts.
+def _joined(name, pairs=None, pixels=64, bias=True, narrow=False):
+    """[(output of the students with projections, of the stitched supernet)] of the first `pairs` of stages, or all.
 
-    bias: whether the projections have one.
+    bias: whether the projections have one; narrow: the narrowest width windows instead of the widest ones.
     """
     space, digit = SUPERSPACES[TYPES[name][0]], TYPES[name][1]
     block_types = (digit,) * len(space.searchable_stages)
     students = _students(space, block_types)
     for projection in (p for student in students for p in (student.in_proj, student.out_proj) if p is not None):
         projection.bias *= bias
-    supernet = Supernet(_widest(space, block_types), 10).eval()
+    encoding = Encoding(space, block_types, (0,) * len(block_types)) if narrow else _widest(space, block_types)
+    supernet = Supernet(encoding, 10).eval()
     assemble(supernet, students)
-    x, found = torch.randn(2, 3, pixels, pixels), []
+    x, found, largest = torch.randn(2, 3, pixels, pixels), [], max_subnet(encoding).stages()
     for stage in students[0].named_stages().values():
         x = stage(x)
-    for before, student in list(zip(students, students[1:]))[:pairs]:
+    for before, student in list(zip(students, students[1:-1]))[:pairs]:
+        student.set_active_sub_stage(x.shape[1], largest[student.block_id.stage])
         expected = student.in_proj(before.out_proj(x))
         for stage_name, stage in student.named_stages().items():
             expected, x = stage(expected), supernet.stages[stage_name](x)
@@ -78,8 +81,9 @@ def _joined(name, pairs=2, pixels=64, bias=True):
 
 
 @pytest.mark.parametrize('name', PLAIN)
-def test_a_stitched_pair_computes_what_the_students_with_their_projections_do(name):
-    for expected, stitched in _joined(name):
+@pytest.mark.parametrize('narrow', [False, True])
+def test_a_stitched_pair_computes_what_the_students_with_their_projections_do(name, narrow):
+    for expected, stitched in _joined(name, narrow=narrow):
         torch.testing.assert_close(stitched, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -153,7 +157,7 @@ def test_a_block_that_begins_depth_wise_learns_to_do_without_the_projections(dig
     """Nearer to what the students compute than after assembling; nothing else changes, and it is reproducible."""
     def distance(supernet, students):
         stage, student = supernet.stages['stage1'].blocks[0].train(), students['stage1']
-        student.set_max_sub_stage()
+        student.set_active_sub_stage(stage.active.cin, [(stage.active.kernel, stage.active.cout, None)])
         x, _ = next(iter(eval_loader(digits.valid, 32)))
         with torch.no_grad(), kept_statistics(supernet):
             for name in ('first_conv', 'stage0'):
@@ -169,11 +173,19 @@ def test_a_block_that_begins_depth_wise_learns_to_do_without_the_projections(dig
         assemble(supernet, students.values())
         before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
         learn_first_blocks(supernet, students, digits, 16, steps=steps)
+        assert not any(op.is_quantised for op in quantised_ops(supernet))
         changed = {name for name, tensor in supernet.state_dict().items() if not torch.equal(before[name], tensor)}
         assert bool(changed) == bool(steps) and all(name.startswith('stages.stage1.blocks.0.') for name in changed)
         weights.append((distance(supernet, students), supernet.state_dict()))
     assert weights[1][0] < 0.8 * weights[0][0]
     assert all(torch.equal(weights[1][1][name], weights[2][1][name]) for name in weights[1][1])
+    set_quant_mode(supernet)
+    for op in quantised_ops(supernet):
+        op.scales_initialized = True
+    learn_first_blocks(supernet, students, digits, 16, steps=1)
+    assert all(op.is_quantised for op in quantised_ops(supernet))
+    assert not any(op.scales_initialized for op in quantised_ops(supernet.stages['stage1'].blocks[0]))
+    assert all(op.scales_initialized for op in quantised_ops(supernet.stages['stage2']))
 
 
 @pytest.fixture(scope='module')
@@ -228,7 +240,8 @@ def test_a_supernet_starts_from_a_folder_of_blocks(blocks, capsys):
     ({'settings': {'teacher': 'efficientnet-b0', 'teacher weights': 'def'}},
      r'stage2_1.checkpoint.pth: copied another teacher \(efficientnet-b0, weights def\) than stage1_0'),
     ({'model': None}, r'stage2_1.checkpoint.pth: copied 11 channels of its teacher, where the teacher of stage1_0 has'),
-    (None, r': no checkpoint.pth of stage2_1; train it first with train_block_kd.py --superspace demo .*stage2_1$')])
+    (None, r': no checkpoint.pth of stage2_1; train it first with train_block_kd.py --superspace demo '
+           r'--output_path .* --stage_list stage2_1 --teacher_arch efficientnet-lite0$')])
 def test_blocks_that_do_not_fit_are_told_in_one_line(blocks, tmp_path, change, said):
     for path in blocks.glob('*/checkpoint.pth'):
         (tmp_path / path.parent.name).mkdir()

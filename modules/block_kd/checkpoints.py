@@ -17,7 +17,7 @@ def checkpoint_file(folder, block_id, quant):
 
 def training_command(superspace, blocks, folder, quant, more=''):
     """The command that trains blocks, for an error line."""
-    script = 'lsq_block_kd.py' if quant else 'train_block_kd.py'
+    script = 'lsq_block_kd.py --teacher_checkpoint_path …' if quant else 'train_block_kd.py'
     return (f'{script} --superspace {get_superspace(superspace).name} --output_path {folder} '
             f'--stage_list {" ".join(blocks)}{more}')
 
@@ -51,24 +51,26 @@ def build_student(superspace, block_id, teacher, folder=None, quant=False, unfin
     student = new_student(superspace, block_id, *teacher_channels(teacher, get_superspace(superspace),
                                                                   part_of(block_id)))
     if folder is not None:
-        _load_finished(student, superspace, block_id, folder, quant, unfinished)
+        checkpoint = _finished(superspace, block_id, folder, quant, unfinished)
+        load_weights(student, checkpoint, checkpoint_file(folder, block_id, quant))
     return set_quant_mode(student) if quant else student
 
 
 def load_student(superspace, block_id, folder, quant=False):
     """(Student, its checkpoint) of finished block KD; the teacher's channels are those of the weights."""
     path = require_checkpoint(folder, block_id, quant, superspace)
+    checkpoint = _finished(superspace, block_id, folder, quant)
     try:
-        weights = model_state(read_block(path, superspace, block_id))
+        weights = model_state(checkpoint)
     except UserError as error:
-        raise error if str(error).startswith(path) else UserError(f'{path}: {error}') from None
+        raise UserError(f'{path}: {error}') from None
     first, last = ('in_proj.weight', 1), ('out_proj.weight', 0)
     if block_id == HEAD:
         last = 'stages.logits.blocks.0.linear.weight', 0
     channels = [3 if (block_id == STEM and end is first) else _size(weights, path, block_id, *end)
                 for end in (first, last)]
     student = new_student(superspace, block_id, *channels)
-    checkpoint = _load_finished(student, superspace, block_id, folder, quant)
+    load_weights(student, checkpoint, path)
     return set_quant_mode(student) if quant else student, checkpoint
 
 
@@ -78,13 +80,13 @@ def _size(weights, path, block_id, name, dim):
     return weights[name].shape[dim]
 
 
-def _load_finished(student, superspace, block_id, folder, quant, unfinished=False):
+def _finished(superspace, block_id, folder, quant, unfinished=False):
+    """The block's checkpoint; UserError where its training has not ended, unless `unfinished`."""
     path = require_checkpoint(folder, block_id, quant, superspace)
     checkpoint = read_block(path, superspace, block_id)
     if not checkpoint.get('done', True) and not unfinished:
         raise UserError(f'{path}: training is not finished (step {checkpoint.get("step")}); finish it with '
                         + training_command(superspace, [block_id], folder, quant, ' --resume'))
-    load_weights(student, checkpoint, path)
     return checkpoint
 
 
@@ -92,4 +94,5 @@ def teacher_of(checkpoint):
     """(architecture, digest of its weights) of a block's teacher, None where its checkpoint does not say."""
     settings = checkpoint.get('settings')
     settings = settings if isinstance(settings, Mapping) else {}
-    return settings.get('teacher'), settings.get('teacher weights')
+    return tuple(value if isinstance(value, str) else None
+                 for value in (settings.get('teacher'), settings.get('teacher weights')))

@@ -4,6 +4,7 @@ What assembling (modeling.transfer) cannot carry over, a first block that begins
 learned from the student in some steps: x -> M x + b -> its block is what the supernet's block has to compute of x.
 """
 import itertools
+import math
 import os
 import random
 
@@ -14,14 +15,14 @@ from ..errors import UserError
 from ..files import file_digest
 from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
 from ..modeling.ops.op import resize
-from ..modeling.transfer import assemble, can_absorb
+from ..modeling.transfer import assemble, can_absorb, forget_scales
 from ..training.calibrate import kept_statistics
 from ..training.checkpoint import checkpoint_name
 from ..training.data import train_loader
 from ..training.log import note
 from ..training.losses import nsr_loss
 from ..training.optim import cosine, parameter_groups, set_learning_rate
-from .checkpoints import checkpoint_file, load_student, teacher_of, training_command
+from .checkpoints import checkpoint_file, load_student, read_block, teacher_of, training_command
 from .targets import HEAD, STEM
 
 STEPS, LEARNING_RATE = 60, 0.005            # of a block that learns to do without M, Adam
@@ -43,8 +44,11 @@ def start_from_blocks(supernet, folder, quant=False):
     blocks = [STEM, *(f'{stage}_{block_type}' for stage, block_type in stages)]
     missing = [block for block in blocks if not os.path.isfile(checkpoint_file(folder, block, quant))]
     if missing:
+        teachers = (teacher_of(read_block(checkpoint_file(folder, block, quant), space, block))[0]
+                    for block in blocks if block not in missing)
+        arch = next(filter(None, teachers), None)
         raise UserError(f'{folder}: no {checkpoint_name(quant)} of {" ".join(missing)}; train it first with '
-                        + training_command(space, missing, folder, quant))
+                        + training_command(space, missing, folder, quant, f' --teacher_arch {arch}' if arch else ''))
     loaded = {block: load_student(space, block, folder, quant) for block in blocks}
     if not os.path.isfile(checkpoint_file(folder, HEAD, quant)):
         note(f'{folder}: no {checkpoint_name(quant)} of head: the head starts with random weights')
@@ -76,7 +80,7 @@ def _check_teachers(loaded, folder, quant):
         channels = student.out_proj and student.out_proj.out_channels
 
 
-def learn_first_blocks(supernet, students, data, batch_size, seed=0, device='cpu', steps=STEPS):
+def learn_first_blocks(supernet, students, data, batch_size, seed=0, device='cpu', steps=STEPS, workers=0):
     """Train the first blocks that begin depth-wise to compute what the students with their projections do.
 
     students: of start_from_blocks(). The training is in fp32, of a supernet in int8 mode too; the scales of such blocks
@@ -84,7 +88,8 @@ def learn_first_blocks(supernet, students, data, batch_size, seed=0, device='cpu
     """
     ordered = list(students.values())
     pairs = [(next(iter(student.named_stages())), before, student) for before, student in zip(ordered, ordered[1:])]
-    pairs = [pair for pair in pairs if not can_absorb(supernet.stages[pair[0]].blocks[0])]
+    pairs = [(name, before, student) for name, before, student in pairs
+             if not can_absorb(supernet.stages[name].blocks[0], supernet.encoding.block_type(name))]
     if not pairs:
         return
     quant = any(op.is_quantised for op in quantised_ops(supernet))
@@ -92,11 +97,13 @@ def learn_first_blocks(supernet, students, data, batch_size, seed=0, device='cpu
     with kept_statistics(supernet):
         for name, before, student in pairs:
             supernet.set_max_subnet()
+            student.in_proj.active_out_channels = supernet.stages[name].blocks[0].active.cin
             project = set_fp32_mode(nn.Sequential(before.out_proj, student.in_proj)).to(device)
             target = set_fp32_mode(student.stage.blocks[0]).to(device)
             batches = (images.to(device) for epoch in range(steps)
-                       for images, _ in train_loader(data.train, batch_size, epoch, seed))
+                       for images, _ in train_loader(data.train, batch_size, epoch, seed, workers=workers))
             _learn_block(supernet, name, project, target, batches, random.Random(f'{seed} {name} first block'), steps)
+            forget_scales(supernet.stages[name].blocks[0])
     supernet.set_max_subnet()
     if quant:
         set_quant_mode(supernet)
@@ -125,7 +132,11 @@ def _learn_block(supernet, name, project, target, batches, rng, steps):
             target.set_active(projected.shape[1], *choice)
             with torch.no_grad():
                 wanted = target(projected)
-            nsr_loss(block(x), wanted).backward()
+            loss = nsr_loss(block(x), wanted)
+            loss.backward()
         torch.nn.utils.clip_grad_value_(block.parameters(), 1.0)
         set_learning_rate(optimizer, cosine(LEARNING_RATE, step, steps))
         optimizer.step()
+        if not math.isfinite(loss.item()):
+            raise UserError(f'{supernet.encoding} {name}: the first block does not learn to do without its projection '
+                            f'(loss {loss.item()} at step {step})')

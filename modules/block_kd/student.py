@@ -5,17 +5,15 @@ stem has images for its input and no in_proj, the head ends in logits and has no
 """
 import random
 
-import torch
 from torch import nn
 
 from ..modeling.dynamic_blocks import DynamicStage
 from ..modeling.ops.dynamic_op import DynamicConv
-from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
 from ..search_space import sampling
 from ..search_space.encoding import EncodingError, format_sub_stage, parse_block_id, parse_sub_stage
 from ..search_space.macro_arch import ENDS
 from ..search_space.superspace import get_superspace
-from ..training.calibrate import kept_statistics
+from ..training.calibrate import initialize_all_scales
 
 
 class Student(nn.Module):
@@ -32,20 +30,12 @@ class Student(nn.Module):
         """Activate the smallest sub-stage and input width."""
         self._set_extreme(min)
 
-    def initialize_scales(self, x, rng, tries=1000):
+    def initialize_scales(self, x, rng):
         """Initialise the scales that no forward has reached yet, on inputs x; changes nothing else.
 
         Ranks that call this with the same x and rng get the same scales. The active sub-stage is then any.
         """
-        with torch.no_grad(), local_initialisation(), kept_statistics(self):
-            self.eval()
-            self.set_max_sub_stage()
-            self(x)
-            for _ in range(tries):
-                if all(op.scales_initialized for op in quantised_ops(self)):
-                    return
-                self.sample_active_sub_stage(rng=rng)
-                self(x)
+        initialize_all_scales(self, x, self.set_max_sub_stage, lambda: self.sample_active_sub_stage(rng=rng), 100)
 
     def forward(self, x):
         for part in (self.in_proj, *self.named_stages().values(), self.out_proj):

@@ -10,8 +10,9 @@ reads M x + b can read x instead:
 
     W (M x + b) = W' x + W b,   W'[o, j] = sum_i W[o, i] M[i, j]
 
-and its batch norm takes the constant W b out: its running mean falls by it. That is exact, but for the border of a
-k x k convolution with b, where the zeros of the padding stand in the place of b.
+and its batch norm takes the constant W b out: its running mean falls by it. That is exact where stage s - 1 ends at the
+largest width c of its window (i runs to c, as in a student with c input channels), but for the border of a k x k
+convolution with b, where the zeros of the padding stand in the place of b.
 
 A depth-wise convolution cannot take M, since it does not mix channels; a block that begins with one learns to do
 without it (block_kd.into_supernet). An identity shortcut cannot take M either; it is used where a block of stride 1 has
@@ -22,6 +23,7 @@ rank networks, and give one network its blocks' weights.
 """
 import torch
 
+from .layout import block_layout
 from .ops.lsq_plus import quantised_ops
 from .ops.op import take
 
@@ -33,14 +35,14 @@ def assemble(supernet, students):
     In int8 mode the students' trained scales too; those of ops that read or hold something else now are left to be
     initialised by images (training.calibrate.initialize_all_scales).
     """
-    out_proj = None
+    out_proj = width = None
     for student in students:
         stages = student.named_stages()
         for name, stage in stages.items():
             copy_stage(stage, supernet.stages[name])
         if out_proj is not None:
-            absorb(supernet.stages[next(iter(stages))].blocks[0], *between(out_proj, student.in_proj))
-        out_proj = student.out_proj
+            absorb(supernet.stages[next(iter(stages))].blocks[0], *between(out_proj, student.in_proj, width))
+        out_proj, width = student.out_proj, max(supernet.encoding.widths(name))
 
 
 def copy_stage(source, target):
@@ -53,10 +55,13 @@ def copy_stage(source, target):
             op.scales_initialized = trained.scales_initialized
 
 
-def between(out_proj, in_proj):
-    """(M, b) of two 1x1 convolutions in a row: in_proj(out_proj(x)) = M x + b; M (in_proj's outputs, x's channels)."""
-    second = in_proj.weight.flatten(1)
-    return second @ out_proj.weight.flatten(1), second @ out_proj.bias + in_proj.bias
+def between(out_proj, in_proj, width):
+    """(M, b) of two 1x1 convolutions in a row: in_proj(out_proj(x)) = M x + b, its first `width` channels.
+
+    M has a column for each channel of x.
+    """
+    second = in_proj.weight.flatten(1)[:width]
+    return second @ out_proj.weight.flatten(1), second @ out_proj.bias + in_proj.bias[:width]
 
 
 def absorb(block, matrix, offset):
@@ -64,23 +69,25 @@ def absorb(block, matrix, offset):
     for layer in (layer for layer in block.layers if layer is block.layers[0] or layer.shortcut):
         unit = getattr(block, layer.name)
         if layer.op == 'conv':
-            unit.norm.running_mean -= unit.conv.weight.sum((2, 3)) @ offset
-            unit.conv.weight.copy_(torch.einsum('oikl,ij->ojkl', unit.conv.weight, matrix))
-        _forget_scales(unit)
+            weight = unit.conv.weight[:, :len(matrix)]
+            unit.norm.running_mean -= weight.sum((2, 3)) @ offset
+            unit.conv.weight.copy_(torch.einsum('oikl,ij->ojkl', weight, matrix))
+        forget_scales(unit)
 
 
-def can_absorb(block):
-    """Whether the main path of a DynamicBlock begins with a convolution that mixes channels."""
-    return block.layers[0].op == 'conv'
+def can_absorb(block, block_type):
+    """Whether the main path of a DynamicBlock begins with a convolution that mixes channels, at every expand ratio."""
+    return all(block_layout(block.name, block.active._replace(expand=e))[0].op == 'conv' for e in block_type.expands)
 
 
-def _forget_scales(unit):
-    """Leave the LSQ+ scales of a unit's ops to be initialised, as in a new op."""
-    for op in quantised_ops(unit):
+@torch.no_grad()
+def forget_scales(module):
+    """Leave the LSQ+ scales of a module's ops to be initialised, as in new ops."""
+    for op in quantised_ops(module):
         op.sw.fill_(1)
         op.sa.fill_(1)
         op.beta.zero_()
         op.scales_initialized = False
 
 
-__all__ = ['absorb', 'assemble', 'between', 'can_absorb', 'copy_stage']
+__all__ = ['absorb', 'assemble', 'between', 'can_absorb', 'copy_stage', 'forget_scales']
