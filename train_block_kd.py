@@ -9,7 +9,7 @@ blocks (train_supernet.py --init_block_kd).
 """
 import os
 
-from modules.block_kd.checkpoints import build_student, checkpoint_file
+from modules.block_kd.checkpoints import build_student, without_untrained_ends
 from modules.block_kd.targets import HEAD, loss_name, part_of, parts_of
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import (
@@ -24,7 +24,6 @@ from modules.block_kd.trainer import (
 )
 from modules.cli import SEED, not_negative, parser, positive, run
 from modules.errors import UserError
-from modules.search_space.macro_arch import ENDS
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, open_data
 from modules.training.distributed import add_distributed_arguments, distributed_job
@@ -141,15 +140,6 @@ def with_head(blocks, args, num_classes, teacher):
         raise UserError(f'{reason}; leave it out of --stage_list')
     note(f'{reason}; in a supernet it starts with random weights')
     return [block for block in blocks if block != HEAD]
-
-
-def without_untrained_ends(blocks, folder, quant):
-    """The blocks, without a stem or head that has no checkpoint: of before they were trained, or a published folder."""
-    for end in ENDS:
-        if end in blocks and not os.path.isfile(checkpoint_file(folder, end, quant)):
-            note(f'{checkpoint_file(folder, end, quant)}: not there; {end} is left out')
-            blocks = [block for block in blocks if block != end]
-    return blocks
 
 
 if __name__ == '__main__':

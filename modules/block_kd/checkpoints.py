@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import set_quant_mode
+from ..search_space.macro_arch import ENDS
 from ..search_space.superspace import get_superspace
 from ..training.checkpoint import checkpoint_name, load_checkpoint, load_weights, model_state
+from ..training.log import note
 from .student import new_student
 from .targets import HEAD, STEM, part_of, teacher_channels
 
@@ -96,3 +98,12 @@ def teacher_of(checkpoint):
     settings = settings if isinstance(settings, Mapping) else {}
     return tuple(value if isinstance(value, str) else None
                  for value in (settings.get('teacher'), settings.get('teacher weights')))
+
+
+def without_untrained_ends(blocks, folder, quant):
+    """The blocks, without a stem or head that has no checkpoint: of before they were trained, or a published folder."""
+    for end in ENDS:
+        if end in blocks and not os.path.isfile(checkpoint_file(folder, end, quant)):
+            note(f'{checkpoint_file(folder, end, quant)}: not there; {end} is left out')
+            blocks = [block for block in blocks if block != end]
+    return blocks
