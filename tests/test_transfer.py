@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modules.block_kd.checkpoints import load_student
+from modules.block_kd.checkpoints import load_student, without_untrained_ends
 from modules.block_kd.into_supernet import learn_first_blocks, start_from_blocks
 from modules.block_kd.student import new_student
 from modules.errors import UserError
@@ -98,6 +98,14 @@ def test_a_fused_convolution_differs_at_the_border_alone(name):
     assert with_bias.max() > 1e-3
     if 'SE' not in name:                            # squeeze-excitation spreads the border over the whole map
         assert with_bias[..., 14:-14, 14:-14].max() < 1e-5
+
+
+def test_ends_that_were_never_trained_are_left_out_with_a_line(tmp_path, capsys):
+    (tmp_path / 'head').mkdir()
+    (tmp_path / 'head' / 'checkpoint.pth').touch()
+    assert without_untrained_ends(['stem', 'stage1_0', 'head'], str(tmp_path), False) == ['stage1_0', 'head']
+    assert 'not there; stem is left out' in capsys.readouterr().err
+    assert without_untrained_ends(['stem', 'stage1_0', 'head'], str(tmp_path), True) == ['stage1_0']
 
 
 def test_the_head_is_joined_too():
