@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from modules.block_kd.into_supernet import learn_first_blocks, start_from_blocks
+from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import parser, run
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import compile_quantisers, prove_quantisers, set_quant_mode
@@ -79,7 +79,7 @@ def main(args):
         if args.init_block_kd:
             students, blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode)
             if not (args.resume and os.path.isfile(os.path.join(folder, checkpoint_name(args.quant_mode)))):
-                learn_first_blocks(model, students, data, recipe.batch_size_per_gpu, recipe.seed, job.device,
+                learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.seed, job.device,
                                    workers=args.num_workers)
         results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
                                  args.align_sample, args.amp and job.device.type == 'cuda', args.num_workers, blocks)

@@ -26,7 +26,7 @@ import torch
 from scipy.stats import spearmanr
 
 from modules import ROOT, usable_cores
-from modules.block_kd.into_supernet import learn_first_blocks, start_from_blocks
+from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import SEED, parser, positive, run
 from modules.errors import UserError
 from modules.latency import LatencyPredictor
@@ -93,7 +93,7 @@ def measure(supernet, constraint, predictor, args):
     model, job, blocks = build(supernet, data.num_classes, recipe, quant=False), Job(), None
     if args.init_block_kd:
         students, blocks = start_from_blocks(model, args.init_block_kd)
-        learn_first_blocks(model, students, data, recipe.batch_size_per_gpu, recipe.seed)
+        learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.seed)
     start = 'block_kd' if args.init_block_kd else 'scratch'
     folder = os.path.join(args.output, f'{plain_name(args.dataset)}-{start}-{args.steps}', str(supernet))
     train_supernet(model, data, recipe, folder, job, resume=True, align_sample=True, blocks=blocks)

@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from modules import ROOT
-from modules.block_kd.into_supernet import learn_first_blocks, start_from_blocks
+from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import SEED, parser, positive, run
 from modules.errors import UserError
 from modules.latency import LatencyPredictor
@@ -83,7 +83,7 @@ def train(args, supernet, rate, seed, folder):
         shutil.copy(os.path.join(args.output, args.after, 'checkpoint.pth'), folder)
     elif args.init_block_kd:
         students, blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode)
-        learn_first_blocks(model, students, data, recipe.batch_size_per_gpu, seed)
+        learn_rest(model, students, data, recipe.batch_size_per_gpu, seed)
     train_supernet(model, data, recipe, folder, Job(), args.quant_mode, resume=True, from_scratch=not args.after,
                    align_sample=True, blocks=blocks)
     return model, data

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from modules.block_kd.checkpoints import load_student, without_untrained_ends
-from modules.block_kd.into_supernet import learn_first_blocks, start_from_blocks
+from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.block_kd.student import new_student
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.modeling.transfer import assemble, copy_stage
 from modules.search_space.encoding import Supernet as Encoding
+from modules.search_space.macro_arch import HEAD_STAGES
 from modules.search_space.sampling import max_subnet
 from modules.search_space.superspace import SUPERSPACES
 from modules.training.calibrate import kept_statistics, norms
@@ -172,6 +173,13 @@ def test_a_block_that_begins_depth_wise_learns_to_do_without_the_projections(dig
                 x = supernet.stages[name].train()(x)
             projected = student.in_proj(students['stem'].out_proj(x))
             return nsr_loss(stage(x), student.stage.blocks[0].train()(projected)).item()
+
+
+    def right(supernet):
+        images, labels = next(iter(eval_loader(digits.valid, 64)))
+        with torch.no_grad(), kept_statistics(supernet):
+            supernet.set_max_subnet()
+            return (supernet.train()(images).argmax(1) == labels).float().mean().item()
     weights, space = [], dataclasses.replace(SUPERSPACES['demo'], name='small', resolutions=(32,),
                                              block_types=SUPERSPACES['onnxw'].block_types)
     monkeypatch.setitem(SUPERSPACES, 'small', space)
@@ -180,17 +188,19 @@ def test_a_block_that_begins_depth_wise_learns_to_do_without_the_projections(dig
         supernet = Supernet(_widest(space, (0, 1, 1)), 10)
         assemble(supernet, students.values())
         before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
-        learn_first_blocks(supernet, students, digits, 16, steps=steps)
+        learn_rest(supernet, students, digits, 16, steps=steps)
         assert not any(op.is_quantised for op in quantised_ops(supernet))
         changed = {name for name, tensor in supernet.state_dict().items() if not torch.equal(before[name], tensor)}
-        assert bool(changed) == bool(steps) and all(name.startswith('stages.stage1.blocks.0.') for name in changed)
-        weights.append((distance(supernet, students), supernet.state_dict()))
+        assert bool(changed) == bool(steps) and {name.split('.')[1] for name in changed} <= {'stage1', *HEAD_STAGES}
+        assert all(name.startswith('stages.stage1.blocks.0.') for name in changed if 'stage1' in name)
+        weights.append((distance(supernet, students), supernet.state_dict(), right(supernet)))
     assert weights[1][0] < 0.8 * weights[0][0]
+    assert weights[1][2] > 0.5 > weights[0][2]
     assert all(torch.equal(weights[1][1][name], weights[2][1][name]) for name in weights[1][1])
     set_quant_mode(supernet)
     for op in quantised_ops(supernet):
         op.scales_initialized = True
-    learn_first_blocks(supernet, students, digits, 16, steps=1)
+    learn_rest(supernet, students, digits, 16, steps=1)
     assert all(op.is_quantised for op in quantised_ops(supernet))
     assert not any(op.scales_initialized for op in quantised_ops(supernet.stages['stage1'].blocks[0]))
     assert all(op.scales_initialized for op in quantised_ops(supernet.stages['stage2']))
@@ -229,7 +239,7 @@ def test_a_supernet_starts_from_a_folder_of_blocks(blocks, capsys):
     supernet = _supernet()
     _, digests = start_from_blocks(supernet, str(blocks.parent))           # the superspace's name is added
     assert list(digests) == ['stem', 'stage1_0', 'stage2_1', 'stage3_2']
-    assert 'no checkpoint.pth of head: the head starts with random weights' in capsys.readouterr().err
+    assert 'no checkpoint.pth of head: the head learns the labels first' in capsys.readouterr().err
     student, _ = load_student('demo', 'stage2_1', str(blocks))
     block = supernet.stages['stage2'].blocks[1]
     assert torch.equal(block.se.fc['reduce'].weight, student.stage.blocks[1].se.fc['reduce'].weight[
