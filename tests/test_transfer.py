@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from modules.block_kd.checkpoints import load_student, without_untrained_ends
@@ -162,8 +163,9 @@ def test_scales_of_what_reads_or_holds_something_else_are_left_to_be_initialised
     assert all(op.sw != 1 for name, op in ops.items() if name not in left)
 
 
-def test_a_block_that_begins_depth_wise_learns_to_do_without_the_projections(digits, monkeypatch):
-    """Nearer to what the students compute than after assembling; nothing else changes, and it is reproducible."""
+def test_what_assembling_cannot_carry_over_is_learned(digits, monkeypatch):
+    """A depth-wise first block copies the students, a new head learns the labels; nothing else changes,
+    and it is reproducible."""
     def distance(supernet, students):
         stage, student = supernet.stages['stage1'].blocks[0].train(), students['stage1']
         student.set_active_sub_stage(stage.active.cin, [(stage.active.kernel, stage.active.cout, None)])
@@ -175,15 +177,15 @@ def test_a_block_that_begins_depth_wise_learns_to_do_without_the_projections(dig
             return nsr_loss(stage(x), student.stage.blocks[0].train()(projected)).item()
 
 
-    def right(supernet):
+    def loss(supernet):
         images, labels = next(iter(eval_loader(digits.valid, 64)))
         with torch.no_grad(), kept_statistics(supernet):
             supernet.set_max_subnet()
-            return (supernet.train()(images).argmax(1) == labels).float().mean().item()
+            return F.cross_entropy(supernet.train()(images), labels).item()
     weights, space = [], dataclasses.replace(SUPERSPACES['demo'], name='small', resolutions=(32,),
                                              block_types=SUPERSPACES['onnxw'].block_types)
     monkeypatch.setitem(SUPERSPACES, 'small', space)
-    for steps in (0, 60, 60):
+    for steps in (0, 25, 25):
         students = dict(zip(('stem', *space.searchable_stages), _students(space, (0, 1, 1))[:-1]))
         supernet = Supernet(_widest(space, (0, 1, 1)), 10)
         assemble(supernet, students.values())
@@ -193,9 +195,9 @@ def test_a_block_that_begins_depth_wise_learns_to_do_without_the_projections(dig
         changed = {name for name, tensor in supernet.state_dict().items() if not torch.equal(before[name], tensor)}
         assert bool(changed) == bool(steps) and {name.split('.')[1] for name in changed} <= {'stage1', *HEAD_STAGES}
         assert all(name.startswith('stages.stage1.blocks.0.') for name in changed if 'stage1' in name)
-        weights.append((distance(supernet, students), supernet.state_dict(), right(supernet)))
+        weights.append((distance(supernet, students), supernet.state_dict(), loss(supernet)))
     assert weights[1][0] < 0.8 * weights[0][0]
-    assert weights[1][2] > 0.5 > weights[0][2]
+    assert weights[1][2] < weights[0][2] - 0.05
     assert all(torch.equal(weights[1][1][name], weights[2][1][name]) for name in weights[1][1])
     set_quant_mode(supernet)
     for op in quantised_ops(supernet):
