@@ -79,8 +79,8 @@ def main(args):
         if args.init_block_kd:
             students, blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode)
             if not (args.resume and os.path.isfile(os.path.join(folder, checkpoint_name(args.quant_mode)))):
-                learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.seed, job.device,
-                                   workers=args.num_workers)
+                learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, recipe.seed, job.device,
+                           args.num_workers)
         results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
                                  args.align_sample, args.amp and job.device.type == 'cuda', args.num_workers, blocks)
     if job.is_main:

@@ -93,7 +93,7 @@ def measure(supernet, constraint, predictor, args):
     model, job, blocks = build(supernet, data.num_classes, recipe, quant=False), Job(), None
     if args.init_block_kd:
         students, blocks = start_from_blocks(model, args.init_block_kd)
-        learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.seed)
+        learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, recipe.seed)
     start = 'block_kd' if args.init_block_kd else 'scratch'
     folder = os.path.join(args.output, f'{plain_name(args.dataset)}-{start}-{args.steps}', str(supernet))
     train_supernet(model, data, recipe, folder, job, resume=True, align_sample=True, blocks=blocks)

@@ -83,7 +83,7 @@ def train(args, supernet, rate, seed, folder):
         shutil.copy(os.path.join(args.output, args.after, 'checkpoint.pth'), folder)
     elif args.init_block_kd:
         students, blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode)
-        learn_rest(model, students, data, recipe.batch_size_per_gpu, seed)
+        learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, seed)
     train_supernet(model, data, recipe, folder, Job(), args.quant_mode, resume=True, from_scratch=not args.after,
                    align_sample=True, blocks=blocks)
     return model, data

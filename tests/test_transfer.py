@@ -190,7 +190,7 @@ def test_what_assembling_cannot_carry_over_is_learned(digits, monkeypatch):
         supernet = Supernet(_widest(space, (0, 1, 1)), 10)
         assemble(supernet, students.values())
         before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
-        learn_rest(supernet, students, digits, 16, steps=steps)
+        learn_rest(supernet, students, digits, 16, steps)
         assert not any(op.is_quantised for op in quantised_ops(supernet))
         changed = {name for name, tensor in supernet.state_dict().items() if not torch.equal(before[name], tensor)}
         assert bool(changed) == bool(steps) and {name.split('.')[1] for name in changed} <= {'stage1', *HEAD_STAGES}
@@ -202,7 +202,7 @@ def test_what_assembling_cannot_carry_over_is_learned(digits, monkeypatch):
     set_quant_mode(supernet)
     for op in quantised_ops(supernet):
         op.scales_initialized = True
-    learn_rest(supernet, students, digits, 16, steps=1)
+    learn_rest(supernet, students, digits, 16, 1)
     assert all(op.is_quantised for op in quantised_ops(supernet))
     assert not any(op.scales_initialized for op in quantised_ops(supernet.stages['stage1'].blocks[0]))
     assert all(op.scales_initialized for op in quantised_ops(supernet.stages['stage2']))
@@ -315,7 +315,7 @@ def test_a_killed_start_from_blocks_is_resumed_by_the_same_command(blocks, tmp_p
     def train(folder, *more, **how):
         return run_script('train_supernet.py', '--config-file', 'supernet_training_configs/demo.yaml', '--superspace',
                           'demo', '--supernet_choice', '012', '--init_block_kd', blocks, '--dataset', 'digits',
-                          '--valid_size', 40, '--augment', 'none', '--batch_size_per_gpu', 16, '--max_steps', 3,
+                          '--valid_size', 40, '--augment', 'none', '--batch_size_per_gpu', 16, '--max_steps', 3, '--init_steps', 2,
                           '--epochs', 2, '--checkpoint_freq', 1, '--num_valid_images', 40, '--num_calib_batches', 2,
                           '--output_path', tmp_path / folder, '--device', 'cpu', '--num_workers', 0, *more, ranks=2,
                           **how)

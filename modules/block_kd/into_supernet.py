@@ -28,7 +28,7 @@ from ..training.optim import cosine, parameter_groups, set_learning_rate
 from .checkpoints import checkpoint_file, load_student, read_block, teacher_of, training_command
 from .targets import HEAD, STEM
 
-STEPS, LEARNING_RATE = 100, 0.005           # of what learn_rest() trains, Adam
+LEARNING_RATE = 0.005                       # of what learn_rest() trains, Adam
 
 
 def start_from_blocks(supernet, folder, quant=False):
@@ -83,7 +83,7 @@ def _check_teachers(loaded, folder, quant):
         channels = student.out_proj and student.out_proj.out_channels
 
 
-def learn_rest(supernet, students, data, batch_size, seed=0, device='cpu', steps=STEPS, workers=0):
+def learn_rest(supernet, students, data, batch_size, steps, seed=0, device='cpu', workers=0):
     """Train what assembling cannot carry over, everything else held fixed: first blocks that begin depth-wise, a head.
 
     students: of start_from_blocks(). Such a block learns to compute what the students with their projections do; a head

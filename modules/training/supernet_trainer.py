@@ -64,6 +64,8 @@ class SupernetRecipe:
     checkpoint_freq: int = _setting(500, 'steps between checkpoints', least=1)
     max_steps: int = _setting(0, 'steps of an epoch, for short runs; 0: all')
     num_valid_images: int = _setting(0, 'of the validation, for short runs; 0: all')
+    init_steps: int = _setting(100, 'of Adam, before the training, for what --init_block_kd cannot bring: a head of '
+                               'other classes, first blocks that begin depth-wise')
     zero_last_gamma: bool = _setting(True, "start a block's last batch norm at 0 where it always has a shortcut")
     seed: int = _setting(0, 'of weights, subnets, dropout and augmentation',
                          most=2 ** 32 - 1)
