@@ -313,12 +313,12 @@ def test_training_goes_on_from_the_same_blocks_only(blocks, digits, tmp_path):
 def test_a_killed_start_from_blocks_is_resumed_by_the_same_command(blocks, tmp_path):
     """On two ranks: they start with equal weights, and end with the unbroken run's."""
     def train(folder, *more, **how):
-        return run_script('train_supernet.py', '--config-file', 'supernet_training_configs/demo.yaml', '--superspace',
-                          'demo', '--supernet_choice', '012', '--init_block_kd', blocks, '--dataset', 'digits',
-                          '--valid_size', 40, '--augment', 'none', '--batch_size_per_gpu', 16, '--max_steps', 3,
-                          '--init_steps', 2, '--epochs', 2, '--checkpoint_freq', 1, '--num_valid_images', 40,
-                          '--num_calib_batches', 2, '--output_path', tmp_path / folder, '--device', 'cpu', '--num_workers', 0, *more, ranks=2,
-                          **how)
+        return run_script(
+            'train_supernet.py', '--config-file', 'supernet_training_configs/demo.yaml', '--superspace', 'demo',
+            '--supernet_choice', '012', '--init_block_kd', blocks, '--dataset', 'digits', '--valid_size', 40,
+            '--augment', 'none', '--batch_size_per_gpu', 16, '--max_steps', 3, '--init_steps', 2, '--epochs', 2,
+            '--checkpoint_freq', 1, '--num_valid_images', 40, '--num_calib_batches', 2, '--output_path',
+            tmp_path / folder, '--device', 'cpu', '--num_workers', 0, *more, ranks=2, **how)
     path = 'demo-012-000-align0/checkpoint.pth'
     train('whole')
     train('broken', kill_when=str(tmp_path / 'broken' / path))
