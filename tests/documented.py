@@ -39,7 +39,8 @@ SHORTER = {
                          {'onnxw': '--hw_list 64 --platform onnx_lut', 'fashion-mnist': SMALL}),
     'search_block_kd.py': ('', {'--lut_path': SPACES, '--plugin': '--latency_constraint 100'}),
     'train_supernet.py': (f'--batch_size_per_gpu 2 --max_steps 1 --epochs 1 --num_valid_images 4 --num_calib_batches 1 '
-                          f'{DATA} {CPU}', {'fashion-mnist': f'--output_path checkpoints/trained {DIGITS}'}),
+                          f'{DATA} {CPU}', {'fashion-mnist': f'--output_path checkpoints/trained {DIGITS}',
+                                           '--init_block_kd': '--init_steps 1'}),
     'search_subnet.py': (f'{EVALUATION} --population_size 2 --num_rounds 1 --num_mutations 1 --num_crossovers 1 '
                          '--num_valid_images 2', {'fashion-mnist': DIGITS, 'my_host': '--platform onnx_lut', '--plugin':
                                                   '--latency_constraint 5 --latency_delta 4.9 '
