@@ -198,6 +198,9 @@ def test_a_sandwich_trains_max_random_and_min(digits, monkeypatch):
     assert len({subnet for subnet, _ in seen}) == 4
     grads = {name: p.grad for name, p in supernet.named_parameters() if p.grad is not None}
     assert all(torch.isfinite(grad).all() for grad in grads.values())
+    seen.clear()
+    sandwich(supernet, images, labels, recipe, random.Random(0), smallest=False)
+    assert len(seen) == 4 and min_subnet(supernet.encoding) not in [subnet for subnet, _ in seen]
     assert any(name.startswith('stages.stage3.blocks.2.') for name in grads)      # only max is that deep for sure
 
 

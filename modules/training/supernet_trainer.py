@@ -52,6 +52,8 @@ class SupernetRecipe:
     dropout: float = _setting(0.2, 'before the last layer of the largest subnet', below=1)
     grad_clip_value: float = _setting(1.0, 'bound of each gradient')
     num_arch_training: int = _setting(4, 'subnets a step: largest, random ones, smallest', least=1)
+    smallest_freq: int = _setting(1, 'steps between those that train the smallest subnet; in the others another random '
+                                  'one takes its place', least=1)
     alpha_min: float = _setting(-1.0, 'smaller alpha of the adaptive alpha-divergence', least=-math.inf)
     alpha_max: float = _setting(1.0, 'larger alpha', least=-math.inf)
     iw_clip: float = _setting(5.0, 'bound of its importance weights')
@@ -176,7 +178,8 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
                                   round(recipe.warmup_epochs * steps))
     training.optimizer.zero_grad(set_to_none=True)
     losses = sandwich(supernet, images.to(job.device, non_blocking=True), labels.to(job.device, non_blocking=True),
-                      recipe, random.Random(f'{recipe.seed} {epoch} {step}'), align_sample, amp)
+                      recipe, random.Random(f'{recipe.seed} {epoch} {step}'), align_sample, amp,
+                      smallest=step % recipe.smallest_freq == 0)
     losses = average(torch.stack(losses).tolist(), job)
     if not all(map(math.isfinite, losses)):
         raise training.failure(f'{supernet.encoding}: step {step} (epoch {epoch}): the loss is not finite')
@@ -190,22 +193,23 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
     training.step = step + 1
     if writer and step % 20 == 0:
         writer.add_scalar('loss/max', losses[0], step)
-        writer.add_scalar('loss/min', losses[-1], step)
+        if step % recipe.smallest_freq == 0:
+            writer.add_scalar('loss/min', losses[-1], step)
         writer.add_scalar('learning rate', learning_rate, step)
 
 
-def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False):
+def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False, smallest=True):
     """Backward of the largest, random and the smallest subnet, gradients summed; returns their losses (tensors).
 
     The largest learns from the labels, with dropout; the others from its answers. rng: random.Random that draws
-    the random subnets, the same on every rank.
+    the random subnets, the same on every rank; smallest: whether the last is the smallest, else it is random too.
     """
     supernet.train()
     losses = []
     for i in range(recipe.num_arch_training):
         if i == 0:
             supernet.set_max_subnet()
-        elif i == recipe.num_arch_training - 1:
+        elif smallest and i == recipe.num_arch_training - 1:
             supernet.set_min_subnet()
         else:
             supernet.sample_active_subnet(rng, align_sample)
