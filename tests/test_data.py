@@ -405,7 +405,13 @@ def test_auto_augment_adds_to_default(folders):
         for operation in pair:
             operation.prob = 1
             assert operation(CHINA).size == CHINA.size
-    assert policy.policy[0][0].hparams == {'translate_const': int(.45 * SIZE), 'img_mean': (124, 116, 104)}
+            if operation.name == 'Posterize':
+                kept = [operation.level_fn(level, operation.hparams)[0] for level in (0, 2.4, 2.5, 6, 10)]
+                assert kept == [4, 4, 5, 6, 8]
+                assert np.asarray(operation(CHINA)).max() > 0
+    hparams = policy.policy[0][0].hparams
+    assert len(hparams.pop('interpolation')) == 3
+    assert hparams == {'translate_const': int(.45 * SIZE), 'img_mean': (124, 116, 104), 'magnitude_std': 0.5}
 
 
 @pytest.mark.parametrize('augment', ['default', 'auto_augment_tf'])

@@ -112,7 +112,7 @@ def test_channels_strides_and_sizes(b5, lite0):
                 assert output.shape[2] == -(-resolution // teacher.stage_strides[name])
 
 
-@pytest.mark.parametrize('arch, timm_name', [('efficientnet-b0', 'tf_efficientnet_b0'),
+@pytest.mark.parametrize('arch, timm_name', [('efficientnet-b0', 'tf_efficientnet_b0.aa_in1k'),
                                              ('efficientnet_lite0', 'tf_efficientnet_lite0'),
                                              ('efficientnet_b0.ra_in1k', 'efficientnet_b0')])
 def test_fp32_is_timms_network_at_any_size(arch, timm_name):
