@@ -39,7 +39,7 @@ TRAINING = [*SHORT, '--batch_size_per_gpu', 2, '--max_steps', 1, '--epochs', 1, 
 EVALUATION = [*SHORT, '--batch_size', 2, '--num_eval_images', 2]
 SEARCH = [*EVALUATION, '--population_size', 2, '--num_rounds', 1, '--num_mutations', 1, '--num_crossovers', 1,
           '--num_valid_images', 2, '--valid_size', 4]
-DOWNSTREAM = [*EVALUATION, '--num_epochs', 1, '--max_steps', 1, '--learning_rate', 0.01, '--weight_decay', 4e-5]
+DOWNSTREAM = [*EVALUATION, '--num_epochs', 1, '--max_steps', 1, '--learning_rate', 0.01]
 MOBILEW, ONNXW = 'mobilew-123214-012321', 'onnxw-121122-133333'
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from modules.deploy.runtimes import ONNX, TFLITE
 from modules.deploy.store import Entry, read_entries, read_model, write_model
-from modules.search_space.encoding import parse_subnet
 from modules.search_space.sampling import max_subnet, min_subnet
 
 from .blocks import DEMO, subnet_list, write_trained
@@ -97,9 +96,15 @@ def test_models_are_used_again(tools, tmp_path, monkeypatch, capsys):
     assert all(word in output for word in ('mean', 'median', 'p5', 'p95', 'with random weights'))
     lines = (models / 'latency.csv').read_text().split('\n')
     assert len(lines) == 3 and lines[2] == ''
-    encoding, fp32, int8_ms, speed_up = lines[0].split(',')
-    assert parse_subnet(encoding) and float(speed_up) == pytest.approx(float(fp32) / float(int8_ms), rel=0.01)
+    name, fp32, int8_ms, speed_up, device, software = lines[0].split(',')
+    assert name == f'demo-{DEMO.choice}-{min_subnet(DEMO)}' and device and software.startswith(runtime.name)
+    assert float(speed_up) == pytest.approx(float(fp32) / float(int8_ms), rel=0.01)
+    path.write_text(path.read_text().replace(DEMO.choice, DEMO.choice.replace('_', '-')))
+    assert as_it_was('--seed', 1) == 1                                  # the same models by the other spelling
     assert sorted(os.listdir(models)) == sorted([*files, 'latency.csv'])
+    os.remove(models / plain)
+    as_it_was('--seed', 1)
+    assert sorted(os.listdir(models)) == sorted([plain.replace('012_000', '012-000'), int8, 'latency.csv'])
 
 
 def test_two_exports_at_once_do_not_mix(tools, tmp_path):

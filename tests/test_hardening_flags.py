@@ -190,7 +190,8 @@ FLAGS += [
     for value in ('-1', 'x', '1.5', 'nan')
 ]
 FLAGS += [(run, 'num_workers', '100000') for run in LOADING]
-FLAGS += [(run, 'augment', 'mixup') for run in LOADING] + [(run, 'dataset', 'cats') for run in LOADING]
+FLAGS += [(run, 'augment', 'mixup') for run in ('teacher', 'block_kd', 'downstream')]
+FLAGS += [(run, 'dataset', 'cats') for run in LOADING]
 FLAGS += [(run, 'device', 'tpu') for run in LOADING if 'onnx' not in run and run != 'export']
 FLAGS += [(run, 'local_rank', value) for run in ('supernet', 'spaces', 'lut') for value in ('-1', 'x', '1.5')]
 FLAGS += [

@@ -13,8 +13,9 @@ from modules.block_kd.lut import read_luts
 from modules.block_kd.score import ExactEstimator, IndependentEstimator, SampleEstimator, Tables, tail_of_draws
 from modules.block_kd.searcher import BlockKDSearcher, lut_ids, num_spaces, search_spaces, uniform_spaces
 from modules.errors import UserError
-from modules.search_space.encoding import parse_supernet
-from modules.search_space.sampling import sample_supernet
+from modules.latency import LatencyPredictor
+from modules.search_space.encoding import parse_supernet, subnet_config
+from modules.search_space.sampling import max_subnet, min_subnet, sample_supernet
 from modules.search_space.superspace import get_superspace
 
 from .conftest import REFERENCE, needs_reference
@@ -205,7 +206,9 @@ def test_search_commands(tmp_path, superspace, constraints, platform):
     assert len(rows) == 50 and rows[0]['supernet'].startswith(superspace)
     scores = [float(row['score']) for row in rows]
     assert scores == sorted(scores, reverse=True)
-    assert all(float(row['min_latency_ms']) < float(row['max_latency_ms']) for row in rows)
+    best, predictor = rows[0]['supernet'], LatencyPredictor(platform)
+    for name, extreme in (('min_latency_ms', min_subnet), ('max_latency_ms', max_subnet)):
+        assert rows[0][name] == f'{predictor.predict_subnet(subnet_config(best, extreme(best))):.4f}'
     assert 'best' in result.stdout and '60/60' in result.stderr and (folder / 'search.log').read_text().count('\n') >= 3
     assert any(name.startswith('events.out.tfevents') for name in os.listdir(folder))
     assert not [name for name in os.listdir(folder) if '.tmp' in name]

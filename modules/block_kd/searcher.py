@@ -1,13 +1,14 @@
 """The Q-T score of spaces from block LUTs, and the evolution over spaces (SpaceEvo, section 3)."""
 import hashlib
 import math
+from functools import cached_property
 from typing import NamedTuple
 
 from .. import evolution
 from ..errors import UserError
 from ..files import write_csv
 from ..search_space import sampling
-from ..search_space.encoding import Supernet, parse_supernet, stage_config
+from ..search_space.encoding import Supernet, parse_supernet, stage_config, subnet_config
 from ..search_space.macro_arch import IMAGE_CHANNELS, SEARCHABLE_STAGES
 from ..search_space.superspace import get_superspace
 from .lut import read_luts
@@ -57,12 +58,14 @@ class PlatformLatency(dict):
 
     def __init__(self, superspace, platform, **options):
         super().__init__()
-        self.superspace, self.platform, self.options, self.predictor = superspace, platform, options, None
+        self.superspace, self.platform, self.options = superspace, platform, options
+
+    @cached_property
+    def predictor(self):
+        from ..latency import LatencyPredictor
+        return LatencyPredictor(self.platform, **self.options)
 
     def __missing__(self, resolution):
-        if self.predictor is None:
-            from ..latency import LatencyPredictor
-            self.predictor = LatencyPredictor(self.platform, **self.options)
         self[resolution] = float(sum(self.predictor.predict_block(*config[1:])
                                      for config in unsearched_blocks(self.superspace, resolution)))
         return self[resolution]
@@ -98,8 +101,8 @@ class BlockKDSearcher:
             raise UserError(f'estimator {estimator!r} is not one of {" ".join(ESTIMATORS)}')
         self.t, self.a = lat_loss_t, lat_loss_a
         luts = read_luts(lut_dir, self.superspace, wanted)
-        latency = PlatformLatency(self.superspace, self.platform, fallback=fallback, trust_pickles=trust_pickles)
-        self.tables = Tables(luts, self.superspace, latency)
+        self.latency = PlatformLatency(self.superspace, self.platform, fallback=fallback, trust_pickles=trust_pickles)
+        self.tables = Tables(luts, self.superspace, self.latency)
         options = {} if estimator == 'exact' else {'seed': seed}
         self.estimator = ESTIMATORS[estimator](self.tables, self.constraints, **options)
         self.settings = {'superspace': self.superspace.name, 'platform': self.platform,
@@ -149,8 +152,9 @@ class BlockKDSearcher:
         return tuple(self.evaluate(self.parse(text))[:3])
 
     def latency_range(self, supernet):
-        """(smallest, largest) latency in ms of the space's subnets as the LUT rows have them."""
-        return self.tables.latency_range(lut_ids(supernet))
+        """Predicted latency in ms of the smallest and of the largest subnet of a Supernet."""
+        return tuple(self.latency.predictor.predict_subnet(subnet_config(supernet, extreme(supernet)))
+                     for extreme in (sampling.min_subnet, sampling.max_subnet))
 
     def check_entry(self, encoding, numbers):
         """ValueError or UserError for what cannot be the SpaceScore.numbers() of a space that is searched."""

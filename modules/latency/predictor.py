@@ -12,9 +12,11 @@ with SpaceEvo (ICCV 2023); fitting.py says how, and prints their errors on held-
 build_predictor.py, whose report is in its folder.
 """
 import os
+from functools import cache
 
 import numpy as np
 
+from ..cli import note
 from ..modeling.complexity import sub_stage_config
 from .kernel_model import LatencyError
 from .tables import DATA, as_block, format_key, load_platform, read_table
@@ -142,15 +144,24 @@ def _platforms():
     return sorted(entry.name for entry in os.scandir(DATA) if entry.is_dir())
 
 
+_say = cache(note)              # once, however many predictors are opened
+
+
 def _open_platform(platform, fallback, trust_pickles):
     """({Block: ms}, model or None); a model has predict_blocks(Blocks) -> ms."""
     if platform.endswith('.json'):
         table = read_table(platform)
         return table, TableModel(platform, table) if fallback else None
+    from . import nn_meter_adapter
     folder = os.path.join(DATA, platform)
     if os.path.basename(platform) == platform and os.path.isdir(folder):
-        return load_platform(folder)
-    from . import nn_meter_adapter
+        if not nn_meter_adapter.is_registered(platform):
+            return load_platform(folder)
+        if not trust_pickles:
+            _say(f'{platform}: the model in {folder}; a predictor of this name is registered with nn-Meter, which '
+                 '--trust_pickles would use')
+            return load_platform(folder)
+        _say(f'{platform}: the predictor that is registered with nn-Meter, not the model in {folder}')
     try:
         return {}, nn_meter_adapter.load(platform, trust_pickles)
     except LatencyError as error:

@@ -29,6 +29,7 @@ from .log import note
 from .parallel import default_workers
 from .sources import LAYOUTS, open_source, plain_name
 
+VALID_SIZE = 50000              # held out, where nothing else is said
 SPLIT_SEED = 2147483647         # the held-out images are the same in every run, whatever --seed says
 AUGMENTATIONS = ('default', 'auto_augment_tf', 'none')
 NORMALIZATIONS = {              # mean and std of the three channels, of pixels in 0..1
@@ -181,33 +182,35 @@ def _auto_augment(image_size, mean):
     return transform
 
 
-def add_data_arguments(parser):
-    """--dataset_path (also --dataset_dir, --imagenet_path), --dataset, --num_workers, --valid_size, --augment."""
-    parser.add_argument('--dataset_path', '--dataset_dir', '--imagenet_path', dest='dataset_path',
+def add_data_arguments(parser, trains=True, more_paths=('--imagenet_path',)):
+    """--dataset_path (also --dataset_dir and more_paths), --dataset, --num_workers, --valid_size, and --augment where
+    a script `trains`."""
+    parser.add_argument('--dataset_path', '--dataset_dir', *more_paths, dest='dataset_path',
                         default='./dataset', help=f'ImageNet: {LAYOUTS}')
     parser.add_argument('--dataset', default='imagenet', help='imagenet, digits, or any of torchvision by name')
     parser.add_argument('--num_workers', type=within(int, 0, 1024), default=min(8, default_workers()),
                         help='loader processes per rank')
-    parser.add_argument('--valid_size', type=not_negative(int), default=50000,
+    parser.add_argument('--valid_size', type=not_negative(int), default=VALID_SIZE,
                         help='training images held out for validation')
-    parser.add_argument('--augment', choices=AUGMENTATIONS, default='default',
-                        help='of the training images')
+    if trains:
+        parser.add_argument('--augment', choices=AUGMENTATIONS, default='default', help='of the training images')
 
 
-def open_data(path, dataset='imagenet', valid_size=50000, augment='default', image_size=224, labelled=True,
-              seed=0, normalize='imagenet'):
+def open_data(path, dataset='imagenet', valid_size=VALID_SIZE, augment='default', image_size=224, labelled=True,
+              seed=0, normalize='imagenet', original=False):
     """Data of a data set by name; images are (3, image_size, image_size), normalised.
 
     path: ImageNet's folder, or where torchvision's data sets lie or are downloaded to. labelled=False: any
     folder of pictures does (or ImageNet's, or its tars); their labels are then 0, and where there is no val/, the
     held-out images are the test images too.
     Data sets with a name keep their labels.
-    valid: valid_size images of train, at most a fifth of it.
+    valid: valid_size images of train, at most a fifth of it. original: as the original's fine-tuning takes them, small
+    pictures by random resized crops too, and without a val split.
     Raises UserError: unknown name or layout, nothing found, failed download.
     """
     name = plain_name(dataset)
-    source, test_source, num_classes = open_source(path, dataset, labelled, 4 * image_size)
-    train_transform, eval_transform = build_transforms(image_size, augment, normalize, source.small,
+    source, test_source, num_classes = open_source(path, dataset, labelled, 4 * image_size, original)
+    train_transform, eval_transform = build_transforms(image_size, augment, normalize, source.small and not original,
                                                        flip=name not in NO_FLIP)
     broken = {}
 

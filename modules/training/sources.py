@@ -111,10 +111,11 @@ class Named:
         return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image), int(label)
 
 
-def open_source(path, dataset, labelled, min_side):
+def open_source(path, dataset, labelled, min_side, train_alone=False):
     """(train source, test source or None, number of classes, 0 for unlabelled) of a data set by name.
 
     A source gives (RGB PIL image, label) by index and has name(index) and small. min_side: as for Pictures.
+    train_alone: without the val split where there is one.
     """
     path, name = os.path.expanduser(path), plain_name(dataset)
     if name == 'imagenet':
@@ -124,7 +125,7 @@ def open_source(path, dataset, labelled, min_side):
         digits = load_digits()
         pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
         return Named('digits', _Arrays(pixels, digits.target)), None, 10
-    return _open_torchvision(path, dataset, name)
+    return _open_torchvision(path, dataset, name, train_alone)
 
 
 def plain_name(name):
@@ -253,7 +254,7 @@ class _Arrays:
         return self.images[index], int(self.labels[index])
 
 
-def _open_torchvision(path, dataset, name):
+def _open_torchvision(path, dataset, name, train_alone):
     """(train source, test source or None, number of classes)."""
     known = {plain_name(key): key for key in TORCHVISION}
     if name not in known:
@@ -273,7 +274,7 @@ def _open_torchvision(path, dataset, name):
     if 'train' in parameters or name in ('emnist', 'qmnist'):
         choices = [{'train': True, **fixed}, {'train': False, **fixed}]
     elif 'split' in parameters:
-        choices = [*({'split': split} for split in train_splits), {'split': test_split}]
+        choices = [*({'split': split} for split in train_splits[:1 if train_alone else None]), {'split': test_split}]
     else:
         choices = [{}]
     parts = _local_or_download(path, dataset, cls, choices)
