@@ -10,6 +10,7 @@ statistics of its own; with --valid_size N accuracy on N held-out training image
 of given subnets a breakdown by block, without any the distribution of random subnets with its picture. Both write a CSV
 below --output_path.
 """
+import contextlib
 import os
 import random
 
@@ -26,6 +27,7 @@ from modules.search_space.superspace import SUPERSPACES
 from modules.subnet_report import add_evaluation_arguments, evaluate_all, evaluation
 from modules.training.checkpoint import precision
 from modules.training.data import VALID_SIZE
+from modules.training.distributed import distributed_job
 from modules.zoo import CHECKPOINTS, EXTREMES, choose_subnet, find_checkpoint
 
 
@@ -49,8 +51,10 @@ def get_args():
 
 
 def main(args):
-    for supernet in [find_supernet(choice, args.superspace) for choice in args.supernet_choice]:
-        evaluate_supernet(supernet, args)
+    supernets = [find_supernet(choice, args.superspace) for choice in args.supernet_choice]
+    with distributed_job(args.local_rank, args.device) if args.mode == 'acc' else contextlib.nullcontext():
+        for supernet in supernets:
+            evaluate_supernet(supernet, args)
 
 
 def evaluate_supernet(supernet, args):

@@ -35,7 +35,10 @@ def add_distributed_arguments(parser):
 
 @contextlib.contextmanager
 def distributed_job(local_rank=None, device='auto'):
-    """The Job of this process; joins the process group that RANK and WORLD_SIZE announce, leaves it at the end."""
+    """The Job of this process; joins the process group that RANK and WORLD_SIZE announce, leaves it at the end.
+
+    Inside another one it is the same job.
+    """
     if device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: torch sees no GPU here')
     use_cuda = device != 'cpu' and torch.cuda.is_available()
@@ -44,8 +47,8 @@ def distributed_job(local_rank=None, device='auto'):
     place = torch.device('cuda', local_rank % torch.cuda.device_count()) if use_cuda else torch.device('cpu')
     if use_cuda:
         torch.cuda.set_device(place)
-    if 'RANK' not in os.environ:
-        yield Job(device=place)
+    if 'RANK' not in os.environ or dist.is_initialized():
+        yield Job(dist.get_rank(), dist.get_world_size(), place) if dist.is_initialized() else Job(device=place)
         return
     shared = use_cuda and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > torch.cuda.device_count()
     try:

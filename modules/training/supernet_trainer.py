@@ -138,7 +138,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
 def validate_checkpoint(supernet, data, recipe, folder, job, quant=False, align_sample=False, workers=0):
     """What train_supernet() returns, of the checkpoint in `folder` as it is."""
     load_weights(supernet, os.path.join(folder, checkpoint_name(quant)), str(supernet.encoding))
-    supernet.to(job.device)
+    supernet.to(job.device, memory_format=torch.channels_last)
     calibration, valid = _images(data, recipe, job, workers)
     return {name: evaluate_subnet(supernet, subnet, calibration, valid, job)._asdict()
             for name, subnet in _validated(supernet, recipe.seed, align_sample).items()}
