@@ -125,7 +125,8 @@ def test_flops_can_stand_in_the_place_of_latency(small):
     searcher = BlockKDSearcher(small, 'onnx', 'mflops', 300)
     for lut_id, lut in read_luts(small, 'onnx').items():
         assert sorted(np.concatenate([flops for flops, _ in searcher.tables.rows[lut_id]])) == sorted(lut.flops)
-    fixed = [config_complexity(searcher_module.unsearched_blocks('onnx', resolution))[0] for resolution in searcher.tables.resolutions]
+    fixed = [config_complexity(searcher_module.unsearched_blocks('onnx', resolution))[0]
+             for resolution in searcher.tables.resolutions]
     assert searcher.tables.fixed == pytest.approx(fixed)
     assert searcher.name() == 'onnx, 300 MFLOPs'
 
