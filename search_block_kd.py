@@ -39,7 +39,7 @@ def get_args():
     parser = cli.parser(__doc__)
     parser.add_argument('--superspace', required=True, help='mobilew, onnxw, …')
     parser.add_argument('--latency_constraint', type=cli.positive(float), nargs='+', required=True,
-                        help='latency constraints in ms; the scores under several add up')
+                        help='latency constraints in ms (of --platform mflops: MFLOPs); scores under several add up')
     add_platform_arguments(parser)
     parser.add_argument('--latency_loss_t', type=cli.positive(float), default=0.1, help='t of max(1, (t/p)^a)')
     parser.add_argument('--latency_loss_a', type=cli.positive(float), default=0.01, help='a of max(1, (t/p)^a)')

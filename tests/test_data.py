@@ -262,6 +262,46 @@ def test_fashion_mnist(tmp_path):
         open_data(tmp_path, 'fashion-mnist')
 
 
+def test_solar_cells(tmp_path):
+    """ELPV as its package has it: whole cells, defective above a probability of a half, the same quarter for tests."""
+    (tmp_path / 'elpv/images').mkdir(parents=True)
+    lines = []
+    for i, photo in enumerate(photos(64, side=120)):
+        photo.convert('L').save(tmp_path / f'elpv/images/cell{i:04d}.png')
+        lines.append(f'images/cell{i:04d}.png  {(0.0, 1 / 3, 2 / 3, 1.0)[i // 2 % 4]:.16f} {("mono", "poly")[i % 2]}\n')
+    (tmp_path / 'elpv/labels.csv').write_text(''.join(lines))
+    data = load(tmp_path, 'elpv', valid_size=8)
+    assert (len(data.train), len(data.valid), len(data.test), data.num_classes) == (40, 8, 16, 2)
+    assert sorted(data.test.source.labels) == [0] * 8 + [1] * 8
+    assert names(load(tmp_path, 'ELPV', seed=7, valid_size=8).test) == names(data.test)
+    assert 'Crop' not in str(data.test.transform)
+    (tmp_path / 'elpv/labels.csv').write_text('images/cell0000.png functional\n')
+    with pytest.raises(UserError, match='labels.csv: expected lines of picture, probability of a defect and type'):
+        load(tmp_path, 'elpv')
+
+
+@pytest.mark.slow
+def test_data_sets_out_of_packages(tmp_path, monkeypatch):
+    """Without being root, where a mirror can be reached."""
+    monkeypatch.setattr(sources, 'DEBIAN', str(tmp_path / 'none'))
+    for name, train, test in (('fashion-mnist', 60000, 10000), ('elpv', 1968, 656)):
+        try:
+            data = open_data(tmp_path, name, 0)
+        except UserError as error:
+            pytest.skip(str(error))
+        assert (len(data.train), len(data.test)) == (train, test)
+        assert not [entry for entry in os.listdir(tmp_path) if entry.startswith('.')]
+
+
+def test_a_mirror_that_is_not_reached_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'DEBIAN', str(tmp_path / 'none'))
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setattr(datasets.FashionMNIST, 'download', lambda self: (_ for _ in ()).throw(OSError('no route')))
+    with pytest.raises(UserError, match="no route; Debian's package: apt-get: .*No such file"):
+        open_data(tmp_path / 'here', 'fashion-mnist')
+    assert not (tmp_path / 'here').exists()
+
+
 def test_torchvision_data_set_by_name(tmp_path):
     """FGVC Aircraft and DTD as torchvision keeps them, with photos of our own; DTD trains on train and val."""
     root = tmp_path / 'fgvc-aircraft-2013b/data'

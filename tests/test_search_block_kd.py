@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from modules import ROOT, evolution
+from modules.block_kd import searcher as searcher_module
 from modules.block_kd.lut import read_luts
 from modules.block_kd.score import ExactEstimator, IndependentEstimator, SampleEstimator, Tables, tail_of_draws
 from modules.block_kd.searcher import BlockKDSearcher, lut_ids, num_spaces, search_spaces, uniform_spaces
 from modules.errors import UserError
 from modules.latency import LatencyPredictor
+from modules.modeling.complexity import config_complexity
 from modules.search_space.encoding import parse_supernet, subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet, sample_supernet
 from modules.search_space.superspace import get_superspace
@@ -117,6 +119,17 @@ def test_eval_individual(small):
             searcher.eval_individual(*bad)
     with pytest.raises(UserError, match='latency_constraint'):
         BlockKDSearcher(small, 'onnx', None, [10, -1])
+
+
+def test_flops_can_stand_in_the_place_of_latency(small):
+    """Of the LUT's rows, and of the stem and the head."""
+    searcher = BlockKDSearcher(small, 'onnx', 'mflops', 300)
+    for lut_id, lut in read_luts(small, 'onnx').items():
+        assert sorted(np.concatenate([flops for flops, _ in searcher.tables.rows[lut_id]])) == sorted(lut.flops)
+    fixed = [config_complexity(searcher_module.unsearched_blocks('onnx', resolution))[0]
+             for resolution in searcher.tables.resolutions]
+    assert searcher.tables.fixed == pytest.approx(fixed)
+    assert searcher.name() == 'onnx, 300 MFLOPs'
 
 
 def test_the_score_penalises_few_feasible_subnets(small):

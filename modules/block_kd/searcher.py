@@ -1,4 +1,5 @@
 """The Q-T score of spaces from block LUTs, and the evolution over spaces (SpaceEvo, section 3)."""
+import dataclasses
 import hashlib
 import math
 from functools import cached_property
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from .. import evolution
 from ..errors import UserError
 from ..files import write_csv
+from ..latency import MFLOPS, unit_of
 from ..search_space import sampling
 from ..search_space.encoding import Supernet, parse_supernet, stage_config, subnet_config
 from ..search_space.macro_arch import IMAGE_CHANNELS, SEARCHABLE_STAGES
@@ -75,10 +77,10 @@ class BlockKDSearcher:
     """Scores the spaces of a superspace on a platform.
 
     lut_dir: the folder that holds <superspace>/stage*_*_*.csv[.gz], or that folder itself. latency_constraint:
-    ms, one number or several; then scores add up and the two losses are means. platform: None for the
-    superspace's own; fallback, trust_pickles: as for LatencyPredictor. estimator: exact, sample or independent
-    (score.py); the latter two draw with `seed`. wanted: block-LUT ids to read when not all are needed. Raises
-    LutError for a missing file or a bad row.
+    ms, one number or several; then scores add up and the two losses are means. platform: None for the superspace's
+    own, mflops for the LUT's FLOPs in the place of its latencies; fallback, trust_pickles: as for LatencyPredictor.
+    estimator: exact, sample or independent (score.py); the latter two draw with `seed`. wanted: block-LUT ids to read
+    when not all are needed. Raises LutError for a missing file or a bad row.
     """
 
     def __init__(self, lut_dir, superspace, platform, latency_constraint, lat_loss_t=0.1, lat_loss_a=0.01,
@@ -101,6 +103,8 @@ class BlockKDSearcher:
             raise UserError(f'estimator {estimator!r} is not one of {" ".join(ESTIMATORS)}')
         self.t, self.a = lat_loss_t, lat_loss_a
         luts = read_luts(lut_dir, self.superspace, wanted)
+        if self.platform == MFLOPS:
+            luts = {lut_id: dataclasses.replace(lut, latency=lut.flops) for lut_id, lut in luts.items()}
         self.latency = PlatformLatency(self.superspace, self.platform, fallback=fallback, trust_pickles=trust_pickles)
         self.tables = Tables(luts, self.superspace, self.latency)
         options = {} if estimator == 'exact' else {'seed': seed}
@@ -111,7 +115,7 @@ class BlockKDSearcher:
 
     def name(self):
         """`mobilew, 15 and 20 ms`."""
-        return f'{self.superspace.name}, {" and ".join(f"{c:g}" for c in self.constraints)} ms'
+        return f'{self.superspace.name}, {" and ".join(f"{c:g}" for c in self.constraints)} {unit_of(self.platform)}'
 
     def _digest(self):
         """12 hex digits that change with any latency or loss used."""
