@@ -378,7 +378,7 @@ def test_error_lines(folders, tars, tmp_path, capsys):
     os.rename(tmp_path / 'val/n01', tmp_path / 'val/n07')
     assert 'val: class n07 is not one of the 2 classes of' in line(tmp_path)
 
-    assert line(tmp_path, 'cifar11').startswith('--dataset cifar11: expected one of imagenet digits CIFAR10')
+    assert line(tmp_path, 'cifar11').startswith('--dataset cifar11: expected one of imagenet digits elpv CIFAR10')
     assert '--augment rand: not one of default' in line(folders, augment='rand')
     assert '--valid_size -1' in line(folders, valid_size=-1)
     assert 'normalize' in line(folders, normalize='tf')

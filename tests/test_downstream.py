@@ -65,17 +65,14 @@ def _args(lsq, output, *more):
             *more]
 
 
-@pytest.mark.parametrize('ranks', [1, 2])
-def test_a_killed_and_resumed_run_ends_with_the_unbroken_runs_weights(tmp_path, lsq, monkeypatch, capsys, ranks):
+def test_a_killed_and_resumed_run_ends_with_the_unbroken_runs_weights(tmp_path, lsq, monkeypatch, capsys):
     def run(output, *more):
-        if ranks > 1:
-            return run_script('downstream_cls.py', *_args(lsq, output, *more), ranks=ranks)
         assert call(downstream_cls, monkeypatch, *_args(lsq, output, *more)) == 0
         return capsys.readouterr().out
 
     said = run(tmp_path / 'whole')
     broken = tmp_path / 'broken' / FOLDER / 'lsq.pth'
-    run_script('downstream_cls.py', *_args(lsq, tmp_path / 'broken'), ranks=ranks, kill_when=broken)
+    run_script('downstream_cls.py', *_args(lsq, tmp_path / 'broken'), kill_when=broken)
     assert not load_checkpoint(broken)['done']
     again = run(tmp_path / 'broken', '--resume')
     accuracy_line = next(line for line in said.split('\n') if line.startswith('min on digits: top-1'))
@@ -85,11 +82,10 @@ def test_a_killed_and_resumed_run_ends_with_the_unbroken_runs_weights(tmp_path, 
         assert one['step'] == two['step'] and one['results'] == two['results'] and one['best'] == two['best']
         assert all(torch.equal(tensor, two['state_dict'][key]) for key, tensor in one['state_dict'].items())
     assert os.listdir(tmp_path / 'whole' / FOLDER / 'tensorboard' / 'lsq')
-    if ranks == 1:
-        fails(downstream_cls, monkeypatch, capsys, 'begun with batch_size 8, not 4; resume with the same',
-              *_args(lsq, tmp_path / 'broken', '--resume', '--batch_size', 4))
-        assert call(downstream_cls, monkeypatch, *_args('gone.pth', tmp_path / 'broken', '--resume')) == 0
-        assert 'already fine-tuned' in capsys.readouterr().err
+    fails(downstream_cls, monkeypatch, capsys, 'begun with batch_size 8, not 4; resume with the same',
+          *_args(lsq, tmp_path / 'broken', '--resume', '--batch_size', 4))
+    assert call(downstream_cls, monkeypatch, *_args('gone.pth', tmp_path / 'broken', '--resume')) == 0
+    assert 'already fine-tuned' in capsys.readouterr().err
 
 
 def test_it_learns_and_its_file_is_the_network(tmp_path, lsq, digits, monkeypatch, capsys):
@@ -277,7 +273,7 @@ def _finish(supernets, output, *more):
     return _args(supernets, output, '--learning_rate', 0.02, '--num_epochs', 1, '--batch_size', 4, *more)
 
 
-@pytest.mark.parametrize('ranks', [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('ranks', [1, 2])
 def test_finishing_is_resumed_exactly_and_a_row_is_its_encoding(tmp_path, supernets, monkeypatch, capsys, ranks):
     def run(output, *more):
         if ranks > 1:

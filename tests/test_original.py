@@ -21,7 +21,7 @@ from modules.training.losses import NSRLoss, nsr_loss
 from modules.training.supernet_trainer import SupernetRecipe
 
 from .conftest import ROOT
-from .launching import run_script
+from .launching import launch
 
 SUPERNET = '--supernet_choice demo-222-111'
 NEEDED = {'train_block_kd': '--superspace demo --output_path x', 'train_supernet': SUPERNET,
@@ -214,6 +214,6 @@ def test_notebook_calls():
 
 
 def test_an_error_under_a_launcher_is_said_once_and_last():
-    said = run_script('eval_supernet.py', '--supernet_choice', 'demo-999-111', ranks=2, code=1)
+    said = launch('torch.distributed.launch', 'eval_supernet.py', '--supernet_choice', 'demo-999-111', code=1)
     last = [line for line in said.split('\n') if line.strip('= ')][-1]
     assert said.count('error: ') == 1 and "error: 'demo-999-111': demo stage1: block type 9" in last
