@@ -101,10 +101,10 @@ def draw_distribution(supernet, predictor, num_samples, rng, folder, align_sampl
     platform = os.path.basename(predictor.platform).removesuffix('.json')
     csv, picture = (os.path.join(folder, f'latency_{platform}{ending}') for ending in ('.csv', '.png'))
     write_csv(csv, ('subnet', 'ms'), [(subnet, f'{ms:.4f}') for subnet, ms in rows])
-    draw_cdf(latencies, marks, f'{supernet}, {num_samples} random subnets on {platform}', picture)
+    draw_cdf(latencies, marks, f'{supernet}, {num_samples} random subnets on {platform}', picture, predictor.unit)
     print(f'{supernet} on {predictor.platform}: {num_samples} random subnets')
-    print('  ' + '  '.join(f'{p}%: {ms:.2f} ms' for p, ms in percentiles(latencies)))
-    print('  ' + '  '.join(f'{name} subnet: {ms:.2f} ms' for name, ms in marks.items()))
+    print('  ' + '  '.join(f'{p}%: {ms:.2f} {predictor.unit}' for p, ms in percentiles(latencies)))
+    print('  ' + '  '.join(f'{name} subnet: {ms:.2f} {predictor.unit}' for name, ms in marks.items()))
     print(f'  {picture}\n  {csv}')
 
 

@@ -187,7 +187,7 @@ def add_data_arguments(parser, trains=True, more_paths=('--imagenet_path',)):
     a script `trains`."""
     parser.add_argument('--dataset_path', '--dataset_dir', *more_paths, dest='dataset_path',
                         default='./dataset', help=f'ImageNet: {LAYOUTS}')
-    parser.add_argument('--dataset', default='imagenet', help='imagenet, digits, or any of torchvision by name')
+    parser.add_argument('--dataset', default='imagenet', help='imagenet, digits, elpv, or any of torchvision by name')
     parser.add_argument('--num_workers', type=within(int, 0, 1024), default=min(8, default_workers()),
                         help='loader processes per rank')
     parser.add_argument('--valid_size', type=not_negative(int), default=VALID_SIZE,
