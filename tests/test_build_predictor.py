@@ -412,7 +412,7 @@ tree = schema.ModelT.InitFromObj(schema.Model.GetRootAs(chain_model(network[2:3]
 codes = [tree.operatorCodes[op.opcodeIndex].builtinCode for op in tree.subgraphs[0].operators]
 assert not {schema.BuiltinOperator.QUANTIZE, schema.BuiltinOperator.DEQUANTIZE} & set(codes), codes
 ms, _ = take_turns([device.prepare(blocks) for blocks in ((), network[:1], network[-1:], network)], Turns(rounds=3))
-assert 0 < ms[0] < min(ms[1:3]) < max(ms[1:3]) < ms[3] < 100, ms
+assert 0 < min(ms) and max(ms[:3]) < ms[3] < 100, ms    # nothing and the last layer take 2 microseconds each
 class Phone:
     threads, mask, seen = 1, '40', []
     def latency(self, model, warmup, runs):
