@@ -282,6 +282,15 @@ def test_a_killed_run_goes_on_to_the_same(tmp_path, measured):
         assert 'ResBlock_24_32\n' not in f.read()
 
 
+def test_a_profile_is_measured_on(tmp_path):
+    """As build() does after a refusal; the draws of the first pass do not depend on what came after them."""
+    profile = profiled(tmp_path / 'rows.csv', Synthetic(), 32)
+    before = profile.rows
+    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 40 / (1 - builder.RESERVE) / 60,
+            say=lambda line: None)
+    assert profile.rows[:len(before)] == before and profile.quiet_chunks() == set(range(40))
+
+
 def test_measurements_of_another_device_are_not_resumed(tmp_path, measured):
     path = tmp_path / 'rows.csv'
     with open(measured.path, encoding='utf-8') as f:
