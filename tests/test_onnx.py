@@ -14,7 +14,7 @@ from modules.deploy.int8 import lsq_target
 from modules.deploy.jobs import random_subject
 from modules.deploy.onnx_fp32 import export_fp32
 from modules.deploy.onnx_int8 import export_int8
-from modules.deploy.onnx_run import layer_errors, open_session, run_session
+from modules.deploy.onnx_run import fits_16_bits, layer_errors, open_session, run_session
 from modules.deploy.store import Entry
 from modules.deploy.trace import observe
 from modules.errors import UserError
@@ -153,6 +153,39 @@ def test_weight_codes_are_torchs():
     weight = quantize_weight(op.weight, op.sw, 8, False)
     np.testing.assert_allclose(codes * scale, weight.detach(), atol=1e-7)
     assert codes.min() >= -128 and codes.max() <= 127
+
+
+def test_weights_of_7_bits():
+    """Channels that fit keep torch's integers; in the others each weight is off by half a step of at most 2.04 sw."""
+    op = QConv(64, 8, 3)
+    set_quant_mode(op)
+    with torch.no_grad():
+        op.weight[0] *= 0.1
+    op.initialize_scales(torch.randn(4))
+    (whole, scale), (codes, scales) = weight_codes(op), weight_codes(op, reduce_range=True)
+    assert np.abs(codes).reshape(8, -1).max(1).tolist()[1:] == [63] * 7 and np.abs(whole[1:]).max() > 63
+    np.testing.assert_array_equal(codes[0], whole[0])
+    assert scales[0] == scale and (scales <= 128 / 63 * scale + 1e-9).all()
+    weight = (op.weight / scale).clamp(-128, 127).detach().numpy() * scale
+    assert (np.abs(codes * scales[:, None, None, None] - weight).reshape(8, -1).max(1) <= scales / 2 + 1e-7).all()
+
+
+@pytest.mark.parametrize('name', SEARCHED)
+def test_7_bits_need_no_exact_mode(name, monkeypatch):
+    """With the integers' largest values in all of a block ONNX Runtime's quick sums are the exact ones."""
+    network, images = some_block(name)
+    set_quant_mode(network)
+    ranges = observe(network, [images])
+    eight, seven = export_int8(network, ranges), export_int8(network, ranges, reduce_range=True)
+    assert fits_16_bits(seven) and not fits_16_bits(eight)
+    quick = open_session(seven)
+    monkeypatch.setattr(onnx_run, 'fits_16_bits', lambda model: False)
+    exact = open_session(seven)
+    extreme = [images, images.sign() * 100]
+    for x in extreme:
+        np.testing.assert_array_equal(run_session(quick, x.numpy()), run_session(exact, x.numpy()))
+    theirs, ours = outputs(network, seven, images)
+    assert difference(ours, theirs) < 0.05
 
 
 def test_a_shortcut_that_the_first_scale_would_clip_stays_float(tmp_path):

@@ -3,6 +3,8 @@ import numpy as np
 
 from ..modeling.ops.lsq_plus import positive_scale
 
+REDUCED = 63                    # largest weight of 7 bits: two products with uint8 fit into int16
+
 
 def _array(tensor):
     return tensor.detach().cpu().double().numpy()
@@ -23,10 +25,18 @@ def folded(op, norm):
     return _array(op.weight) * factor[:, None, None, None], bias
 
 
-def weight_codes(op):
-    """(integers of -128..127 as float64, scale) of an op's LSQ+ weights, exactly as torch rounds them in float32."""
+def weight_codes(op, reduce_range=False):
+    """(integers of -128..127 as float64, scale) of an op's LSQ+ weights, exactly as torch rounds them in float32.
+
+    reduce_range: integers of -REDUCED..REDUCED, and a scale for each output channel: LSQ+'s where the channel's integers
+    fit, up to twice as large where they do not.
+    """
     scale = positive_scale(op.sw.detach(), op.nbits_w)
-    return _array((op.weight.detach() / scale).clamp(-128, 127).round()), float(scale)
+    steps = _array((op.weight.detach() / scale).clamp(-128, 127))
+    if not reduce_range:
+        return steps.round(), float(scale)
+    widen = np.maximum(1, np.abs(steps.round()).reshape(len(steps), -1).max(1) / REDUCED)
+    return (steps / widen.reshape(-1, *[1] * (steps.ndim - 1))).round(), float(scale) * widen
 
 
 def activation_scale(op):

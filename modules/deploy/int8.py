@@ -92,13 +92,13 @@ class Pending:
 
 
 class Int8Exporter:
-    """Writes a Network in int8 mode into a graph; ranges: of trace.observe().
+    """Writes a Network in int8 mode into a graph; ranges: of trace.observe(); reduce_range: weights of 7 bits.
 
     tensors: {op name: [tensor, scale, zero, shift] of its input}.
     """
 
-    def __init__(self, graph, ranges):
-        self.graph, self.ranges, self.tensors = graph, ranges, {}
+    def __init__(self, graph, ranges, reduce_range=False):
+        self.graph, self.ranges, self.reduce_range, self.tensors = graph, ranges, reduce_range, {}
 
     # -- values -----------------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class Int8Exporter:
 
     def conv_node(self, x, op, norm, name, target, gain=1.0, offset=0.0):
         """Codes of gain * norm(op(x)) + offset on a Target; x: Codes."""
-        graph, (codes, scale) = self.graph, weight_codes(op)
+        graph, (codes, scale) = self.graph, weight_codes(op, self.reduce_range)
         factor, bias = affine(op, norm)
         factor, bias = factor * scale * gain, bias * gain + offset - target.shift
         hw = self.ranges[name + '.input'].hw
@@ -258,7 +258,7 @@ class Int8Exporter:
 
     def linear(self, x, op, name):
         """Logits of a value."""
-        x, (codes, scale) = self.codes(x, name, op), weight_codes(op)
+        x, (codes, scale) = self.codes(x, name, op), weight_codes(op, self.reduce_range)
         bias = op.bias.detach().double().numpy() + x.shift * scale * codes.sum(1)
         return self.output(self.graph.linear((x.tensor, x.grid), codes, scale, bias, name), name)
 
@@ -354,15 +354,15 @@ def first_op(name, unit):
     return (name + '.dwconv', unit.dwconv) if hasattr(unit.dwconv, 'weight') else (name + '.dwconv.0', unit.dwconv[0])
 
 
-def write_int8(graph, network, ranges):
+def write_int8(graph, network, ranges, reduce_range=False):
     """(output, Int8Exporter) of a Network in int8 and eval mode on the CPU, written into a graph.
 
-    ranges: of trace.observe() on real images. UserError where an op has other than 8 bits.
+    ranges: of trace.observe() on real images; reduce_range: weights of 7 bits. UserError where an op has other than 8 bits.
     """
     bits = {(op.nbits_a, op.nbits_w) for op in quantised_ops(network)}
     if bits != {(8, 8)}:
         raise UserError(f'an INT8 model needs 8 bits in every op; the network has {sorted(bits)}')
-    exporter, x = Int8Exporter(graph, ranges), Real(graph.image)
+    exporter, x = Int8Exporter(graph, ranges, reduce_range), Real(graph.image)
     for name, block in named_blocks(network):
         x = exporter.block(x, block, name)
     return (x if network.num_classes else exporter.features(x, name)), exporter

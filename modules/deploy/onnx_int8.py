@@ -4,9 +4,12 @@ from .graph import Graph
 from .int8 import write_int8
 
 
-def export_int8(network, ranges, metadata=None):
-    """ModelProto of a Network in int8 and eval mode on the CPU; ranges: of trace.observe() on real images."""
+def export_int8(network, ranges, metadata=None, reduce_range=False):
+    """ModelProto of a Network in int8 and eval mode on the CPU; ranges: of trace.observe() on real images.
+
+    reduce_range: weights of 7 bits, for x86 without VNNI.
+    """
     graph = Graph()
-    output, exporter = write_int8(graph, network, ranges)
+    output, exporter = write_int8(graph, network, ranges, reduce_range)
     shape, outputs = io_sizes(network)
     return graph.model(shape, output, outputs, {**(metadata or {}), 'tensors': exporter.tensors})

@@ -11,6 +11,7 @@ from .measure import in_turns
 from .trace import op_inputs
 
 EXACT_SUMS = 'session.x64quantprecision', '1'       # sums of uint8 x int8 in 32 bits; with VNNI half as fast as without
+FITTING = 64                # weights up to here: two products with uint8 fit into 16 bits
 
 
 @cache
@@ -34,9 +35,20 @@ def sums_are_exact():
     return bool((sums == depth * 255 * 127).all())
 
 
+def fits_16_bits(model):
+    """Whether no two products of uint8 and the int8 constants of a model (file or ModelProto) can leave int16."""
+    onnx = need('onnx')
+    if isinstance(model, (str, os.PathLike)):
+        model = onnx.load(model)
+    constants = (onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer
+                 if tensor.data_type == onnx.TensorProto.INT8)
+    return all(np.abs(values.astype(np.int16)).max(initial=0) <= FITTING for values in constants)
+
+
 def open_session(model, threads=1, profile=None):
     """ONNX Runtime session of a file or a ModelProto on `threads` threads of the CPU.
 
+    Its sums are exact: by ONNX Runtime's slow mode where this processor needs that and the weights have 8 bits.
     profile: beginning of the path that end_profiling() of the session writes a profile to.
     """
     ort = need('onnxruntime')
@@ -44,14 +56,14 @@ def open_session(model, threads=1, profile=None):
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile
-    if not sums_are_exact():
-        options.add_session_config_entry(*EXACT_SUMS)
-    if not isinstance(model, (str, os.PathLike)):
-        model = model.SerializeToString()
+    name = model if isinstance(model, (str, os.PathLike)) else 'the model'
     try:
+        if not sums_are_exact() and not fits_16_bits(model):
+            options.add_session_config_entry(*EXACT_SUMS)
+        if not isinstance(model, (str, os.PathLike)):
+            model = model.SerializeToString()
         return ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
     except Exception as error:                  # ONNX Runtime raises classes of its own
-        name = model if isinstance(model, (str, os.PathLike)) else 'the model'
         raise UserError(f'{name}: ONNX Runtime cannot open it ({str(error)[:120]})') from None
 
 

@@ -14,18 +14,19 @@ from .onnx_run import open_session
 
 
 class OrtDevice:
-    """This host with ONNX Runtime on `threads` threads."""
+    """This host with ONNX Runtime on `threads` threads; reduce_range: models with weights of 7 bits."""
 
-    def __init__(self, threads=1):
+    def __init__(self, threads=1, reduce_range=False):
         need('onnx')
-        self.threads, self.version = threads, version_of('onnxruntime')
+        self.threads, self.reduce_range, self.version = threads, reduce_range, version_of('onnxruntime')
 
     def __str__(self):
-        return f'{processor()}, ONNX Runtime {self.version}, {self.threads} thread{"s" * (self.threads > 1)}'
+        return f'{processor()}, ONNX Runtime {self.version}, {self.threads} thread{"s" * (self.threads > 1)}' + \
+            ', 7-bit weights' * self.reduce_range
 
     def prepare(self, blocks):
         """run(count) -> [ms] of the INT8 model of Blocks in a row, random weights; of an empty model for none."""
-        session = open_session(chain_model(blocks) if blocks else empty_model(), self.threads)
+        session = open_session(chain_model(blocks, self.reduce_range) if blocks else empty_model(), self.threads)
         given, rng = session.get_inputs()[0], np.random.default_rng(0)
         shape = (1, *given.shape[1:])
         feed = {given.name: rng.integers(0, 256, shape, np.uint8) if 'uint8' in given.type
@@ -33,11 +34,11 @@ class OrtDevice:
         return timed(lambda: session.run(None, feed), self.threads)
 
 
-def chain_model(blocks):
-    """ModelProto of Blocks in a row; codes in and out but at a network's two ends."""
+def chain_model(blocks, reduce_range=False):
+    """ModelProto of Blocks in a row; codes in and out but at a network's two ends; reduce_range: weights of 7 bits."""
     network, ranges, images = random_chain(blocks)
     graph = Graph()
-    y = write_chain(Int8Exporter(graph, ranges), network, ranges, images, blocks,
+    y = write_chain(Int8Exporter(graph, ranges, reduce_range), network, ranges, images, blocks,
                     lambda target: Codes(graph.image, target.grid, target.shift))
     return _model(graph, io_sizes(network)[0], not is_first(blocks), y, not is_last(blocks))
 
