@@ -55,7 +55,7 @@ def get_args():
 
 def main(args):
     lines = ['| network | fp32 (ms) | ours int8 (ms) | ORT conv (ms) | ORT all (ms) | ours / ORT conv '
-             '| ours / best ORT | speed-up | ours, 7 bits (ms) | speed-up |', '|---|---|---|---|---|---|---|---|---|---|']
+             '| ours / best ORT | speed-up | ours, 7 bits (ms) | speed-up |', '|' + '---|' * 10]
     speed_ups = {}
     for name in args.networks:
         if name not in named_subnets():

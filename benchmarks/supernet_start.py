@@ -1,6 +1,6 @@
 """A supernet from block KD against one from random weights: accuracy of its subnets after as many steps.
 
-    python benchmarks/supernet_start.py --supernets demo-000-022 demo-121-022 --dataset_path cifar10 --steps 300 \\
+    python benchmarks/supernet_start.py --supernets demo-000-011 demo-121-011 --dataset_path cifar10 --steps 300 \\
         --base_lr 0.02 0.04 0.08 --init_block_kd checkpoints/block_kd --seeds 0 1
     python benchmarks/supernet_start.py --table
 
@@ -45,7 +45,7 @@ KINDS = ('largest', 'upper', 'random', 'smallest')
 
 def get_args():
     p = parser(__doc__)
-    p.add_argument('--supernets', nargs='+', default=[], help='such as demo-000-022')
+    p.add_argument('--supernets', nargs='+', default=[], help='such as demo-000-011')
     p.add_argument('--steps', type=positive(int), default=300, help='of training, 32 images each')
     p.add_argument('--base_lr', type=positive(float), nargs='+', default=[0.04], help='learning rates')
     p.add_argument('--seeds', type=SEED, nargs='+', default=[0], help='of training')

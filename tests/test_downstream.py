@@ -100,7 +100,7 @@ def test_it_learns_and_its_file_is_the_network(tmp_path, lsq, digits, monkeypatc
     again = accuracy(network, eval_loader(digits.test, 100, limit_images=300), Job())
     assert again.top1 == result['top1']
     assert all(op.is_quantised and op.scales_initialized for op in quantised_ops(network))
-    assert network.get_classifier().weight.shape == (10, 320)
+    assert network.get_classifier().weight.shape == (10, 512)
 
 
 def _after_one_step(network, digits, path, **changes):

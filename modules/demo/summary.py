@@ -1,140 +1,190 @@
-"""What the demo found: summary.md with the table of deployed networks, and its pictures."""
+"""What the demo found: summary.md and summary.html with the table of deployed networks, and pictures."""
+import base64
 import csv
 import os
-import random
-import shutil
+import re
+import shlex
+from typing import NamedTuple
 
 import numpy as np
 
+from ..deploy.chain import processor
 from ..errors import UserError
 from ..files import write_text
-from ..latency.report import percentiles
 from ..pictures import new_figure, pareto_front, save_figure
 from ..search_space.encoding import subnet_config
-from ..search_space.sampling import sample_subnet
-from .steps import ALIGN, RANDOM
+from .steps import BASELINES, FLOPS, FOUND
 
-COLOURS = {'found': '#d1495b', 'best of random space': '#1f6f8b', 'random subnet': '#999999',
-           'largest subnet': '#edae49', 'smallest subnet': '#66a182'}
+COLOURS = {FOUND: '#d1495b', FLOPS: '#1f6f8b', 'largest subnet': '#edae49', 'smallest subnet': '#66a182'}
+READY_MADE = '#777777'
+STYLE = ('body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}'
+         'table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em}code{overflow-wrap:anywhere}')
+
+
+class Row(NamedTuple):
+    """A network that was measured: medians in ms, top-1 in % of `images` test images; network: Deployed or None."""
+    what: str
+    int8_ms: float
+    fp32_ms: float
+    top1: float
+    images: int
+    network: object = None
+
+    @property
+    def error(self):
+        """Standard error of top1 in points."""
+        share = self.top1 / 100
+        return 100 * (share * (1 - share) / self.images) ** 0.5
 
 
 def write_summary(demo, steps):
-    """Write summary.md and pictures beside it; returns its text."""
-    networks = demo.deployed()
-    accuracy = _measured(demo.path('accuracy.csv'), networks, 2)[1::2]              # fp32, int8 in turns
-    latency = _measured(demo.path('latency.csv'), networks, 1, header=False)
-    rows = [(network, float(acc['onnx']), float(acc['torch']), float(acc['agree']), float(ms[1]), float(ms[2]))
-            for network, acc, ms in zip(networks, accuracy, latency)]
+    """Write summary.md, summary.html and the pictures; returns the text. steps: [(Step, seconds)]."""
+    rows = read_rows(demo)
     _draw_front(demo, rows)
-    _draw_breakdown(demo, networks)
-    _draw_cdfs(demo)
-    for name, source in {'space_search.png': demo.search_folder, 'subnet_search.png':
-                         demo.path('search_subnet', f'{demo.found_space}-align1')}.items():
-        shutil.copyfile(os.path.join(source, 'search.png'), demo.path(name))
+    _draw_breakdown(demo, [row for row in rows if row.network])
     text = _text(demo, steps, rows)
     write_text(demo.path('summary.md'), text)
+    write_text(demo.path('summary.html'), as_html(text, demo.folder))
     return text
 
 
-def _measured(path, networks, each, header=True):
-    """The last rows of a CSV, `each` of them for each network; UserError where they are of others."""
-    with open(path, encoding='utf-8', newline='') as f:
-        rows = list(csv.DictReader(f) if header else csv.reader(f))[-each * len(networks):]
-    names = [row['subnet'] if header else row[0].rpartition('-')[2] for row in rows]
-    if names != [str(network.subnet) for network in networks for _ in range(each)]:
-        raise UserError(f'{path}: not of the networks that the demo deploys')
+def read_rows(demo):
+    """[Row] of what the demo deployed, what was found first, then the ready-made networks."""
+    rows, networks = [], demo.deployed()
+    with open(demo.path('latency.csv'), encoding='utf-8', newline='') as f:
+        latencies = {row[0]: row for row in csv.reader(f)}          # of a network measured twice the last one counts
+    for network in networks:
+        name = '-'.join(network.entry.split(','))
+        if name not in latencies:
+            raise UserError(f'{demo.path("latency.csv")}: lacks {name}')
+        with open(demo.accuracy_file(network), encoding='utf-8', newline='') as f:
+            int8 = next(row for row in csv.DictReader(f) if row['kind'] == 'int8')
+        _, fp32_ms, int8_ms, *_ = latencies[name]
+        rows.append(Row(network.what, float(int8_ms), float(fp32_ms), float(int8['onnx']), int(int8['images']),
+                        network))
+    for model, (what, _) in BASELINES.items():
+        with open(demo.path('baselines', model, 'result.csv'), encoding='utf-8', newline='') as f:
+            result = next(csv.DictReader(f))
+        rows.append(Row(what, float(result['int8_ms']), float(result['fp32_ms']), float(result['int8_top1']),
+                        int(result['images'])))
     return rows
 
 
 def _text(demo, steps, rows):
-    (c, d), lines = demo.window, []
-    lines += ['# The demo', '',
-              f'Found space: `{demo.found_space}`; drawn at random to compare: {_placed(demo)}. '
-              f'Latency window: {c - d:.3g} to {c:.3g} ms of INT8, predicted by `{demo.platform}`.', '',
-              '| network | predicted ms | INT8 ms | fp32 ms | speed-up | INT8 top-1 | int8 torch | same answer |',
-              '|---|---|---|---|---|---|---|---|']
-    for network, top1, torch, agree, fp32_ms, int8_ms in rows:
-        lines.append(f'| {network.what} | {demo.predict(*network[1:]):.3f} | {int8_ms:.3f} | {fp32_ms:.3f} | '
-                     f'{fp32_ms / int8_ms:.2f} | {top1:.2f} | {torch:.2f} | {agree:.2f} % |')
-
-    def best(kind):
-        return max((top1 for network, top1, *_ in rows if network.what.startswith(kind)), default=float('nan'))
-    drawn = demo.random_subnets(demo.found_space, RANDOM)           # some of which a search may have found too
-    random_ones = [top1 for network, top1, *_ in rows if network.supernet == demo.found_space
-                   and network.subnet in drawn] or [float('nan')]
-    others = [best(f'best of random space {i},') for i in range(1, len(demo.random_spaces) + 1)]
-    lines += ['', 'INT8 ms, fp32 ms, INT8 top-1: of ONNX Runtime here, one thread, one image; test images.', '',
-              f'- Searching the **space**: best found network {best("found"):.2f} %, best of a random space '
-              f'{", ".join(f"{top1:.2f} %" for top1 in others)}.',
-              f'- Searching the **subnet**: best found network {best("found"):.2f} %, random subnets of the same '
-              f'space and window {np.mean(random_ones):.2f} %, the best of them {max(random_ones):.2f} %.',
-              '']
-    lines += [f'![{title}]({name})\n' for title, name in (
-        ('accuracy over latency', 'front.png'), ('where the latency goes', 'breakdown.png'),
-        ('latencies of the spaces', 'cdf.png'), ('the space search', 'space_search.png'),
-        ('the subnet search', 'subnet_search.png'))]
-    lines += ['| step | minutes |', '|---|---|']
-    lines += [f'| {step.title} | {seconds / 60:.1f} |' for step, seconds in steps]
-    lines += [f'| all | {sum(seconds for _, seconds in steps) / 60:.1f} |', '', 'Encodings:', '']
-    lines += [f'- {network.what}: `{network.supernet}` `{network.subnet}`' for network, *_ in rows]
-    return '\n'.join(lines) + '\n'
+    c, d = demo.window
+    found = rows[0]
+    lines = ['# What SpaceEvo found here', '',
+             f'`{found.network.supernet}`, searched for {c - d:.3g} to {c:.3g} ms of INT8 (predicted by '
+             f'`{demo.platform}`), and in it the network `{found.network.subnet}`:', '', *_stages(found.network), '',
+             f'| network | INT8 ms | fp32 ms | fp32 / INT8 | INT8 top-1 of {found.images:,} test images |',
+             '|---|---|---|---|---|']
+    lines += [f'| {row.what} | {row.int8_ms:.3f} | {row.fp32_ms:.3f} | {row.fp32_ms / row.int8_ms:.2f} | '
+              f'{row.top1:.2f} ± {row.error:.2f} % |' for row in rows]
+    lines += ['', *(f'- {line}' for line in claims(demo, rows)), '',
+              '![accuracy over latency](front.png)', '', '![where the latency goes](breakdown.png)', '',
+              '## How it was measured', '',
+              f'- Device: {processor()}; ONNX Runtime, one thread, one image, medians.'
+              + (' INT8 weights have 7 bits (`--reduce_range`): this processor has no VNNI.' if demo.narrow else ''),
+              f'- Pictures: {demo.data.dataset} ({demo.data.why}), {demo.image_size} pixels and less. ± is the '
+              'standard error that the number of test images gives; another seed moves an accuracy by more.',
+              f'- Seed {demo.seed}. All subnets were fine-tuned alike for {demo.scale.finish_steps} steps. FLOPs '
+              f'searched for {demo.budget:g} MFLOPs, the median of random subnets in the latency window.',
+              f'- Ready-made networks: timm, INT8 by ONNX Runtime\'s own quantiser, {demo.scale.baseline_steps} steps '
+              f'from random weights, {demo.scale.pretrained_steps} from ImageNet\'s.', '',
+              '| step | minutes |', '|---|---|', *(f'| {step.title} | {seconds / 60:.1f} |' for step, seconds in steps),
+              f'| all | {sum(seconds for _, seconds in steps) / 60:.1f} |', '', '## To go on', '', '```',
+              *_commands(demo, found.network), '```', '', 'Encodings:', '',
+              *(f'- {row.what}: `{row.network.supernet}` `{row.network.subnet}`' for row in rows if row.network), '']
+    return '\n'.join(lines)
 
 
-def _placed(demo):
-    """The random spaces and their places in the space search."""
-    places = ((space, *demo.place(space)) for space in demo.random_spaces)
-    return ', '.join(f'`{space}` ({f"place {place} of {count} by score" if place else "not scored"})'
-                     for space, place, count in places)
+def _stages(network):
+    """A table of the space, stage by stage, with what the network takes of it."""
+    lines = ['| stage | block type | widths of the space | blocks: width, kernel, expand ratio |', '|---|---|---|---|']
+    blocks = {}
+    for block in subnet_config(network.supernet, network.subnet).blocks:
+        blocks.setdefault(block.stage, []).append(block)
+    for name, (_, block_type, widths) in network.supernet.choices.items():
+        chosen = '; '.join(f'{block.cout}, {block.kernel_size}'
+                           + (f', {block.expand_ratio:g}' if block.expand_ratio else '') for block in blocks[name])
+        lines.append(f'| {name} | {block_type.name} | {" ".join(map(str, widths))} | {chosen} |')
+    return lines
+
+
+def claims(demo, rows):
+    """Lines that say what the numbers show, whatever it is."""
+    found, lines = rows[0], []
+    for row in rows[1:]:
+        gain, error = found.top1 - row.top1, (found.error ** 2 + row.error ** 2) ** 0.5
+        sure = 'more than two standard errors' if abs(gain) > 2 * error else 'within two standard errors'
+        lines.append(f'What was found against the {row.what.removeprefix("the ")}: {gain:+.2f} ± {error:.2f} points '
+                     f'({sure}), at {found.int8_ms / row.int8_ms:.2f} times its INT8 latency.')
+    if demo.flops_space == demo.found_space:
+        lines.append('FLOPs choose the same space here.')
+    better = [row.what for row in rows[1:] if row.int8_ms < found.int8_ms and row.top1 > found.top1]
+    lines.append(f'Quicker and more accurate than what was found: {", ".join(better) or "none"}.')
+    return lines
+
+
+def _commands(demo, network):
+    """Shell lines that take what was found further."""
+    data = shlex.join(map(str, demo.data.flags))
+    file = shlex.quote(demo.finished(network))
+    return [f'python onnx_tools/eval_onnx.py --network {file} --quant_mode {data}'
+            + ' --reduce_range' * bool(demo.narrow),
+            f'python downstream_cls.py --superspace {demo.space} --supernet_choice {network.supernet.choice} '
+            f"--subnet_name '{network.subnet}' --align_sample --distill --num_epochs 5 --batch_size 32 "
+            f'--checkpoint_path {shlex.quote(demo.path("supernet_training"))} {data}']
 
 
 def _draw_front(demo, rows):
-    """Measured accuracy over measured latency, with the Pareto front."""
+    """Measured accuracy over measured latency, and the searches' Pareto fronts before fine-tuning."""
     figure, axes = new_figure(figsize=(8, 5), layout='constrained')
-    shown = set()
-    for network, top1, *_, int8_ms in rows:
-        kind = next(kind for kind in COLOURS if network.what.startswith(kind))
-        axes.scatter(int8_ms, top1, s=60, color=COLOURS[kind], label=None if kind in shown else kind, zorder=3)
-        shown.add(kind)
-    front = pareto_front([(int8_ms, top1) for _, top1, *_, int8_ms in rows], tuple)
-    axes.plot(*zip(*front), color='#333333', linewidth=1, drawstyle='steps-post', label='Pareto front')
-    axes.set(xlabel='measured INT8 latency (ms)', ylabel='INT8 top-1 on test images (%)',
-             title='Deployed networks of the demo')
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    for space, what in ((demo.found_space, FOUND), (demo.flops_space, FLOPS)):
+        if what == FLOPS and space == demo.found_space:
+            continue
+        with open(os.path.join(demo.results(space), 'scored.csv'), encoding='utf-8', newline='') as f:
+            points = [(float(row['ms']), float(row['top1'])) for row in csv.DictReader(f)]
+        axes.plot(*zip(*pareto_front(points, tuple)), color=COLOURS[what], linewidth=1, drawstyle='steps-post',
+                  alpha=0.6, label=f'{what}: front of the search (predicted ms, held out, before fine-tuning)')
+    for row in rows:
+        axes.errorbar(row.int8_ms, row.top1, yerr=row.error, fmt='o', markersize=8, capsize=3,
+                      color=COLOURS.get(row.what, READY_MADE), label=row.what if row.network else None)
+        if not row.network:
+            axes.annotate(row.what, (row.int8_ms, row.top1), xytext=(0, 9), textcoords='offset points', fontsize=8,
+                          ha='center')
+    axes.set(xlabel=f'INT8 latency (ms), {processor()}', ylabel='INT8 top-1 on test images (%)', xscale='log')
+    axes.grid(alpha=0.3, which='both')
+    axes.legend(fontsize=8, loc='lower right')
     save_figure(figure, demo.path('front.png'))
 
 
-def _draw_breakdown(demo, networks):
-    """Predicted latency of each network, stacked by stage."""
-    configs = [subnet_config(network.supernet, network.subnet) for network in networks]
+def _draw_breakdown(demo, rows):
+    """Predicted latency of each subnet, stacked by stage."""
+    configs = [subnet_config(row.network.supernet, row.network.subnet) for row in rows]
     stages = list(dict.fromkeys(block.stage for config in configs for block in config.blocks))
-    shares = np.zeros((len(networks), len(stages)))
+    shares = np.zeros((len(rows), len(stages)))
     for i, config in enumerate(configs):
         for block, ms in zip(config.blocks, demo.predictor.predict_blocks(config.blocks)):
             shares[i, stages.index(block.stage)] += ms
-    figure, axes = new_figure(figsize=(8, 4.5), layout='constrained')
-    left = np.zeros(len(networks))
+    figure, axes = new_figure(figsize=(8, 3), layout='constrained')
+    left = np.zeros(len(rows))
     for j, stage in enumerate(stages):
-        axes.barh(range(len(networks)), shares[:, j], left=left, label=stage)
+        axes.barh(range(len(rows)), shares[:, j], left=left, label=stage)
         left += shares[:, j]
-    axes.set_yticks(range(len(networks)), [network.what for network in networks])
+    axes.set_yticks(range(len(rows)), [row.what for row in rows])
     axes.invert_yaxis()
-    axes.set(xlabel='predicted INT8 latency (ms)', title='Where the latency goes')
+    axes.set(xlabel=f'predicted INT8 latency (ms), {demo.platform}', title='Where the latency goes')
     axes.legend(fontsize=8)
     save_figure(figure, demo.path('breakdown.png'))
 
 
-def _draw_cdfs(demo):
-    """Distribution of the latencies of random subnets: of the found space and of the random ones."""
-    figure, axes = new_figure(figsize=(7, 4.2), layout='constrained')
-    for space in demo.spaces:
-        rng, found = random.Random(demo.seed), space == demo.found_space
-        drawn = [demo.predict(space, sample_subnet(space, rng, ALIGN)) for _ in range(500)]
-        axes.ecdf(drawn, color=COLOURS['found' if found else 'best of random space'], linewidth=2 if found else 1,
-                  label=f'{"found" if found else "random"}: {space}, median {percentiles(drawn, (50,))[0][1]:.3f} ms')
-    c, d = demo.window
-    axes.axvspan(c - d, c, color='#edae49', alpha=0.2, label='latency window')
-    axes.set(xlabel='predicted INT8 latency (ms)', ylabel='share of subnets at most this slow', title='The spaces')
-    axes.grid(alpha=0.3)
-    axes.legend(loc='lower right', fontsize=8)
-    save_figure(figure, demo.path('cdf.png'))
+def as_html(text, folder):
+    """One HTML file that opens anywhere: markdown text with the pictures of `folder` inside it."""
+    import markdown
+
+    def inside(match):
+        with open(os.path.join(folder, match.group(1)), 'rb') as f:
+            return f'src="data:image/png;base64,{base64.b64encode(f.read()).decode()}"'
+    body = re.sub(r'src="([^":]+\.png)"', inside, markdown.markdown(text, extensions=['tables', 'fenced_code']))
+    return f'<!DOCTYPE html><meta charset="utf-8"><title>SpaceEvo</title><style>{STYLE}</style>\n{body}\n'

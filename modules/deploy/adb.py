@@ -57,6 +57,11 @@ class PhoneLatency(NamedTuple):
     std: float
     memory: float | None
 
+    @property
+    def typical(self):
+        """As measure.Latency; the phone's benchmark tells no median."""
+        return self.mean
+
     def __str__(self):
         memory = '' if self.memory is None else f', {self.memory:.1f} MB'
         return f'mean {self.mean:.3f} ms, standard deviation {self.std:.3f}{memory}'

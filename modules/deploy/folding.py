@@ -28,8 +28,8 @@ def folded(op, norm):
 def weight_codes(op, reduce_range=False):
     """(integers of -128..127 as float64, scale) of an op's LSQ+ weights, exactly as torch rounds them in float32.
 
-    reduce_range: integers of -REDUCED..REDUCED, and a scale for each output channel: LSQ+'s where the channel's integers
-    fit, up to twice as large where they do not.
+    reduce_range: integers of -REDUCED..REDUCED, and a scale for each output channel: LSQ+'s where the integers of
+    that fit, up to twice as large where they do not.
     """
     scale = positive_scale(op.sw.detach(), op.nbits_w)
     steps = _array((op.weight.detach() / scale).clamp(-128, 127))

@@ -357,7 +357,8 @@ def first_op(name, unit):
 def write_int8(graph, network, ranges, reduce_range=False):
     """(output, Int8Exporter) of a Network in int8 and eval mode on the CPU, written into a graph.
 
-    ranges: of trace.observe() on real images; reduce_range: weights of 7 bits. UserError where an op has other than 8 bits.
+    ranges: of trace.observe() on real images; reduce_range: weights of 7 bits. UserError where an op
+    has other than 8 bits.
     """
     bits = {(op.nbits_a, op.nbits_w) for op in quantised_ops(network)}
     if bits != {(8, 8)}:

@@ -241,14 +241,14 @@ def benchmark(args, runtime, packages, measure, place=None):
                        **_options(args, quant_mode))
                 print(f'exported {path} with random weights', flush=True)
         times = measure(paths)
-        fp32, int8 = times['fp32'], times['int8']
+        fp32, int8 = times['fp32'].typical, times['int8'].typical
         print(f'{entry.supernet} {entry.subnet}')
         for kind, latency in times.items():
             print(f'  {kind}: {latency}')
-        print(f'  speed-up {fp32.mean / int8.mean:.2f}', flush=True)
+        print(f'  speed-up {fp32 / int8:.2f}', flush=True)
         append_line(output, ','.join([
-            f'{entry.supernet.superspace.name}-{entry.choice}-{entry.subnet}', f'{fp32.mean:.4f}', f'{int8.mean:.4f}',
-            f'{fp32.mean / int8.mean:.4f}', *(name.replace(',', '') for name in place)]))
+            f'{entry.supernet.superspace.name}-{entry.choice}-{entry.subnet}', f'{fp32:.4f}', f'{int8:.4f}',
+            f'{fp32 / int8:.4f}', *(name.replace(',', '') for name in place)]))
     print(output)
 
 

@@ -15,6 +15,11 @@ class Latency(NamedTuple):
     p5: float
     p95: float
 
+    @property
+    def typical(self):
+        """What tables and speed-ups show: a busy moment of the machine does not move it."""
+        return self.median
+
     def __str__(self):
         return f'mean {self.mean:.3f} ms, median {self.median:.3f}, p5 {self.p5:.3f}, p95 {self.p95:.3f}'
 

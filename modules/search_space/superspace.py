@@ -164,6 +164,8 @@ SUPERSPACES = {space.name: space for space in (
     Superspace('onnx_v1', macro_arch.ONNX, _onnx_blocks(K35), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('demo', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
                resolutions=(32, 40, 48), kd_resolutions=(32, 40, 48)),
+    Superspace('demo_96', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
+               resolutions=(64, 80, 96), kd_resolutions=(64, 80, 96)),      # demo for pictures with finer detail
 )}
 
 

@@ -1,0 +1,41 @@
+"""Ready-made networks of timm: what a user would deploy without a search."""
+import io
+import warnings
+
+import torch
+
+from ..errors import UserError
+from ..optional import need
+
+
+def ready_made(name, num_classes, resolution, pretrained=False):
+    """timm's network `name` for images (N, 3, resolution, resolution), with a new head; UserError for an unknown one.
+
+    pretrained: ImageNet's weights but for the head, of a package, timm's hub or its cache: EfficientNets only, by the
+    names of --teacher_arch.
+    """
+    import timm
+    if pretrained:
+        from ..block_kd.teacher import build_teacher, timm_name
+        weights, name = build_teacher(name).state_dict(), timm_name(name)
+    elif not timm.is_model(name):
+        raise UserError(f'{name}: timm has no such model; see timm.list_models()')
+    network = timm.create_model(name)
+    if pretrained:
+        network.load_state_dict({key: weights[key] for key in network.state_dict()})
+    network.reset_classifier(num_classes)
+    network.resolution = resolution
+    return network
+
+
+@torch.no_grad()
+def export_ready_made(network):
+    """fp32 ModelProto of a network of ready_made(), in eval mode on the CPU; any number of images."""
+    onnx, buffer = need('onnx'), io.BytesIO()
+    images = torch.zeros(1, 3, network.resolution, network.resolution)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')         # that another exporter, which needs one more package, is the default
+        torch.onnx.export(network.eval().to(memory_format=torch.contiguous_format), images, buffer, dynamo=False,
+                          input_names=['input'], output_names=['logits'], opset_version=17,
+                          dynamic_axes={'input': {0: 'N'}, 'logits': {0: 'N'}})
+    return onnx.load_from_string(buffer.getvalue())

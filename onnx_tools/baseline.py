@@ -1,0 +1,92 @@
+"""A ready-made network on your data, to compare with: trained, quantised by ONNX Runtime itself, evaluated and timed.
+
+    python onnx_tools/baseline.py --model mobilenetv3_small_050 --dataset_path ./dataset --image_size 48 --num_epochs 2
+    python onnx_tools/baseline.py --model efficientnet-lite0 --pretrained --dataset_path ./dataset --image_size 48
+
+Trains a network of timm as downstream_cls.py --fp32 trains ours, from random weights or from ImageNet's (--pretrained:
+EfficientNets, by the names of --teacher_arch); exports it, makes it INT8 by ONNX Runtime's static quantiser (of
+convolutions and matrix products, or of every operator it knows, whichever takes less time here), and prints accuracy
+of both on the test images and latency of one image on one thread. Writes checkpoint.pth, fp32.onnx, int8.onnx and
+result.csv (`model,image_size,fp32_top1,int8_top1,images,fp32_ms,int8_ms`, medians) to <output>/<model>/.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+from modules.cli import parser, positive, run
+from modules.deploy.chain import processor
+from modules.deploy.jobs import add_reduce_range
+from modules.deploy.measure import compare
+from modules.deploy.onnx_run import latencies, open_session, run_session
+from modules.deploy.ort_static import CONVOLUTIONS, quantize_static
+from modules.deploy.ready_made import export_ready_made, ready_made
+from modules.deploy.store import write_model
+from modules.files import write_csv
+from modules.modeling.ops.op import resize
+from modules.optional import need, version_of
+from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data, seed_of
+from modules.training.distributed import Job
+from modules.training.downstream import add_recipe_arguments, finetune, recipe_of
+from modules.training.evaluate import images_of
+from modules.training.sources import plain_name
+
+HEADER = ('model', 'image_size', 'fp32_top1', 'int8_top1', 'images', 'fp32_ms', 'int8_ms')
+
+
+def get_args():
+    p = parser(__doc__)
+    p.add_argument('--model', required=True, help='name of a timm network; with --pretrained of --teacher_arch')
+    p.add_argument('--pretrained', action='store_true', help="start from ImageNet's weights")
+    p.add_argument('--image_size', type=positive(int), default=224, help='side of the images in pixels')
+    p.add_argument('--output', default=os.path.join('checkpoints', 'baselines'), help='folder of what is written')
+    p.add_argument('--runs', type=positive(int), default=300, help='timed runs of each model')
+    p.add_argument('--resume', action='store_true', help='go on with a training that was stopped')
+    add_recipe_arguments(p)
+    add_reduce_range(p)
+    add_data_arguments(p)
+    p.set_defaults(learning_rate=0.05, num_epochs=10)
+    return p.parse_args()
+
+
+def main(args):
+    need('onnx'), need('onnxruntime')
+    data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, args.image_size, seed=args.seed)
+    torch.manual_seed(seed_of(args.seed, 'weights'))
+    network = ready_made(args.model, data.num_classes, args.image_size, args.pretrained)
+    folder = os.path.join(args.output, args.model)
+    identity = {'subnet_name': args.model, 'pretrained': args.pretrained, 'num_classes': data.num_classes,
+                'image_size': args.image_size, 'dataset': plain_name(args.dataset), 'augment': args.augment}
+    args.keep_head = args.distill = None
+    finetune(network, data, recipe_of(args), os.path.join(folder, 'checkpoint.pth'), Job(), identity, args.resume,
+             args.num_workers)
+    models = quantised(network, data, args)
+    sessions = {kind: open_session(model) for kind, model in models.items()}
+    times = {kind: latency.median for kind, latency in latencies(sessions, runs=args.runs).items()}
+    int8 = min((kind for kind in models if kind != 'fp32'), key=times.get)
+    test = eval_loader(data.test, args.batch_size, workers=args.num_workers, limit_images=args.num_eval_images)
+    fp32_top1, int8_top1, *_, images = compare(network, lambda x: run_session(sessions[int8], x), test, resize)
+    write_model(os.path.join(folder, 'fp32.onnx'), models['fp32'].SerializeToString())
+    write_model(os.path.join(folder, 'int8.onnx'), models[int8].SerializeToString())
+    row = [args.model, args.image_size, f'{fp32_top1:.2f}', f'{int8_top1:.2f}', images, f'{times["fp32"]:.4f}',
+           f'{times[int8]:.4f}']
+    path = os.path.join(folder, 'result.csv')
+    write_csv(path, HEADER, [row])
+    print(f'{args.model} at {args.image_size} px: fp32 {fp32_top1:.2f} %, {times["fp32"]:.3f} ms; INT8 {int8_top1:.2f} '
+          f'%, {times[int8]:.3f} ms ({int8}); {images} images; {processor()}, ONNX Runtime '
+          f'{version_of("onnxruntime")}\n{path}')
+
+
+def quantised(network, data, args):
+    """{kind: ModelProto}: fp32, and what ONNX Runtime's quantiser makes of it."""
+    batches = list(images_of(calibration_batches(data.train, args.batch_size, args.num_calib_batches, args.seed,
+                                                 args.num_workers)))
+    fp32 = export_ready_made(network)
+    return {'fp32': fp32, **{kind: quantize_static(fp32, batches, ops, args.reduce_range) for kind, ops in (
+        ('convolutions in INT8', CONVOLUTIONS), ('all operators in INT8', None))}}
+
+
+if __name__ == '__main__':
+    run(main, get_args)
