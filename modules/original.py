@@ -20,12 +20,24 @@ RENAMED = {
     'max_grad_norm': ('grad_clip_norm',),
     'resume': ('checkpoint_path',),
     'debug_batches': (),
+    # as scripts of this kind call them, the original's or its forerunners'
+    'n_epochs': ('num_epochs', 'epochs'),
+    'num_epochs': ('epochs',),
+    'lr': ('learning_rate', 'base_lr'),
+    'learning_rate': ('base_lr',),
+    'test_batch_size': ('eval_batch_size', 'batch_size'),
+    'workers': ('num_workers',),
+    'output_dir': ('output_path',),
+    'output_path': ('output_dir',),
 }
+_LAUNCHER = 'the launcher says it'
 # {flag without a counterpart in some scripts: why}
 WITHOUT = {
     'print_freq': 'progress is shown by the clock, not by steps',
     'test_only': 'this script trains nothing',
     'augment': 'images of calibration and evaluation are not augmented',
+    **dict.fromkeys(('gpu', 'dist_url', 'dist-url', 'dist_backend', 'dist-backend', 'num_machines', 'num-machines',
+                     'machine_rank', 'machine-rank'), _LAUNCHER),
 }
 SECTIONS = ('optimizer', 'lr_scheduler')        # of its train.yaml
 

@@ -76,6 +76,14 @@ FLAGS = [
     ('downstream_cls', '', 'dataset', 'CIFAR10'),
     ('downstream_cls', '', 'subnet_name', 'SEQnet@vnni-A0'),
     ('downstream_cls', '--imagenet_path x', 'imagenet_path', 'x'),
+    ('downstream_cls', '--lr 0.5', 'learning_rate', 0.5),
+    ('train_supernet', '--lr 0.5', 'base_lr', 0.5),
+    ('train_supernet', '--num_epochs 7', 'epochs', 7),
+    ('eval_block_kd', '--test_batch_size 7', 'eval_batch_size', 7),
+    ('search_block_kd', '--output_path x', 'output_dir', 'x'),
+    ('search_subnet', '--output_dir x', 'output_path', 'x'),
+    ('train_supernet', '--workers 7', 'num_workers', 7),
+    ('train_supernet', '--dist_url tcp://127.0.0.1:1', 'dist_url', LINE),
 ]
 
 
