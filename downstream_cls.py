@@ -73,7 +73,7 @@ def get_args():
     p.add_argument('--seed', type=SEED, default=0, help='of the new head, dropout, order and augmentation')
     add_data_arguments(p)
     p.set_defaults(valid_size=0)                # the published fine-tuning held nothing out
-    add_distributed_arguments(p)
+    add_distributed_arguments(p, int8_training=True)
     return p.parse_args()
 
 
@@ -104,15 +104,15 @@ def main(args):
         network, teacher = build_network(supernet, subnet, data.num_classes, start, quant), None
         network.reset_classifier(data.num_classes)      # a new head, even for as many classes
     network.drop_rate = args.drop_rate
-    identity = {'subnet_name': name, 'supernet': str(supernet), 'subnet': str(subnet),
-                'num_classes': data.num_classes, 'quant_mode': quant, 'dataset': plain_name(args.dataset),
-                'augment': args.augment, 'drop_rate': args.drop_rate, 'from_scratch': args.from_scratch,
-                'kept_head_of': file_digest(start) if keep_head else None}
-    with distributed_job(args.local_rank, args.device) as job:
+    facts = {'subnet_name': name, 'supernet': str(supernet), 'subnet': str(subnet),
+             'num_classes': data.num_classes, 'quant_mode': quant, 'dataset': plain_name(args.dataset),
+             'augment': args.augment, 'drop_rate': args.drop_rate, 'from_scratch': args.from_scratch,
+             'kept_head_of': file_digest(start) if keep_head else None}
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
         note(f'{name} in {precision(quant)} from {path if resumes else start or "random weights"}: learning rate '
              f'{learning_rate:g}, weight decay {weight_decay:g}, {data.num_classes} classes'
              + (f', {args.distill:g} of the loss from the largest subnet of {start}' if args.distill else ''))
-        result = finetune(network, data, recipe, path, job, identity, args.resume, args.num_workers, teacher)
+        result = finetune(network, data, recipe, path, job, facts, args.resume, args.num_workers, teacher, args.compile)
         if job.is_main:
             print(f'{name} on {args.dataset}: {Accuracy(**result)}\n{path}', flush=True)
 

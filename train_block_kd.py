@@ -25,10 +25,12 @@ from modules.block_kd.trainer import (
 from modules.cli import SEED, not_negative, parser, positive, run
 from modules.errors import UserError
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
+from modules.training.acceleration import choose_quantisers, use_amp
 from modules.training.data import add_data_arguments, open_data
-from modules.training.distributed import add_distributed_arguments, distributed_job
+from modules.training.distributed import add_distributed_arguments, distributed_job, of_main
 from modules.training.log import note
 from modules.training.losses import NSR_SIGNALS
+from modules.training.resumable import steps_per_epoch
 from modules.training.sources import count_classes
 
 LEARNING_RATES = (0.005, 0.01, 0.01, 0.01, 0.01, 0.005)
@@ -65,7 +67,7 @@ def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES, s
     p.add_argument('--debug', action='store_true', help='10 steps an epoch, evaluation on 10 batches')
     p.add_argument('--seed', type=SEED, default=0, help='of weights, sub-stages and augmentation')
     add_data_arguments(p)
-    add_distributed_arguments(p)
+    add_distributed_arguments(p, int8_training=True)
     return p
 
 
@@ -76,7 +78,7 @@ def get_args():
 
 
 def main(args):
-    with distributed_job(args.local_rank, args.device) as job:
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
         train(args, job, build_teacher(args.teacher_arch, weights=args.teacher_weights))
 
 
@@ -92,11 +94,9 @@ def train(args, job, teacher, quant=False, from_scratch=False):
     if HEAD in blocks:
         blocks = with_head(blocks, args, data.num_classes, teacher)
     if not args.stage_list and (args.test_only or quant and not from_scratch):
-        blocks = without_untrained_ends(blocks, args.output_path, quant and args.test_only)
+        blocks = of_main(lambda: without_untrained_ends(blocks, args.output_path, quant and args.test_only), job)
     if not len(data.valid):
         raise UserError('no held-out images to evaluate on: give a --valid_size, or more pictures')
-    if args.amp and job.device.type != 'cuda':
-        note('--amp: only on GPUs; this run computes in float32')
     rates = dict(zip(parts_of(space), (args.stem_learning_rate, *args.learning_rate_list[:len(space.searchable_stages)],
                                        args.head_learning_rate)))
     recipe = Recipe(args.num_epochs, args.train_batch_size, rates, args.lr_step_size,
@@ -104,8 +104,10 @@ def train(args, job, teacher, quant=False, from_scratch=False):
                     num_calib_batches=args.num_calib_batches, checkpoint_freq=args.checkpoint_freq,
                     max_steps=args.max_steps or (10 if args.debug else None),
                     num_valid_batches=args.num_valid_batches or (10 if args.debug else None),
-                    amp=args.amp and job.device.type == 'cuda', channels_last=not args.no_channels_last, quant=quant,
+                    amp=use_amp(args.amp, job.device), channels_last=not args.no_channels_last, quant=quant,
                     from_scratch=from_scratch, seed=args.seed, workers=args.num_workers)
+    steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps) * recipe.epochs
+    choose_quantisers(args.compile, quant and not args.test_only, steps * len(blocks), job.device)
     independent = args.parallel == 'blocks'
     if independent:
         blocks, job = blocks_of_rank(blocks, job), job.alone()
@@ -114,7 +116,8 @@ def train(args, job, teacher, quant=False, from_scratch=False):
         if args.test_only:
             results = {}
             for part, ids in by_part(blocks).items():
-                students = [build_student(space, i, teacher, args.output_path, quant, unfinished=True) for i in ids]
+                students = of_main(lambda: [build_student(space, i, teacher, args.output_path, quant, unfinished=True)
+                                            for i in ids], job)
                 students = [(i, student.to(job.device)) for i, student in zip(ids, students)]
                 results.update(evaluate(part, students, teacher, data, recipe, job))
         else:

@@ -51,18 +51,19 @@ def evaluation_images(data, job, batch_size, num_calib_batches, limit_images=Non
                       workers=0):
     """(calibration, test) batches of this rank's share, the latter of images_to_test()."""
     calibration = DecodedImages(calibration_batches(data.train, batch_size, num_calib_batches, seed, workers, job.rank,
-                                                    job.world_size), data.mean_std)
+                                                    job.world_size).to(job.device))
     return calibration, images_to_test(data, job, batch_size, limit_images, passes, cache_gb, workers)
 
 
 def images_to_test(data, job, batch_size, limit_images=None, passes=1, cache_gb=8.0, workers=0):
     """Test batches of this rank's share; decoded once for several `passes` if they fit in cache_gb (GiB)."""
     test = eval_loader(data.test, batch_size, job.rank, job.world_size, workers, limit_images=limit_images)
+    test = test.to(job.device)
     total = len(test)
     if passes > 1:
         size = total * batch_size * data.test[0][0].numel() / 2 ** 30
         if size <= cache_gb:
-            test = DecodedImages(test, data.mean_std)
+            test = DecodedImages(test)
         else:
             note(f'the test images take {size:.1f} GiB a rank, more than --cache_gb {cache_gb:g}: decoded per subnet')
     return _Watched(test, total, job)
@@ -98,7 +99,7 @@ def evaluation(title, supernet, path, subnets, args):
     path: the supernet's checkpoint; args: of a script with add_evaluation_arguments().
     """
     model, data = open_supernet(supernet, path, args)
-    with distributed_job(args.local_rank, args.device) as job:
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
         if job.is_main:
             print(f'{title} in {precision(args.quant_mode)} from {path}', flush=True)
         model.to(job.device)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
-from ..modeling.ops.lsq_plus import local_initialisation
+from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
+from .acceleration import choose_quantisers
 from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from .checkpoint import load_weights
 from .data import calibration_batches, eval_loader, seed_of
@@ -85,23 +86,26 @@ def find_recipe(dataset, learning_rate=None, weight_decay=None, keep_head=False)
     return values
 
 
-def finetune(network, data, recipe, path, job, identity, resume=False, workers=0, teacher=None):
+def finetune(network, data, recipe, path, job, identity, resume=False, workers=0, teacher=None, compiled='auto'):
     """Fine-tune `network` (modeling.Network with a head for the data) into `path`; returns its test Accuracy dict.
 
     teacher: Network of the same classes for recipe.distill, calibrated here; it must be the same when resumed.
+    compiled: see acceleration.choose_quantisers().
     identity: plain values that are stored with the weights and from which the network can be built again. The best
     state by the held-out images (by the test images where none are held out) is beside `path` as …_best.pth.
     UserError: a loss that is not finite, or a run that was begun with other settings.
     """
     keep_freed_memory()
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
+    quant = any(op.is_quantised for op in quantised_ops(network))
+    choose_quantisers(compiled, quant, steps * recipe.epochs, job.device)
     tuning = _start(network, data, recipe, path, job, identity, resume, steps, workers)
     if tuning.done:
         note(f'{path}: already fine-tuned')
         return tuning.results['test']
     tuning.teacher = _teacher(teacher, data, recipe, workers, job)
     valid = eval_loader(data.valid if len(data.valid) else data.test, recipe.batch_size, job.rank, job.world_size,
-                        workers, limit_images=recipe.num_eval_images)
+                        workers, limit_images=recipe.num_eval_images).to(job.device)
     folder, kind = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
     writer = curves(os.path.join(folder, 'tensorboard', kind), tuning.step, job.is_main)
     bar = progress(steps * recipe.epochs, f'fine-tuning {identity.get("subnet_name", "")}', tuning.step, job.is_main)
@@ -126,7 +130,7 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
 
 def _start(network, data, recipe, path, job, identity, resume, steps, workers):
     """The FineTuning, from its unfinished checkpoint or from the network as it is, calibrated on the images."""
-    resumed = checkpoint_to_resume(path, resume)
+    resumed = checkpoint_to_resume(path, resume, job)
     settings = _settings(data, recipe, job, identity, steps)
     if resumed is not None:
         load_weights(network, resumed, path)
@@ -141,7 +145,8 @@ def _start(network, data, recipe, path, job, identity, resume, steps, workers):
                                 momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     tuning = FineTuning(path=path, optimizer=optimizer, settings=settings, network=network, identity=identity)
     if resumed is not None:
-        tuning.resume(resumed, steps * recipe.epochs)
+        tuning.resume(resumed, steps * recipe.epochs, job)
+    tuning.check_ranks(job)
     return tuning
 
 
@@ -158,6 +163,7 @@ def _prepare(network, data, recipe, workers, job):
     A subnet of a supernet has no statistics of its own. Every rank takes the same images.
     """
     batches = calibration_batches(data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed, workers)
+    batches = batches.to(job.device)
     with local_initialisation(), kept_statistics(network):
         calibrate(network, images_of(batches, job.device))
         statistics = norm_statistics(network)
@@ -252,5 +258,5 @@ def _finish(tuning, data, valid, recipe, job, workers):
         tuning.results['test'] = tuning.results['valid']
         return
     test = eval_loader(data.test, recipe.batch_size, job.rank, job.world_size, workers,
-                       limit_images=recipe.num_eval_images)
+                       limit_images=recipe.num_eval_images).to(job.device)
     tuning.results['test'] = accuracy(tuning.network, test, job)._asdict()

@@ -17,11 +17,12 @@ from torch import nn
 
 from ..errors import UserError
 from ..search_space import sampling
+from .acceleration import autocast
 from .calibrate import initialize_all_scales
-from .checkpoint import checkpoint_name, load_weights
+from .checkpoint import checkpoint_name, load_checkpoint, load_weights
 from .config import save_config
 from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
-from .distributed import average, average_gradients, broadcast
+from .distributed import average, average_gradients, broadcast, of_main
 from .evaluate import DecodedImages, evaluate_subnet
 from .log import curves, note, progress
 from .losses import adaptive_alpha_loss
@@ -51,6 +52,8 @@ class SupernetRecipe:
     label_smoothing: float = _setting(0.1, 'of the largest subnet', below=1)
     dropout: float = _setting(0.2, 'before the last layer of the largest subnet', below=1)
     grad_clip_value: float = _setting(1.0, 'bound of each gradient')
+    accumulate: int = _setting(1, 'parts of a batch that take turns, for small GPUs; batch norm then sees parts',
+                               least=1)
     num_arch_training: int = _setting(4, 'subnets a step: largest, random ones, smallest', least=1)
     smallest_freq: int = _setting(1, 'steps between those that train the smallest subnet; in the others another random '
                                   'one takes its place', least=1)
@@ -104,6 +107,9 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
     it: the best validated state as checkpoint_best.pth or lsq_best.pth, and the recipe as *.yaml.
     """
     keep_freed_memory()
+    if recipe.batch_size_per_gpu < 2 * recipe.accumulate:
+        raise UserError(f'--accumulate {recipe.accumulate}: less than two images in a part of '
+                        f'{recipe.batch_size_per_gpu}')
     steps = steps_per_epoch(data, recipe.batch_size_per_gpu, recipe.seed, job, recipe.max_steps)
     training = _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps, blocks)
     if training.done:
@@ -111,9 +117,9 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
         return training.results
     calibration = DecodedImages(calibration_batches(
         data.train, recipe.batch_size_per_gpu, recipe.num_calib_batches, recipe.seed, workers, job.rank,
-        job.world_size), data.mean_std)
+        job.world_size).to(job.device))
     valid = DecodedImages(eval_loader(data.valid, recipe.batch_size_per_gpu, job.rank, job.world_size, workers,
-                                      limit_images=recipe.num_valid_images or None), data.mean_std)
+                                      limit_images=recipe.num_valid_images or None).to(job.device))
     if job.is_main:
         save_config(recipe, folder, 'lsq.yaml' if quant else 'checkpoint.yaml')
     kind = 'lsq' if quant else 'fp32'
@@ -140,13 +146,12 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
 def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps, blocks):
     """The Training: from its unfinished checkpoint, the fp32 checkpoint (quant), or the weights that it has."""
     path, fp32 = (os.path.join(folder, checkpoint_name(kind)) for kind in (quant, False))
-    resumed = checkpoint_to_resume(path, resume)
+    resumed = checkpoint_to_resume(path, resume, job)
     if resumed is not None:
         load_weights(supernet, resumed, path)
     elif quant and not (from_scratch or blocks):
-        if not os.path.isfile(fp32):
-            raise UserError(f'{fp32}: no fp32 checkpoint to start from; train it first without --quant_mode')
-        begun = load_weights(supernet, fp32, str(supernet.encoding))
+        begun = of_main(lambda: _fp32_checkpoint(fp32), job)
+        load_weights(supernet, begun, f'{fp32}: not the weights of {supernet.encoding}')
         if isinstance(begun, dict) and not begun.get('done', True):
             note(f'{fp32}: its training is not finished (epoch {begun.get("epoch")})')
     supernet.to(job.device, memory_format=torch.channels_last)
@@ -164,9 +169,17 @@ def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, ali
                  'ranks': job.world_size, 'training images': len(data.train), 'classes': supernet.num_classes,
                  'init_block_kd': blocks}
     training = Training(path=path, optimizer=optimizer, settings=settings, supernet=supernet)
-    if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
-        training.resume(resumed, steps * recipe.epochs)
+    if resumed is not None:
+        training.resume(resumed, steps * recipe.epochs, job)
+    training.check_ranks(job)
     return training
+
+
+def _fp32_checkpoint(path):
+    """What LSQ+ starts from; UserError without it."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: no fp32 checkpoint to start from; train it first without --quant_mode')
+    return load_checkpoint(path)
 
 
 def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp, job, writer):
@@ -177,10 +190,12 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
     learning_rate = warmup_cosine(recipe.base_lr * scale, step, steps * recipe.epochs,
                                   round(recipe.warmup_epochs * steps))
     training.optimizer.zero_grad(set_to_none=True)
-    losses = sandwich(supernet, images.to(job.device, non_blocking=True), labels.to(job.device, non_blocking=True),
-                      recipe, random.Random(f'{recipe.seed} {epoch} {step}'), align_sample, amp,
-                      smallest=step % recipe.smallest_freq == 0)
-    losses = average(torch.stack(losses).tolist(), job)
+    labels, losses = labels.to(job.device, non_blocking=True), 0
+    for part, of_part in zip(images.tensor_split(recipe.accumulate), labels.tensor_split(recipe.accumulate)):
+        share, rng = len(part) / len(images), random.Random(f'{recipe.seed} {epoch} {step}')
+        losses = losses + share * torch.stack(sandwich(supernet, part, of_part, recipe, rng, align_sample, amp,
+                                                       smallest=step % recipe.smallest_freq == 0, share=share))
+    losses = average(losses.tolist(), job)
     if not all(map(math.isfinite, losses)):
         raise training.failure(f'{supernet.encoding}: step {step} (epoch {epoch}): the loss is not finite')
     training.loss_sum, training.loss_count = training.loss_sum + losses[0], training.loss_count + 1
@@ -198,8 +213,10 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
         writer.add_scalar('learning rate', learning_rate, step)
 
 
-def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False, smallest=True):
+def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False, smallest=True, share=1.0):
     """Backward of the largest, random and the smallest subnet, gradients summed; returns their losses (tensors).
+
+    share: the part of the losses whose gradients are taken, where these images are a part of a step's.
 
     The largest learns from the labels, with dropout; the others from its answers. rng: random.Random that draws
     the random subnets, the same on every rank; smallest: whether the last is the smallest, else it is random too.
@@ -213,15 +230,14 @@ def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=Fals
             supernet.set_min_subnet()
         else:
             supernet.sample_active_subnet(rng, align_sample)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp), \
-                _dropout(supernet, recipe.dropout if i == 0 else 0.0):
+        with autocast(images.device, amp), _dropout(supernet, recipe.dropout if i == 0 else 0.0):
             logits = supernet(images)
         if i == 0:
             answers = logits.detach()
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
         else:
             loss = adaptive_alpha_loss(logits, answers, recipe.alpha_min, recipe.alpha_max, recipe.iw_clip)
-        loss.backward()
+        (loss if share == 1 else share * loss).backward()
         losses.append(loss.detach())
     return losses
 

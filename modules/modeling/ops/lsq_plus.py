@@ -117,7 +117,8 @@ def _like(flat, x):
 
 
 def _quantise(x, scale, beta, levels, dtype=None):
-    """s * round(clamp((x - beta) / s, low, high)) + beta with s = positive(scale), cast once to dtype (default: x's)."""
+    """s * round(clamp((x - beta) / s, low, high)) + beta with s = positive(scale), cast once to dtype, by default x's.
+    """
     x, dtype = _dense(x), dtype or x.dtype
     if kernel := _kernel(_quantise_flat, x):
         return _like(kernel(_bare(x), scale.detach(), None if beta is None else beta.detach(), levels.low,

@@ -1,0 +1,69 @@
+"""Several processes without a launcher between: an error of one ends all, and rank 0 alone decides what is resumed."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import ROOT
+from .launching import free_port
+
+FAILING = """
+import sys, torch
+from modules.cli import run
+from modules.training.distributed import barrier, distributed_job
+def main(kind):
+    with distributed_job() as job:
+        barrier(job)
+        if job.is_main:
+            raise {'memory': torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'),
+                   'bug': ValueError('a bug')}[kind]
+        barrier(job)
+run(main, lambda: sys.argv[1])
+"""
+SHARED = """
+import os, sys
+from modules.cli import run
+from modules.training.distributed import check_same, distributed_job, gather, of_main, share
+def main(folder):
+    with distributed_job() as job:
+        path = os.path.join(folder, 'state')
+        if not job.is_main:
+            path += ' of a disk that rank 0 does not see'
+            open(path, 'w').write('another')
+        print(of_main(lambda: open(path).read() if os.path.exists(path) else 'none', job), gather(job.rank, job),
+              share(job.rank, job), flush=True)
+        check_same('the step', 7, job)
+        check_same('the step', job.rank, job)
+run(main, lambda: sys.argv[1])
+"""
+
+
+def ranks(program, *args, world=2):
+    """[(exit code, stdout, stderr), …] of `world` processes that meet at a port of this machine."""
+    port = free_port()
+    started = [subprocess.Popen([sys.executable, '-c', program, *map(str, args)], text=True, cwd=ROOT,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'RANK': str(rank), 'WORLD_SIZE': str(world),
+                                     'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'CUDA_VISIBLE_DEVICES': ''})
+               for rank in range(world)]
+    try:
+        return [(process.communicate(timeout=90), process.returncode) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+@pytest.mark.parametrize('kind, line, code', [
+    ('memory', 'error: not enough GPU memory: CUDA out of memory', 2), ('bug', 'ValueError: a bug', 1)])
+def test_one_failing_rank_ends_all(kind, line, code):
+    ((_, err), first), ((_, others), second) = ranks(FAILING, kind)
+    assert first == code and line in err and second == 2
+    assert others.count('error: ') == 1 and 'error: rank 1: another rank is gone' in others, others
+    assert kind == 'bug' or err.count('\n') == 1 and 'Traceback' not in err, err
+
+
+def test_rank_0_alone_looks_for_files_and_steps_are_compared(tmp_path):
+    ended = ranks(SHARED, tmp_path)
+    assert all(out == 'none [0, 1] 0\n' and code == 2 for (out, _), code in ended), ended
+    assert all('ranks differ in the step: 0 1' in err for (_, err), _ in ended), ended
