@@ -92,7 +92,7 @@ def finetune(teacher, original, data, path, args, job):
             if args.from_teacher:
                 target = original(images).softmax(1)
             loss = F.cross_entropy(teacher(images), target)
-            mean_loss, = distributed.average([loss.item()], job)
+            mean_loss, = distributed.average(loss.detach()[None], job)
             if not math.isfinite(mean_loss):
                 raise UserError(f'loss {mean_loss} at step {step} of {total}: try a smaller --learning_rate')
             set_learning_rate(optimizer, cosine(args.learning_rate, step, total))

@@ -1,5 +1,6 @@
 """Several processes without a launcher between: an error of one ends all, and rank 0 alone decides what is resumed."""
 import os
+import shutil
 import subprocess
 import sys
 
@@ -67,3 +68,43 @@ def test_rank_0_alone_looks_for_files_and_steps_are_compared(tmp_path):
     ended = ranks(SHARED, tmp_path)
     assert all(out == 'none [0, 1] 0\n' and code == 2 for (out, _), code in ended), ended
     assert all('ranks differ in the step: 0 1' in err for (_, err), _ in ended), ended
+
+
+def on_two_hosts(folders, script, *args):
+    """Run a script on two launchers of two ranks each, `{}` in its arguments replaced by each one's own folder."""
+    port, env = free_port(), {**os.environ, 'OMP_NUM_THREADS': '1'}
+    started = [subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--node_rank', str(node), '--nproc_per_node',
+         '2', '--master_addr', '127.0.0.1', '--master_port', str(port), os.path.join(ROOT, script),
+         *(str(arg).replace('{}', str(folder)) for arg in args)], env=env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT) for node, folder in enumerate(folders)]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], '\n'.join(outputs)
+    return outputs
+
+
+@pytest.mark.slow
+def test_four_ranks_on_two_hosts_without_a_common_disk(tmp_path):
+    """Training, its resumption (one host alone has the checkpoint) and a subnet search."""
+    hosts = [tmp_path / name for name in ('first', 'second')]
+    data = ('--superspace', 'demo', '--supernet_choice', '222-111', '--dataset', 'digits', '--dataset_path', '{}',
+            '--num_workers', 0, '--valid_size', 16, '--device', 'cpu')
+    train = ('train_supernet.py', '--config-file', os.path.join(ROOT, 'supernet_training_configs', 'demo.yaml'), *data,
+             '--output_path', '{}', '--epochs', 1, '--batch_size_per_gpu', 4, '--accumulate', 2, '--max_steps', 2,
+             '--num_calib_batches', 4, '--num_valid_images', 16, '--quant_mode', '--from_scratch')
+    first, second = on_two_hosts(hosts, *train)
+    checkpoint = hosts[0] / 'demo-222-111-align0' / 'lsq.pth'
+    assert checkpoint.is_file() and not hosts[1].joinpath('demo-222-111-align0').exists() and 'max: top-1' in first
+    assert 'already trained' in on_two_hosts(hosts, *train, '--resume')[0]
+    hosts[1].joinpath('demo-222-111-align0').mkdir(parents=True)
+    shutil.copy(checkpoint, hosts[1] / 'demo-222-111-align0')
+    first, second = on_two_hosts(
+        hosts, 'search_subnet.py', *data, '--checkpoint_path', '{}', '--output_path', '{}/search',
+        '--latency_constraint', 1, '--latency_delta', 0.5, '--population_size', 4, '--num_rounds', 1,
+        '--num_mutations', 2, '--num_crossovers', 2, '--num_valid_images', 8, '--num_threads', 1,
+        '--num_calib_batches', 1, '--num_eval_images', 8, '--batch_size', 8)
+    assert any(hosts[0].joinpath('search').rglob('*.csv')) and not any(hosts[1].joinpath('search').rglob('*.csv'))

@@ -324,14 +324,14 @@ def test_autocast_leaves_levels_alone(name, kernels):
     op = set_quant_mode(OPS[name]()).train()
     x = torch.randn((2, 16) if name == 'linear' else (2, 8, 9, 9)).bfloat16()
     op(x.float())                                                # initialises the scales
-    used, exact = [], [quantize_activation(x.float(), op.sa, 8, op.beta, True),
-                       quantize_weight(op.weight, op.sw, 8, True)]
+    of_x = quantize_activation(x.float(), op.sa, 8, op.beta, True)
+    used, exact = [], [of_x, quantize_weight(op.weight, op.sw, 8, True), of_x]      # forward, then backward
     with torch.autocast('cpu', torch.bfloat16), _operands(used):
         y = op(x.requires_grad_())
     with _operands(used):
         y.float().sum().backward()
-    assert len(used) == 4 and all(tensor.dtype == torch.bfloat16 for tensor in used)
-    for ours, want in zip(used, exact * 2):
+    assert all(tensor.dtype == torch.bfloat16 for tensor in used)
+    for ours, want in zip(used, exact, strict=True):
         assert (ours != want.bfloat16()).sum() == 0, 'values off the grid'
     assert op.sa.grad.isfinite().all() and x.grad.dtype == torch.bfloat16
 
@@ -339,14 +339,13 @@ def test_autocast_leaves_levels_alone(name, kernels):
 @contextlib.contextmanager
 def _operands(seen):
     """Inside, the tensors that the quantised ops multiply are appended to `seen`."""
-    operands = lsq_plus._QuantisedOp.operands
+    operand = lsq_plus._QuantisedOp.operand
 
     def record(*args):
-        found = operands(*args)
-        seen.extend(tensor.detach().clone() for tensor in found)
-        return found
-    lsq_plus._QuantisedOp.operands = staticmethod(record)
+        seen.append(operand(*args))
+        return seen[-1]
+    lsq_plus._QuantisedOp.operand = staticmethod(record)
     try:
         yield
     finally:
-        lsq_plus._QuantisedOp.operands = staticmethod(operands)
+        lsq_plus._QuantisedOp.operand = staticmethod(operand)

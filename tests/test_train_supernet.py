@@ -20,7 +20,7 @@ from modules.modeling.supernet import Supernet
 from modules.search_space.sampling import min_subnet
 from modules.training import supernet_trainer
 from modules.training.calibrate import norm_statistics
-from modules.training.checkpoint import load_checkpoint
+from modules.training.checkpoint import load_checkpoint, save_checkpoint
 from modules.training.config import load_config, save_config
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
@@ -231,6 +231,27 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(digits, tmp_path, m
         train_supernet(_build(), digits, RECIPE, str(tmp_path / 'nan'), Job())
     kept = load_checkpoint(tmp_path / 'nan' / 'checkpoint.pth')
     assert kept['step'] == 2                                        # step 3's loss did not prove its weights good
+
+
+def test_a_published_checkpoint_goes_on_from_its_epoch_or_is_refused(digits, tmp_path):
+    """It has epochs, no steps; it is never written over. The batches come in two parts here."""
+    short, path = dataclasses.replace(RECIPE, epochs=2, max_steps=1, accumulate=2), tmp_path / 'checkpoint.pth'
+    train_supernet(_build(), digits, dataclasses.replace(short, epochs=1), str(tmp_path), Job())
+    state = load_checkpoint(path)
+    published = {'epoch': 1, 'state_dict': state['state_dict'], 'optimizer': state['optimizer']}
+    save_checkpoint(path, published)
+    before = path.read_bytes()
+    train_supernet(_build(), digits, short, str(tmp_path), Job(), resume=True)
+    assert load_checkpoint(path)['step'] == 2 and (tmp_path / 'checkpoint_old.pth').read_bytes() == before
+    for change, said in (({'optimizer': None}, 'cannot go on from'), ({}, 'checkpoint_old.pth is there'),
+                         ({'epoch': 2}, 'epoch 2 of 2')):
+        save_checkpoint(path, published | change)
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=said):
+            train_supernet(_build(), digits, short, str(tmp_path), Job(), resume=True)
+        assert path.read_bytes() == before
+    with pytest.raises(UserError, match='less than two images'):
+        train_supernet(_build(), digits, dataclasses.replace(short, accumulate=100), str(tmp_path), Job())
 
 
 def test_collapse_to_guessing_stops(digits, tmp_path, monkeypatch):

@@ -231,7 +231,7 @@ def _step(part, trainees, images, teacher, recipe, epoch, step, total, job):
         trainee.student.train()
         trainee.losses = _sandwich(part, trainee.student, hws, features, rng, recipe, job)
     losses = [loss for t in trainees for loss in t.losses.values()]
-    averages = average(torch.stack(losses).tolist() if losses else [], job)     # the one wait for the device
+    averages = average(torch.stack(losses) if losses else [], job)      # the one wait for the device
     for i, trainee in enumerate(trainees):
         losses = averages[i * len(hws):(i + 1) * len(hws)]
         trainee.losses = dict(zip(trainee.losses, losses))

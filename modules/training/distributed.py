@@ -124,8 +124,8 @@ def _sum_over_ranks(tensors):
     """In-place sum over ranks of tensors of one dtype and device, in one reduction."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(part.view_as(tensor))
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for tensor, part in zip(
+        tensors, flat.split([tensor.numel() for tensor in tensors]))])
 
 
 def average_gradients(parameters, job):
@@ -133,22 +133,21 @@ def average_gradients(parameters, job):
     if job.world_size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    for gradient in gradients:
-        gradient /= job.world_size
+    torch._foreach_div_(gradients, job.world_size)
     _sum_over_ranks(gradients)
 
 
 def sum_over_ranks(values, job):
-    """Sum over ranks of a list of plain numbers, exact for counts."""
+    """Sum over ranks of numbers (a list, or a 1-d tensor), exact for counts; with one wait for the device."""
     if job.world_size == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=job.device)
+        return values.tolist() if isinstance(values, torch.Tensor) else list(values)
+    tensor = torch.as_tensor(values, dtype=torch.float64, device=job.device)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
 def average(values, job):
-    """Mean over ranks of a list of plain numbers."""
+    """Mean over ranks of numbers (a list, or a 1-d tensor), as plain numbers."""
     return [value / job.world_size for value in sum_over_ranks(values, job)]
 
 

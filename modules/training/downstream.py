@@ -205,14 +205,13 @@ def _take_step(tuning, images, labels, recipe, epoch, steps, job, writer):
         answers = None if tuning.teacher is None else tuning.teacher(images)
     loss = mixed_loss(logits, labels, answers, recipe.distill, recipe.label_smoothing)
     loss.backward()
-    loss, = average([loss.item()], job)
-    if not math.isfinite(loss):
-        raise tuning.failure(f'step {step} (epoch {epoch}): the loss is not finite')
-    tuning.prove(job)
     parameters = [p for group in tuning.optimizer.param_groups for p in group['params']]
     average_gradients(parameters, job)
-    norm = float(nn.utils.clip_grad_norm_(parameters, recipe.grad_clip_norm))
-    if not math.isfinite(norm):
+    norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip_norm)
+    loss, norm = average(torch.stack([loss.detach(), norm]), job)       # the one wait for the device
+    if math.isfinite(loss):
+        tuning.prove(job)
+    if not math.isfinite(loss) or not math.isfinite(norm):
         raise tuning.failure(f'step {step} (epoch {epoch}): the loss is not finite')
     learning_rate = warmup_linear(recipe.learning_rate, step, steps * recipe.epochs,
                                   round(recipe.warmup_epochs * steps))

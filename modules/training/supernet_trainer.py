@@ -195,14 +195,15 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
         share, rng = len(part) / len(images), random.Random(f'{recipe.seed} {epoch} {step}')
         losses = losses + share * torch.stack(sandwich(supernet, part, of_part, recipe, rng, align_sample, amp,
                                                        smallest=step % recipe.smallest_freq == 0, share=share))
-    losses = average(losses.tolist(), job)
+    losses = average(losses, job)
     if not all(map(math.isfinite, losses)):
         raise training.failure(f'{supernet.encoding}: step {step} (epoch {epoch}): the loss is not finite')
     training.loss_sum, training.loss_count = training.loss_sum + losses[0], training.loss_count + 1
     if not _is_collapsed(training):
         training.prove(job)
-    average_gradients(supernet.parameters(), job)
-    torch.nn.utils.clip_grad_value_(supernet.parameters(), recipe.grad_clip_value)
+    parameters = [p for group in training.optimizer.param_groups for p in group['params']]
+    average_gradients(parameters, job)
+    torch.nn.utils.clip_grad_value_(parameters, recipe.grad_clip_value)
     set_learning_rate(training.optimizer, learning_rate)
     training.optimizer.step()
     training.step = step + 1
@@ -230,7 +231,7 @@ def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=Fals
             supernet.set_min_subnet()
         else:
             supernet.sample_active_subnet(rng, align_sample)
-        with autocast(images.device, amp), _dropout(supernet, recipe.dropout if i == 0 else 0.0):
+        with autocast(images.device, amp), _dropout(supernet, recipe.dropout) if i == 0 else contextlib.nullcontext():
             logits = supernet(images)
         if i == 0:
             answers = logits.detach()

@@ -21,6 +21,7 @@ from .convolution import conv2d, convolution_backward
 OFF = 32                                    # bits of an op that does not quantise
 _MIN_RANGE = 1e-7                           # a scale never falls below this / (2^b - 1)
 _PIECE = 1 << 16                            # elements: four such tensors fit into a core's cache
+_WARM_UP = 1 << 22                          # elements of the first use of compiled kernels
 _local_initialisation = False
 _use_kernels = False                        # of torch.compile, see compile_quantisers()
 
@@ -76,7 +77,13 @@ def _quantise_backward_flat(dy, x, scale, beta, low, high, least):
 
 @functools.cache
 def _compiled(function):
-    return torch.compile(function, dynamic=True)
+    """The function compiled for tensors of any size, always called in one state: each other one would compile anew."""
+    compiled = torch.compile(function, dynamic=True)
+
+    def run(x, *args):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return compiled(x, *args)
+    return run
 
 
 def _kernel(function, x):
@@ -96,9 +103,12 @@ def compile_quantisers(enable=True):
 
 
 def prove_quantisers(device):
-    """Quantise a few numbers on `device`; UserError where the kernels cannot be compiled."""
+    """Compile the kernels by a first use on `device`; UserError where that fails.
+
+    With the levels of int8 and as many numbers as large activations have: their reductions are sized for the first use.
+    """
     try:
-        x, ones = torch.randn(16, device=device), torch.ones(1, device=device)
+        x, ones = torch.ones(_WARM_UP, device=device), torch.ones(1, device=device)
         for beta, levels in ((None, _weight_range(x, 8)), (torch.zeros(1, device=device), _activation_range(x, 8))):
             _quantise(x, ones, beta, levels)
             _quantise_backward(x, x, ones, beta, levels)
@@ -187,29 +197,31 @@ class _QuantisedOp(torch.autograd.Function):
     """A convolution or linear layer of a fake-quantised input and weight.
 
     Keeps the input as it came and quantises it anew for the backward pass: so int8 training holds no more activations
-    than fp32 training. levels_x, levels_w: _Range, None for off; geometry: (stride, padding, dilation, groups) of a
-    convolution, None for a linear layer.
+    than fp32 training, only the quantised weight in addition. levels_x, levels_w: _Range, None for off; geometry:
+    (stride, padding, dilation, groups) of a convolution, None for a linear layer.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, scale_x, beta, scale_w, levels_x, levels_w, geometry):
-        ctx.save_for_backward(x, weight, scale_x, beta, scale_w)
         ctx.levels, ctx.geometry, ctx.bias_sizes = (levels_x, levels_w), geometry, None if bias is None else [len(bias)]
-        x, weight = _QuantisedOp.operands(x, weight, scale_x, beta, scale_w, levels_x, levels_w, _op_dtype(x))
-        return F.linear(x, weight, bias) if geometry is None else F.conv2d(x, weight, bias, *geometry)
+        used_x = _QuantisedOp.operand(x, scale_x, beta, levels_x, _op_dtype(x))
+        used_weight = _QuantisedOp.operand(weight, scale_w, None, levels_w, used_x.dtype)
+        ctx.save_for_backward(x, weight, used_weight, scale_x, beta, scale_w)
+        if geometry is None:
+            return F.linear(used_x, used_weight, bias)
+        return F.conv2d(used_x, used_weight, bias, *geometry)
 
     @staticmethod
-    def operands(x, weight, scale_x, beta, scale_w, levels_x, levels_w, dtype):
+    def operand(x, scale, beta, levels, dtype):
         """The numbers that the op multiplies, in dtype: the same in both passes."""
-        return (x.to(dtype) if levels_x is None else _quantise(x, scale_x, beta, levels_x, dtype),
-                weight.to(dtype) if levels_w is None else _quantise(weight, scale_w, None, levels_w, dtype))
+        return x.to(dtype) if levels is None else _quantise(x, scale, beta, levels, dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale_x, beta, scale_w = ctx.saved_tensors
+        x, weight, used_weight, scale_x, beta, scale_w = ctx.saved_tensors
         levels_x, levels_w = ctx.levels
         wanted = ctx.needs_input_grad
-        used_x, used_weight = _QuantisedOp.operands(x, weight, scale_x, beta, scale_w, levels_x, levels_w, grad.dtype)
+        used_x = _QuantisedOp.operand(x, scale_x, beta, levels_x, grad.dtype)
         # the scales' gradients come from those of what they quantise
         mask = [wanted[0] or levels_x is not None and (wanted[3] or wanted[4]),
                 wanted[1] or levels_w is not None and wanted[5], wanted[2]]
