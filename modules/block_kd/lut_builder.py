@@ -27,7 +27,7 @@ from ..training.calibrate import calibrate, kept_statistics
 from ..training.distributed import barrier, gather, of_main
 from ..training.log import note, progress
 from ..training.losses import nsr_loss
-from ..training.parallel import thread_map
+from ..training.parallel import one_core, thread_map
 from .checkpoints import build_student, require_checkpoint
 from .lut import LutRow, format_row, parse_row, read_block_lut, write_block_lut
 from .trainer import by_part, check_map_sizes
@@ -198,12 +198,8 @@ def _prepare(student, cache, seed, settings):
     digest = hashlib.sha256(f'{cache.digest} {settings}'.encode())
     _hash_tensors(digest, student.state_dict().values())
     stage_input = next(cache.calibration(max(cache.batches)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_core():
         student.initialize_scales(stage_input, random.Random(f'{seed} {student.block_id} scales'))
-    finally:
-        torch.set_num_threads(threads)
     return digest.hexdigest()
 
 
