@@ -222,9 +222,9 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(digits, tmp_path, m
                        str(tmp_path / 'new'), Job())
     calls = []
 
-    def poisoned(*args):
+    def poisoned(*args, **kwargs):
         calls.append(1)
-        losses = sandwich(*args)
+        losses = sandwich(*args, **kwargs)
         return [loss * (math.nan if len(calls) > 3 else 1) for loss in losses]
     monkeypatch.setattr(supernet_trainer, 'sandwich', poisoned)
     with pytest.raises(UserError, match=r'step 3 .*last good checkpoint is .*checkpoint.pth'):
