@@ -48,5 +48,5 @@ def run_script(script, *args, ranks=1, launcher='torch.distributed.launch', kill
     if kill_when:
         assert process.returncode == -signal.SIGKILL, f'it ended before it was killed: {output}'
     else:
-        assert process.returncode == code, output
+        assert process.returncode == code, (process.returncode, output)
     return output
