@@ -16,7 +16,7 @@ FREE = ('view', '_unsafe_view', 'slice', 'detach', 'alias', 'expand', 't', 'tran
         'squeeze', 'select', 'split', 'as_strided', 'empty', 'empty_like', 'empty_strided', 'new_empty',
         'new_empty_strided', 'unbind', 'chunk', '_reshape_alias', 'lift_fresh')
 # operations on each element, whose results' shapes need none of torch's (slow) ways to find them
-ELEMENTWISE = ('abs', 'add', 'addcmul', 'clamp', 'clamp_min', 'div', 'eq', 'mul', 'round', 'sgn', 'sub')
+ELEMENTWISE = ('abs', 'add', 'clamp', 'clamp_min', 'div', 'eq', 'mul', 'round', 'sgn', 'sub')
 TINY = 4096                 # elements: a kernel of fewer costs its launch, not its bytes
 
 

@@ -60,7 +60,7 @@ def _quantise_flat(x, scale, beta, low, high, least, dtype):
     """_quantise() of a 1-d tensor as one expression, for devices and torch.compile."""
     x, scale = x.to(_computed_in(x.dtype)), positive(scale, least)
     q = (x / scale if beta is None else (x - beta) / scale).clamp(low, high).round()
-    return (q * scale if beta is None else torch.addcmul(beta, q, scale)).to(dtype)
+    return (q * scale if beta is None else q * scale + beta).to(dtype)
 
 
 def _quantise_backward_flat(dy, x, scale, beta, low, high, least):
@@ -138,8 +138,9 @@ def _quantise(x, scale, beta, levels, dtype=None):
     for v, y in _pieces(x, quantised):
         q = y if dtype == exact else torch.empty_like(v, dtype=exact)
         torch.div(v, scale, out=q) if beta is None else torch.sub(v, beta, out=q).div_(scale)
-        q.clamp_(levels.low, levels.high).round_()
-        torch.mul(q, scale, out=q) if beta is None else torch.addcmul(beta, q, scale, out=q)
+        q.clamp_(levels.low, levels.high).round_().mul_(scale)
+        if beta is not None:
+            q.add_(beta)                                        # not addcmul(), which rounds once less than published
         if q is not y:
             y.copy_(q)
     return quantised
