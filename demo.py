@@ -8,8 +8,8 @@ LSQ+, a latency predictor of this machine, block LUTs, the space search, two sup
 random one), subnet searches, and the INT8 deployment of what was found beside hand-made baselines. Twenty minutes on
 two cores. Ctrl-C is harmless: the same command goes on. Ends with <output_path>/summary.md and its pictures.
 
-Fashion-MNIST: files under --dataset_path, Debian's package dataset-fashion-mnist, else torchvision's download; where
-none of them can be had, scikit-learn's digits.
+Fashion-MNIST: files under --dataset_path, Debian's package dataset-fashion-mnist where it is installed, torchvision's
+download, that package's download (nobody has to be root); where none of them can be had, scikit-learn's digits.
 """
 import os
 

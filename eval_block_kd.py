@@ -38,14 +38,15 @@ def get_args():
     p.add_argument('--num_calib_batches', type=positive(int), default=4, help='of batch-norm calibration')
     p.add_argument('--eval_batch_size', type=positive(int), default=50, help='images of an evaluation batch')
     p.add_argument('--num_eval_batches', type=positive(int), help='default: all held-out images')
-    p.add_argument('--debug', action='store_true', help='evaluate on 10 batches')
+    p.add_argument('--debug', action='store_true', help='evaluate on few batches')
+    p.add_argument('--debug_batches', type=positive(int), default=10, help='of --debug')
     p.add_argument('--nsr_signal', choices=NSR_SIGNALS, default='teacher', help='whose variance divides the loss')
     p.add_argument('--cache_budget_gb', type=positive(float), default=4.0,
                    help="GiB of the teacher's maps kept in memory; the rest is memory-mapped under output_path")
     p.add_argument('--num_threads', type=within(int, 1, 1024),
                    help='rows measured at a time by a rank, on a CPU; default: its share of the cores')
     p.add_argument('--seed', type=SEED, default=0, help='of the rows and the calibration images')
-    add_data_arguments(p)
+    add_data_arguments(p, trains=False)
     add_distributed_arguments(p)
     return p.parse_args()
 
@@ -68,12 +69,13 @@ def main(args):
         predictor = open_predictor(args, space)
         teacher = build_teacher(args.teacher_arch, quant=True, checkpoint=args.teacher_checkpoint_path)
         teacher.check_fits(space)
-        data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, max(hw_list),
-                         labelled=False, normalize=teacher.normalize, seed=args.seed)
+        data = open_data(args.dataset_path, args.dataset, args.valid_size, image_size=max(hw_list), labelled=False,
+                         normalize=teacher.normalize, seed=args.seed)
         calibration = [images for images, *_ in calibration_batches(
             data.train, args.calib_batch_size, args.num_calib_batches, args.seed, workers=args.num_workers)]
         evaluation = Images(eval_loader(data.valid, args.eval_batch_size, workers=args.num_workers,
-                                        limit=args.num_eval_batches or (10 if args.debug else None)).to(job.device))
+                                        limit=args.num_eval_batches
+                                        or (args.debug_batches if args.debug else None)).to(job.device))
         paths = build_luts(space, blocks, args.width_window_filter, teacher.to(job.device),
                            os.path.join(args.checkpoint_path, space.name), os.path.join(args.output_path, space.name),
                            calibration, evaluation, predictor, job, args.num_samples_per_stage, hw_list,

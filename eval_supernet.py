@@ -6,9 +6,11 @@
         --subnet_choice <subnet1> <subnet2>
 
 --mode acc: test accuracy of subnets (an encoding, max or min; both without --subnet_choice), each with batch-norm
-statistics of its own. --mode lat predicts INT8 latencies: of given subnets a breakdown by block, without any the
-distribution of random subnets with its picture. Both write a CSV below --output_path.
+statistics of its own; with --valid_size N accuracy on N held-out training images. --mode lat predicts INT8 latencies:
+of given subnets a breakdown by block, without any the distribution of random subnets with its picture. Both write a CSV
+below --output_path.
 """
+import contextlib
 import os
 import random
 
@@ -24,14 +26,17 @@ from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
 from modules.subnet_report import add_evaluation_arguments, evaluate_all, evaluation
 from modules.training.checkpoint import precision
+from modules.training.data import VALID_SIZE
+from modules.training.distributed import distributed_job
 from modules.zoo import CHECKPOINTS, EXTREMES, choose_subnet, find_checkpoint
 
 
 def get_args():
     p = parser(__doc__)
     p.add_argument('--superspace', choices=sorted(SUPERSPACES), help='not needed with a full supernet name')
-    p.add_argument('--supernet_choice', required=True, help='supernet, such as 121122-133333 or spaceevo@vnni')
-    p.add_argument('--mode', choices=['acc', 'lat'], default='lat', help='what to evaluate')
+    p.add_argument('--supernet_choice', required=True, nargs='+', metavar='CHOICE',
+                   help='supernets, such as 121122-133333 or spaceevo@vnni')
+    p.add_argument('--mode', choices=['acc', 'lat'], default='acc', help='what to evaluate')
     p.add_argument('--subnet_choice', nargs='+', default=[], metavar='SUBNET', help='subnet encodings, max or min')
     p.add_argument('--resume', '--checkpoint_path', dest='resume', default=CHECKPOINTS, metavar='PATH',
                    help='root of the checkpoints, <root>/<supernet>-align0/, or a checkpoint file')
@@ -39,11 +44,22 @@ def get_args():
     p.add_argument('--num_samples', type=positive(int), default=1000, help='random subnets of the distribution')
     p.add_argument('--output_path', default='./checkpoints/eval_supernet', help='folder of picture and CSV')
     add_evaluation_arguments(p)
-    return p.parse_args()
+    p.set_defaults(valid_size=None)
+    args = p.parse_args()
+    args.held_out, args.valid_size = bool(args.valid_size), VALID_SIZE if args.valid_size is None else args.valid_size
+    return args
 
 
 def main(args):
-    supernet = find_supernet(args.supernet_choice, args.superspace)
+    supernets = [find_supernet(choice, args.superspace) for choice in args.supernet_choice]
+    with (distributed_job(args.local_rank, args.device, args.deterministic) if args.mode == 'acc'
+          else contextlib.nullcontext()):
+        for supernet in supernets:
+            evaluate_supernet(supernet, args)
+
+
+def evaluate_supernet(supernet, args):
+    """What the arguments ask for, of one supernet."""
     predictor = open_predictor(args, supernet.superspace)
     folder = os.path.join(args.output_path, str(supernet))
     if args.mode == 'acc':
@@ -61,14 +77,14 @@ def print_accuracy(supernet, predictor, folder, args):
     subnets = {choice: choose_subnet(supernet, choice) for choice in args.subnet_choice or EXTREMES}
     latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
     path = find_checkpoint(supernet, args.quant_mode, args.resume, args.align_sample)
-    with evaluation(supernet, supernet, path, subnets, args) as (model, images, job):
+    with evaluation(supernet, supernet, path, subnets, args, args.held_out) as (model, images, job):
         evaluate_all(model, subnets, images, job, latencies,
                      os.path.join(folder, f'accuracy_{precision(args.quant_mode)}.csv'))
 
 
 def print_breakdowns(supernet, choices, predictor):
     """Latency by block of each chosen subnet, all of them checked before the first is shown."""
-    subnets = [choose_subnet(supernet, choice) for choice in choices]
+    subnets = [choose_subnet(supernet, choice, 'stage') for choice in choices]
     tables = [breakdown(supernet, subnet, predictor) for subnet in subnets]
     for subnet, table in zip(subnets, tables):
         print(f'{supernet} on {predictor.platform}: {subnet}', *table, sep='\n', end='\n\n')
@@ -86,10 +102,10 @@ def draw_distribution(supernet, predictor, num_samples, rng, folder, align_sampl
     platform = os.path.basename(predictor.platform).removesuffix('.json')
     csv, picture = (os.path.join(folder, f'latency_{platform}{ending}') for ending in ('.csv', '.png'))
     write_csv(csv, ('subnet', 'ms'), [(subnet, f'{ms:.4f}') for subnet, ms in rows])
-    draw_cdf(latencies, marks, f'{supernet}, {num_samples} random subnets on {platform}', picture)
+    draw_cdf(latencies, marks, f'{supernet}, {num_samples} random subnets on {platform}', picture, predictor.unit)
     print(f'{supernet} on {predictor.platform}: {num_samples} random subnets')
-    print('  ' + '  '.join(f'{p}%: {ms:.2f} ms' for p, ms in percentiles(latencies)))
-    print('  ' + '  '.join(f'{name} subnet: {ms:.2f} ms' for name, ms in marks.items()))
+    print('  ' + '  '.join(f'{p}%: {ms:.2f} {predictor.unit}' for p, ms in percentiles(latencies)))
+    print('  ' + '  '.join(f'{name} subnet: {ms:.2f} {predictor.unit}' for name, ms in marks.items()))
     print(f'  {picture}\n  {csv}')
 
 

@@ -42,6 +42,7 @@ def get_args():
     p.add_argument('--num_eval_images', type=positive(int), default=5000, help='of the evaluation at the end')
     p.add_argument('--checkpoint_freq', type=positive(int), default=500, help='steps between unfinished.pth')
     p.add_argument('--resume', action='store_true', help='go on from unfinished.pth')
+    p.add_argument('--test_only', action='store_true', help='report on the int8 teacher that is there')
     p.add_argument('--seed', type=SEED, default=0, help='of order and augmentation')
     add_data_arguments(p)
     distributed.add_distributed_arguments(p, int8_training=True)
@@ -52,7 +53,8 @@ def main(args):
     with distributed.distributed_job(args.local_rank, args.device, args.deterministic) as job:
         path = default_checkpoint(args.teacher_arch, args.output_path)
         unfinished = os.path.join(os.path.dirname(path), 'unfinished.pth')
-        if distributed.of_main(lambda: args.resume and os.path.isfile(path) and not os.path.isfile(unfinished), job):
+        if not args.test_only and distributed.of_main(
+                lambda: args.resume and os.path.isfile(path) and not os.path.isfile(unfinished), job):
             note(f'{path}: already fine-tuned')
             return
         original = build_teacher(args.teacher_arch, weights=args.weights).to(job.device)
@@ -62,6 +64,10 @@ def main(args):
         if not args.from_teacher and data.num_classes != classes:
             raise UserError(f'{args.dataset_path}: {data.num_classes} classes, {args.teacher_arch} tells {classes} '
                             'apart; --from_teacher does without labels')
+        if args.test_only:
+            teacher = build_teacher(args.teacher_arch, quant=True, checkpoint=path).to(job.device)
+            report(teacher, original, data.test, args, job)
+            return
         teacher = set_quant_mode(copy.deepcopy(original))
         with teacher.fine_tuning():
             finetune(teacher, original, data, unfinished, args, job)

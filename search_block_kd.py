@@ -13,10 +13,10 @@ import os
 import random
 
 import numpy as np
-from tqdm import tqdm
 
-from modules import ROOT, cli
+from modules import cli
 from modules.block_kd import plots
+from modules.block_kd.lut import SHIPPED
 from modules.block_kd.searcher import (
     ESTIMATORS,
     BlockKDSearcher,
@@ -30,7 +30,7 @@ from modules.errors import UserError
 from modules.evolution import History
 from modules.latency import add_platform_arguments
 from modules.search_space.named import find_supernet
-from modules.training.log import run_log, spare_tensorflow
+from modules.training.log import progress, run_log, spare_tensorflow
 
 LOG_EVERY = 500
 
@@ -39,11 +39,11 @@ def get_args():
     parser = cli.parser(__doc__)
     parser.add_argument('--superspace', required=True, help='mobilew, onnxw, …')
     parser.add_argument('--latency_constraint', type=cli.positive(float), nargs='+', required=True,
-                        help='latency constraints in ms; the scores under several add up')
+                        help='latency constraints in ms (of --platform mflops: MFLOPs); scores under several add up')
     add_platform_arguments(parser)
     parser.add_argument('--latency_loss_t', type=cli.positive(float), default=0.1, help='t of max(1, (t/p)^a)')
     parser.add_argument('--latency_loss_a', type=cli.positive(float), default=0.01, help='a of max(1, (t/p)^a)')
-    parser.add_argument('--lut_path', default=os.path.join(ROOT, 'data', 'block_lut'),
+    parser.add_argument('--lut_path', default=SHIPPED,
                         help='folder that holds <superspace>/stage*_*_*.csv[.gz]')
     parser.add_argument('--output_dir', default='checkpoints/block_kd/search', help='where results are written')
     parser.add_argument('--supernet_choices', nargs='+', metavar='CHOICE',
@@ -80,8 +80,8 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
                                     'parent_sample_size': parent_sample_size}
     found, scores, best = [], [], -1.0
     with History(folder, searcher.columns(), settings, resume, searcher.check_entry) as history, \
-            tqdm(total=total, unit='space') as progress, \
-            run_log(os.path.join(folder, 'search.log'), resume, show=progress.write) as say:
+            progress(total, 'spaces') as bar, \
+            run_log(os.path.join(folder, 'search.log'), resume, show=bar.write) as say:
         known = len(history)
         if not known:                   # nothing of an older search stays beside the new one
             for name in ('events.out.tfevents.*', 'top50.csv', '*.png'):
@@ -95,10 +95,10 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
             found.append((supernet, numbers))
             scores.append(numbers[0])
             best, count = max(best, numbers[0]), len(scores)
-            progress.update()
+            bar.update()
             if count % 50 == 0 or count == total:
                 mean = float(np.mean(scores[-population_size:]))
-                progress.set_postfix(best=f'{best:.5f}', mean=f'{mean:.5f}', refresh=False)
+                bar.set_postfix(best=f'{best:.5f}', mean=f'{mean:.5f}', refresh=False)
                 if count > known:
                     events.add_scalar('score/best', best, step=count)
                     events.add_scalar('score/mean', mean, step=count)

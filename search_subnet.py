@@ -49,7 +49,7 @@ def get_args():
     p.add_argument('--supernet_choice', required=True, help='supernet, such as 121122-133333 or spaceevo@vnni')
     p.add_argument('--latency_constraint', type=positive(float), nargs='+', required=True,
                    help='c in ms: largest latency, one search each; they share what is scored')
-    p.add_argument('--latency_delta', type=positive(float), default=2.0, help='d in ms: smallest latency is c - d')
+    p.add_argument('--latency_delta', type=positive(float), default=5.0, help='d in ms: smallest latency is c - d')
     p.add_argument('--checkpoint_path', default=CHECKPOINTS,
                    help='root of the checkpoints, <root>/<supernet>-align0/lsq.pth, or a checkpoint file')
     p.add_argument('--output_path', default='./checkpoints/search_subnet', help='folder of the results')
@@ -57,17 +57,20 @@ def get_args():
     p.add_argument('--num_rounds', type=positive(int), default=20, help='generations after the random start')
     p.add_argument('--num_mutations', type=positive(int), default=128, help='a round')
     p.add_argument('--num_crossovers', type=positive(int), default=128, help='a round')
-    p.add_argument('--arch_mutate_prob', type=within(float, 0, 1), default=0.1, help='of each depth, k, w, e')
-    p.add_argument('--resolution_mutate_prob', type=within(float, 0, 1), default=0.1, help='of the resolution')
+    p.add_argument('--parent_size', type=positive(int), help='parents of a round; default: the better half')
+    p.add_argument('--arch_mutate_prob', type=within(float, 0, 1), default=0.3, help='of each depth, k, w, e')
+    p.add_argument('--resolution_mutate_prob', type=within(float, 0, 1), default=0.5, help='of the resolution')
     p.add_argument('--align_sample', action='store_true', help='all blocks of a stage share k, w, e; -align1')
     p.add_argument('--num_valid_images', type=positive(int), help='of the held-out images; default: all of them')
     p.add_argument('--num_threads', type=within(int, 1, 1024),
                    help='subnets measured at a time by a rank, on a CPU; default: its share of the cores')
     p.add_argument('--resume', action='store_true', help='go on with the history in the output directory')
     add_evaluation_arguments(p)
-    p.add_argument('--fp32', dest='quant_mode', action='store_false', help='fp32 accuracy, of checkpoint.pth')
+    p.add_argument('--fp32', action='store_true', help='search by fp32 accuracy, of checkpoint.pth')
     p.set_defaults(quant_mode=True, valid_size=10000)
-    return p.parse_args()
+    args = p.parse_args()
+    args.quant_mode = not args.fp32
+    return args
 
 
 def main(args):
@@ -75,7 +78,8 @@ def main(args):
     predictor = open_predictor(args, supernet.superspace)
     path = find_checkpoint(supernet, args.quant_mode, args.checkpoint_path, args.align_sample)
     space = SubnetSpace(supernet, predictor, args.arch_mutate_prob, args.resolution_mutate_prob, args.align_sample)
-    recipe = SearchRecipe(args.population_size, args.num_rounds, args.num_mutations, args.num_crossovers)
+    recipe = SearchRecipe(args.population_size, args.num_rounds, args.num_mutations, args.num_crossovers,
+                          args.parent_size)
     windows = [Window(c - args.latency_delta, c) for c in sorted(set(args.latency_constraint))]
     starts = {window: initial_population(space, window, recipe.population_size,
                                          random.Random(f'{args.seed} start {window}')) for window in windows}

@@ -64,7 +64,8 @@ def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES, s
     p.add_argument('--no_channels_last', action='store_true', help='keep NCHW memory')
     p.add_argument('--resume', action='store_true', help='go on from the checkpoints in output_path')
     p.add_argument('--test_only', action='store_true', help='evaluate the checkpoints in output_path')
-    p.add_argument('--debug', action='store_true', help='10 steps an epoch, evaluation on 10 batches')
+    p.add_argument('--debug', action='store_true', help='few steps an epoch, evaluation on few batches')
+    p.add_argument('--debug_batches', type=positive(int), default=10, help='steps and batches of --debug')
     p.add_argument('--seed', type=SEED, default=0, help='of weights, sub-stages and augmentation')
     add_data_arguments(p)
     add_distributed_arguments(p, int8_training=True)
@@ -97,13 +98,14 @@ def train(args, job, teacher, quant=False, from_scratch=False):
         blocks = of_main(lambda: without_untrained_ends(blocks, args.output_path, quant and args.test_only), job)
     if not len(data.valid):
         raise UserError('no held-out images to evaluate on: give a --valid_size, or more pictures')
+    debug = args.debug_batches if args.debug else None
     rates = dict(zip(parts_of(space), (args.stem_learning_rate, *args.learning_rate_list[:len(space.searchable_stages)],
                                        args.head_learning_rate)))
     recipe = Recipe(args.num_epochs, args.train_batch_size, rates, args.lr_step_size,
                     args.weight_decay, hw_list, args.inplace_distill_from_teacher, args.nsr_signal,
                     num_calib_batches=args.num_calib_batches, checkpoint_freq=args.checkpoint_freq,
-                    max_steps=args.max_steps or (10 if args.debug else None),
-                    num_valid_batches=args.num_valid_batches or (10 if args.debug else None),
+                    max_steps=args.max_steps or debug,
+                    num_valid_batches=args.num_valid_batches or debug,
                     amp=use_amp(args.amp, job.device), channels_last=not args.no_channels_last, quant=quant,
                     from_scratch=from_scratch, seed=args.seed, workers=args.num_workers)
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps) * recipe.epochs

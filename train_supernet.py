@@ -28,7 +28,7 @@ from modules.training.distributed import add_distributed_arguments, distributed_
 from modules.training.evaluate import Accuracy
 from modules.training.log import note
 from modules.training.resumable import steps_per_epoch
-from modules.training.supernet_trainer import SupernetRecipe, train_supernet
+from modules.training.supernet_trainer import SupernetRecipe, train_supernet, validate_checkpoint
 
 
 def get_args():
@@ -41,6 +41,7 @@ def get_args():
     p.add_argument('--align_sample', action='store_true', help='all blocks of a stage share k, w, e')
     p.add_argument('--output_path', default='./checkpoints/supernet_training', help='root of the checkpoints')
     p.add_argument('--resume', action='store_true', help='go on from the checkpoint of this stage, if there is one')
+    p.add_argument('--test_only', action='store_true', help='validate the checkpoint of this stage')
     p.add_argument('--from_scratch', action='store_true', help='--quant_mode without an fp32 checkpoint')
     p.add_argument('--init_block_kd', metavar='FOLDER', help='start from the blocks that block KD has trained there, '
                    '--quant_mode from their lsq.pth; default: from random weights')
@@ -71,15 +72,19 @@ def main(args):
         choose_quantisers(args.compile, args.quant_mode, steps, job.device)
         model = build(supernet, data.num_classes, recipe, args.quant_mode)
         blocks = None
-        if args.init_block_kd:
+        if args.init_block_kd and not args.test_only:
             students, blocks, state = of_main(lambda: (*start_from_blocks(model, args.init_block_kd, args.quant_mode),
                                                        model.state_dict()), job)
             model.load_state_dict(state)
             if not of_main(lambda: args.resume and os.path.isfile(os.path.join(folder, name)), job):
                 learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, recipe.seed, job.device,
                            args.num_workers)
-        results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
-                                 args.align_sample, use_amp(args.amp, job.device), args.num_workers, blocks)
+        if args.test_only:
+            results = validate_checkpoint(model, data, recipe, folder, job, args.quant_mode, args.align_sample,
+                                          args.num_workers)
+        else:
+            results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
+                                     args.align_sample, use_amp(args.amp, job.device), args.num_workers, blocks)
     if job.is_main:
         for subnet, result in results.items():
             print(f'{supernet} {subnet}: {Accuracy(**result)}')

@@ -1,12 +1,16 @@
 """What all scripts share: `run(main, get_args)` ends user errors with one line and exit code 2."""
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import sys
+import time
 import traceback
 from functools import cache
 
 from .errors import UserError, one_line
+from .original import reason, renamed
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -14,6 +18,36 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+class _Ignored(argparse.Action):
+    """A flag of the original that has no meaning in a script: a line says so."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        note(f'{option}: taken, but {reason(option[2:])}')
+
+
+class _Parser(argparse.ArgumentParser):
+    """Also takes the original's flags (original.py), under the names here or with a line, without showing them."""
+
+    def error(self, message):
+        if 'TORCHELASTIC_ERROR_FILE' not in os.environ:
+            super().error(message)
+        _say_error(f'{self.prog}: error: {message}')
+        sys.exit(2)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words, own = list(sys.argv[1:] if args is None else args), self._option_string_actions
+        names = [option[2:] for option in own if option.startswith('--')]
+        for i, word in enumerate(words):
+            flag, equals, value = word.partition('=')
+            if flag.startswith('--') and flag not in own and reason(flag[2:]):
+                new = renamed(flag[2:], names)
+                if new:
+                    words[i] = f'--{new}{equals}{value}'
+                else:
+                    self.add_argument(flag, nargs='*', action=_Ignored, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return super().parse_known_args(words, namespace)
 
 
 def parser(docstring):
@@ -26,7 +60,14 @@ def parser(docstring):
                          help='Python file that registers hyperspaces of your own (docs/your_hyperspace.md)')
     for path in plugins.parse_known_args()[0].plugin or ():
         load_plugin(os.path.abspath(path))
-    return argparse.ArgumentParser(description=docstring, formatter_class=_HelpFormatter, parents=[plugins])
+    return _Parser(description=docstring, formatter_class=_HelpFormatter, parents=[plugins])
+
+
+def early_value(flag):
+    """Value of a flag before all are parsed, for defaults that depend on it; None where it is not given."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument(flag, dest='value', nargs='?')
+    return early.parse_known_args()[0].value
 
 
 @cache
@@ -124,13 +165,33 @@ def exit_code(error):
         error = f'{error.filename2 or error.filename}: {reason}'        # of a rename the second
     elif not isinstance(error, (UserError, OSError)):   # OSError: a missing file, a full disk
         return None
-    print('error: ' + ' '.join(str(error).split('\n')), file=sys.stderr)
+    _say_error('error: ' + ' '.join(str(error).split('\n')))
     return 2
+
+
+def _say_error(line):
+    """The line on stderr; under torch's launcher, which writes pages when a rank ends, in the file of the reason that
+    it shows at their very end, and there by the first rank alone that has something to say."""
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if not path:
+        print(line, file=sys.stderr)
+        return
+    with contextlib.suppress(FileExistsError):
+        open(os.path.join(os.path.dirname(os.path.dirname(path)), 'told'), 'x').close()
+        reply = {'message': line, 'extraInfo': {'py_callstack': line, 'timestamp': str(int(time.time()) - 1)}}
+        with open(path, 'w', encoding='utf-8') as file:
+            json.dump({'message': reply}, file)
 
 
 def add_local_rank(parser):
     """--local_rank and --local-rank, one of which torch.distributed.launch passes, by its version."""
     parser.add_argument('--local_rank', '--local-rank', type=not_negative(int), help=argparse.SUPPRESS)
+
+
+def note(line):
+    """One line on stderr, of the first rank only."""
+    if is_main_process():
+        print(line, file=sys.stderr)
 
 
 def is_main_process():

@@ -1,5 +1,6 @@
 """Packages that only some commands need: imported where they are used, with a line that says what to install."""
 import importlib
+import importlib.metadata
 import os
 
 from .errors import UserError
@@ -17,6 +18,11 @@ def need(name):
         return importlib.import_module(name)
     except ImportError:
         raise UserError(f'{package} is not installed: pip install -r {LISTS[package]}') from None
+
+
+def version_of(name):
+    """The version of an installed module."""
+    return getattr(need(name), '__version__', None) or importlib.metadata.version(name)
 
 
 def _prepare_tensorflow():

@@ -1,5 +1,6 @@
 """Accuracy of subnets of a trained supernet: what eval_supernet.py, eval_specific_net.py and search_subnet.py share."""
 import contextlib
+import dataclasses
 import itertools
 
 from .cli import SEED, positive
@@ -30,7 +31,7 @@ def add_evaluation_arguments(parser):
                         help='GiB a rank for test images that several subnets share; above it they are decoded anew')
     add_platform_arguments(parser)
     parser.add_argument('--seed', type=SEED, default=0, help='of the calibration images')
-    add_data_arguments(parser)
+    add_data_arguments(parser, trains=False)
     add_distributed_arguments(parser)
 
 
@@ -93,12 +94,16 @@ def open_supernet(supernet, path, args):
 
 
 @contextlib.contextmanager
-def evaluation(title, supernet, path, subnets, args):
+def evaluation(title, supernet, path, subnets, args, held_out=False):
     """Yields (model, images, job) for evaluate_all() of {name: Subnet}, a line with `title` once printed.
 
-    path: the supernet's checkpoint; args: of a script with add_evaluation_arguments().
+    path: the supernet's checkpoint; args: of a script with add_evaluation_arguments(); held_out: on the images held
+    out of the training images instead of the test images.
     """
     model, data = open_supernet(supernet, path, args)
+    if held_out:
+        note(f'on {len(data.valid)} held-out training images, not on the test images')
+        data = dataclasses.replace(data, test=data.valid)
     with distributed_job(args.local_rank, args.device, args.deterministic) as job:
         if job.is_main:
             print(f'{title} in {precision(args.quant_mode)} from {path}', flush=True)

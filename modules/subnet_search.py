@@ -64,6 +64,7 @@ class SearchRecipe:
     num_rounds: int = 20
     num_mutations: int = 128
     num_crossovers: int = 128
+    num_parents: int | None = None          # None: the better half of the population
     max_tries: int = 50
 
 
@@ -163,13 +164,14 @@ def offspring(space, window, parents, seen, rng, recipe):
 def evolve(space, window, initial, score, rng, recipe):
     """Yields (round, [Member, …]) of the initial population (round 0) and of each round's children, all scored.
 
-    score([Subnet, …]) gives their scores in order. Parents are the better half of the population, which is the
-    best that was found so far. Ends early where a round finds no new subnet. rng: random.Random.
+    score([Subnet, …]) gives their scores in order. Parents are the better half of the population (or the best
+    recipe.num_parents), which is the best that was found so far. Ends early where a round finds no new subnet. rng:
+    random.Random.
     """
     population, seen, batch = [], set(), initial
     for number in range(recipe.num_rounds + 1):
         if number:
-            parents = [member.subnet for member in population[:max(1, len(population) // 2)]]
+            parents = [member.subnet for member in population[:recipe.num_parents or max(1, len(population) // 2)]]
             batch = offspring(space, window, parents, seen, rng, recipe)
         if not batch:
             return

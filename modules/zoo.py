@@ -3,6 +3,7 @@
     get_subnet('SEQnet@vnni-A0', num_classes=10, pretrained=True)    static network from its supernet's checkpoint
     load_network('checkpoints/downstream/…/lsq.pth')                 a network that was written by save_network()
 """
+import hashlib
 import os
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from .modeling.network import FeatureMaps, Network, feature_stages
 from .modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from .modeling.supernet import Supernet
 from .search_space.encoding import parse_subnet, parse_supernet, subnet_config
-from .search_space.named import find_subnet, find_supernet, named_subnets, named_supernets
+from .search_space.named import find_subnet, find_supernet, listed_subnet, named_subnets, named_supernets
 from .search_space.sampling import max_subnet, min_subnet
 from .search_space.superspace import SearchSpaceError
 from .training.checkpoint import (
@@ -79,9 +80,38 @@ def load_supernet(supernet, path, quant_mode=False):
     return set_quant_mode(whole) if quant_mode else whole
 
 
-def choose_subnet(supernet, choice):
-    """encoding.Subnet of max, min or an encoding, checked to be in the supernet."""
-    return EXTREMES[choice](supernet) if choice in EXTREMES else parse_subnet(choice, supernet)
+def choose_subnet(supernet, choice, allow='weights'):
+    """encoding.Subnet of max, min or an encoding, checked to be in the supernet; allow: as for check_subnet()."""
+    return EXTREMES[choice](supernet) if choice in EXTREMES else parse_subnet(choice, supernet, allow)
+
+
+def network_of(name, supernet, superspace):
+    """(name, encoding.Supernet, encoding.Subnet) of --subnet_name; a row of a table is named by its encoding."""
+    if supernet is None:
+        if '.csv' in name:
+            raise UserError(f'--subnet_name {name}: of which supernet? give --supernet_choice')
+        return name, *find_subnet(name)
+    supernet = find_supernet(supernet, superspace)
+    listed = listed_subnet(name, supernet)
+    return (name, supernet, choose_subnet(supernet, name)) if listed is None else (str(listed), supernet, listed)
+
+
+def find_start(supernet, quant, root, align_sample, keep_head):
+    """The supernet's checkpoint, with keep_head the fp32 one where it has no other; UserError also says what to do."""
+    try:
+        return find_checkpoint(supernet, quant, root, align_sample)
+    except UserError as error:
+        if keep_head and quant:
+            return find_start(supernet, False, root, align_sample, keep_head)
+        more = '' if keep_head else f'{" --quant_mode" * quant}, or give --from_scratch for random weights'
+        raise UserError(f'{error}; train it with train_supernet.py{more}') from None
+
+
+def folder_name(name, supernet, subnet):
+    """SEQnet@vnni-A0; of subnets without a name <supernet>_max, _min or _<6 hex digits>, since encodings are long."""
+    if '@' in name:
+        return name
+    return f'{supernet}_{name if name in EXTREMES else hashlib.sha256(str(subnet).encode()).hexdigest()[:6]}'
 
 
 def get_subnet(name, num_classes=1000, pretrained=False, quant_mode=False, checkpoint_path=CHECKPOINTS):
@@ -151,6 +181,8 @@ def load_network(path):
     state = load_checkpoint(path)
     supernet, subnet, num_classes, quant_mode = _facts(state, path)
     network = build_network(supernet, subnet, num_classes, None, quant_mode)
+    if state.get('fp32_head') is True:
+        network.get_classifier().set_fp32_mode()
     load_weights(network, state['state_dict'], f'{path}: not the weights of {subnet}')
     return network.eval()
 
@@ -172,7 +204,7 @@ def _facts(state, path):
         raise UserError(f'{path}: damaged: num_classes {state["num_classes"]}')
     try:
         supernet = parse_supernet(state['supernet'])
-        return supernet, parse_subnet(state['subnet'], supernet), state['num_classes'], state['quant_mode']
+        return supernet, parse_subnet(state['subnet'], supernet, 'weights'), state['num_classes'], state['quant_mode']
     except SearchSpaceError as error:
         raise UserError(f'{path}: {error}') from None
 

@@ -5,8 +5,8 @@
 
 Exports what is missing below --model_path (with random weights: latency does not depend on them), takes --warmup
 untimed and --runs timed runs of one image of each model, the two in turns, and appends
-`<encoding>,<fp32 ms>,<int8 ms>,<speed-up>` (means) to latency.csv beside the models. Keep the machine idle, and pin
-the process where others run: taskset -c 1 python onnx_tools/benchmark.py.
+`<superspace>-<choice>-<subnet>,<fp32 ms>,<int8 ms>,<speed-up>,<device>,<runtime>` (means) to latency.csv beside the
+models. Keep the machine idle, and pin the process where others run: taskset -c 1 python onnx_tools/benchmark.py.
 """
 import os
 import sys

@@ -48,7 +48,7 @@ SHORTER = {
     'eval_supernet.py': ('--num_samples 20', {'--mode acc': EVALUATION, 'my_host': '--platform onnx_lut',
                                               'fashion-mnist': DIGITS}),
     'eval_specific_net.py': (EVALUATION, {}),
-    'downstream_cls.py': (f'--num_epochs 1 --max_steps 1 --learning_rate 0.01 --weight_decay 4e-5 {EVALUATION}',
+    'downstream_cls.py': (f'--num_epochs 1 --max_steps 1 --learning_rate 0.01 {EVALUATION}',
                           {'--dataset': DIGITS}),
     'onnx_tools/export_onnx.py': (f'{MODELS} {EXPORT} --report_images 2', {}),
     'onnx_tools/eval_onnx.py': (f'{MODELS} {EXPORT} --num_eval_images 4', {}),

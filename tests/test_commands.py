@@ -1,7 +1,7 @@
 """Commands as users write them, shortened by more flags only.
 
-The published ones of the supernet stages under plain python, torch.distributed.launch and torchrun; and every command
-of README.md and docs/, plain and in this process: all are parsed, and each way to call a script is run once.
+The published ones of the supernet stages on one rank and two, one of them under torch.distributed.launch; and every
+command of README.md and docs/, plain and in this process: all are parsed, and each way to call a script is run once.
 What they compute is in the tests of their stages.
 """
 import importlib.util
@@ -29,17 +29,16 @@ from modules.zoo import save_network
 from .checkpoints import call, published_root, random_supernet, write_supernet
 from .conftest import ROOT
 from .documented import IGNORED, KD, PAGES, PARSED, SHORTER, TEACHER, commands, others, parse_command
-from .launching import run_script
+from .launching import launch, run_script
 from .test_eval_specific_net import write_pictures
 
-LAUNCHERS = ['torch.distributed.launch', pytest.param('torch.distributed.run', marks=pytest.mark.slow)]
 SHORT = ['--num_workers', 0, '--device', 'cpu', '--num_calib_batches', 1]
 TRAINING = [*SHORT, '--batch_size_per_gpu', 2, '--max_steps', 1, '--epochs', 1, '--num_valid_images', 2,
             '--valid_size', 4, '--num_arch_training', 2]
 EVALUATION = [*SHORT, '--batch_size', 2, '--num_eval_images', 2]
 SEARCH = [*EVALUATION, '--population_size', 2, '--num_rounds', 1, '--num_mutations', 1, '--num_crossovers', 1,
           '--num_valid_images', 2, '--valid_size', 4]
-DOWNSTREAM = [*EVALUATION, '--num_epochs', 1, '--max_steps', 1, '--learning_rate', 0.01, '--weight_decay', 4e-5]
+DOWNSTREAM = [*EVALUATION, '--num_epochs', 1, '--max_steps', 1, '--learning_rate', 0.01]
 MOBILEW, ONNXW = 'mobilew-123214-012321', 'onnxw-121122-133333'
 
 
@@ -57,9 +56,9 @@ def tree(tmp_path_factory):
     return folder
 
 
-def _runs(tree, command, short, ranks, launcher, said):
+def _runs(tree, command, short, ranks, said):
     script, *words = command.replace('${IN}', 'dataset').replace('${C}', 'checkpoints').split()
-    output = run_script(script, *words, *short, ranks=ranks, launcher=launcher, cwd=tree)
+    output = run_script(script, *words, *short, ranks=ranks, cwd=tree)
     assert said in output, output
 
 
@@ -67,14 +66,11 @@ TRAIN = ('train_supernet.py --config-file supernet_training_configs/train.yaml -
          '--supernet_choice 123214-012321 --batch_size_per_gpu ')
 
 
-@pytest.mark.parametrize('ranks', [1, 2])
-@pytest.mark.parametrize('launcher', LAUNCHERS)
-def test_supernet_training(tree, ranks, launcher):
+def test_supernet_training(tree):
     folder = tree / 'checkpoints' / 'supernet_training' / f'{MOBILEW}-align0'
-    for file in ('checkpoint.pth', 'lsq.pth'):
-        (folder / file).unlink(missing_ok=True)
-    _runs(tree, TRAIN + '64 --resume', TRAINING, ranks, launcher, f'{MOBILEW} max: top-1')
-    _runs(tree, TRAIN + '32 --quant_mode', TRAINING, ranks, launcher, f'{MOBILEW} max: top-1')
+    output = launch('torch.distributed.launch', *(TRAIN + '64 --resume').split(), *TRAINING, cwd=tree)
+    assert f'{MOBILEW} max: top-1' in output
+    _runs(tree, TRAIN + '32 --quant_mode', TRAINING, 1, f'{MOBILEW} max: top-1')
     weights = [load_checkpoint(folder / file)['state_dict'] for file in ('checkpoint.pth', 'lsq.pth')]
     assert weights[0].keys() == weights[1].keys()
     scales = [key for key in weights[0] if key.endswith('.sa')]
@@ -82,9 +78,10 @@ def test_supernet_training(tree, ranks, launcher):
     assert all(torch.isfinite(tensor).all() for tensor in weights[1].values())
 
 
+# in tests/test_eval_specific_net.py
+EVALUATED = ['eval_specific_net.py --model_name spaceevo@vnni --dataset_dir ${IN} --quant_mode',
+             'eval_specific_net.py --model_name SEQnet@vnni-A0 --dataset_dir ${IN}']
 LAUNCHED = [
-    ('eval_specific_net.py --model_name spaceevo@vnni --dataset_dir ${IN} --quant_mode', EVALUATION, 'min: top-1'),
-    ('eval_specific_net.py --model_name SEQnet@vnni-A0 --dataset_dir ${IN}', EVALUATION, 'SEQnet@vnni-A0: top-1'),
     ('search_subnet.py --superspace onnxw --supernet_choice 121122-133333 --dataset_path ${IN} '
      '--output_path ${C}/search_subnet --checkpoint_path ${C}/supernet_training --latency_constraint 15 '
      '--latency_delta 2 --batch_size 32 --num_calib_batches 20', SEARCH, 'round 1/1'),
@@ -92,10 +89,9 @@ LAUNCHED = [
      'SEQnet@vnni-A0 on digits: top-1')]
 
 
-@pytest.mark.parametrize('launcher', LAUNCHERS)
 @pytest.mark.parametrize('command, short, said', LAUNCHED)
-def test_evaluation_search_and_downstream(tree, command, short, said, launcher):
-    _runs(tree, command, short, 2, launcher, said)
+def test_evaluation_search_and_downstream(tree, command, short, said):
+    _runs(tree, command, short, 2, said)
 
 
 SUBNETS = ' '.join(str(sample_subnet(ONNXW, random.Random(seed))) for seed in (0, 1))
@@ -104,18 +100,15 @@ EVAL_SUPERNET = ('eval_supernet.py --superspace onnxw --supernet_choice 121122-1
 LATENCIES = f'eval_supernet.py --superspace onnxw --supernet_choice 121122-133333 --mode lat --subnet_choice {SUBNETS}'
 
 
-@pytest.mark.parametrize('ranks', [1, 2])
-@pytest.mark.parametrize('launcher', LAUNCHERS)
-def test_eval_supernet(tree, ranks, launcher):
-    _runs(tree, EVAL_SUPERNET + '--quant_mode', EVALUATION, ranks, launcher, '(2 images)')
-    if ranks == 1:
-        _runs(tree, EVAL_SUPERNET, EVALUATION, ranks, launcher, '(2 images)')
-        _runs(tree, LATENCIES, [], ranks, launcher, 'total')
+def test_eval_supernet(tree):
+    _runs(tree, EVAL_SUPERNET + '--quant_mode', EVALUATION, 2, '(2 images)')
+    _runs(tree, EVAL_SUPERNET, EVALUATION, 1, '(2 images)')
+    _runs(tree, LATENCIES, [], 1, 'total')
 
 
 RUN_ABOVE = {parse_command('python ' + line).form for line in (
     TRAIN + '64 --resume', TRAIN + '32 --quant_mode', EVAL_SUPERNET + '--quant_mode', EVAL_SUPERNET, LATENCIES,
-    *(line for line, *_ in LAUNCHED))}
+    *EVALUATED, *(line for line, *_ in LAUNCHED))}
 COMMANDS = commands()
 
 

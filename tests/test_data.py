@@ -264,6 +264,46 @@ def test_fashion_mnist(tmp_path):
         open_data(tmp_path, 'fashion-mnist')
 
 
+def test_solar_cells(tmp_path):
+    """ELPV as its package has it: whole cells, defective above a probability of a half, the same quarter for tests."""
+    (tmp_path / 'elpv/images').mkdir(parents=True)
+    lines = []
+    for i, photo in enumerate(photos(64, side=120)):
+        photo.convert('L').save(tmp_path / f'elpv/images/cell{i:04d}.png')
+        lines.append(f'images/cell{i:04d}.png  {(0.0, 1 / 3, 2 / 3, 1.0)[i // 2 % 4]:.16f} {("mono", "poly")[i % 2]}\n')
+    (tmp_path / 'elpv/labels.csv').write_text(''.join(lines))
+    data = load(tmp_path, 'elpv', valid_size=8)
+    assert (len(data.train), len(data.valid), len(data.test), data.num_classes) == (40, 8, 16, 2)
+    assert sorted(data.test.source.labels) == [0] * 8 + [1] * 8
+    assert names(load(tmp_path, 'ELPV', seed=7, valid_size=8).test) == names(data.test)
+    assert 'Crop' not in str(data.test.transform)
+    (tmp_path / 'elpv/labels.csv').write_text('images/cell0000.png functional\n')
+    with pytest.raises(UserError, match='labels.csv: expected lines of picture, probability of a defect and type'):
+        load(tmp_path, 'elpv')
+
+
+@pytest.mark.slow
+def test_data_sets_out_of_packages(tmp_path, monkeypatch):
+    """Without being root, where a mirror can be reached."""
+    monkeypatch.setattr(sources, 'DEBIAN', str(tmp_path / 'none'))
+    for name, train, test in (('fashion-mnist', 60000, 10000), ('elpv', 1968, 656)):
+        try:
+            data = open_data(tmp_path, name, 0)
+        except UserError as error:
+            pytest.skip(str(error))
+        assert (len(data.train), len(data.test)) == (train, test)
+        assert not [entry for entry in os.listdir(tmp_path) if entry.startswith('.')]
+
+
+def test_a_mirror_that_is_not_reached_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'DEBIAN', str(tmp_path / 'none'))
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setattr(datasets.FashionMNIST, 'download', lambda self: (_ for _ in ()).throw(OSError('no route')))
+    with pytest.raises(UserError, match="no route; Debian's package: apt-get: .*No such file"):
+        open_data(tmp_path / 'here', 'fashion-mnist')
+    assert not (tmp_path / 'here').exists()
+
+
 def test_torchvision_data_set_by_name(tmp_path):
     """FGVC Aircraft and DTD as torchvision keeps them, with photos of our own; DTD trains on train and val."""
     root = tmp_path / 'fgvc-aircraft-2013b/data'
@@ -340,7 +380,7 @@ def test_error_lines(folders, tars, tmp_path, capsys):
     os.rename(tmp_path / 'val/n01', tmp_path / 'val/n07')
     assert 'val: class n07 is not one of the 2 classes of' in line(tmp_path)
 
-    assert line(tmp_path, 'cifar11').startswith('--dataset cifar11: expected one of imagenet digits CIFAR10')
+    assert line(tmp_path, 'cifar11').startswith('--dataset cifar11: expected one of imagenet digits elpv CIFAR10')
     assert '--augment rand: not one of default' in line(folders, augment='rand')
     assert '--valid_size -1' in line(folders, valid_size=-1)
     assert 'normalize' in line(folders, normalize='tf')
@@ -407,7 +447,13 @@ def test_auto_augment_adds_to_default(folders):
         for operation in pair:
             operation.prob = 1
             assert operation(CHINA).size == CHINA.size
-    assert policy.policy[0][0].hparams == {'translate_const': int(.45 * SIZE), 'img_mean': (124, 116, 104)}
+            if operation.name == 'Posterize':
+                kept = [operation.level_fn(level, operation.hparams)[0] for level in (0, 2.4, 2.5, 6, 10)]
+                assert kept == [4, 4, 5, 6, 8]
+                assert np.asarray(operation(CHINA)).max() > 0
+    hparams = policy.policy[0][0].hparams
+    assert len(hparams.pop('interpolation')) == 3
+    assert hparams == {'translate_const': int(.45 * SIZE), 'img_mean': (124, 116, 104), 'magnitude_std': 0.5}
 
 
 @pytest.mark.parametrize('augment', ['default', 'auto_augment_tf'])

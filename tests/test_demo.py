@@ -17,10 +17,19 @@ from modules.demo.steps import STEPS, Demo, Step
 from modules.errors import UserError
 
 from .conftest import ROOT
-from .launching import family
 
 FLAGS = ('--quick', '--platform', 'onnx_lut', '--dataset', 'digits')
 KILLS, LONGEST = 20, 30                 # seconds between a start and a kill, at most
+
+
+def _family(pid):
+    """The process and all its descendants."""
+    try:
+        with open(f'/proc/{pid}/task/{pid}/children', encoding='ascii') as f:
+            children = f.read().split()
+    except FileNotFoundError:
+        children = []
+    return [pid] + [member for child in children for member in _family(int(child))]
 
 
 def _heed_interrupts():
@@ -97,7 +106,7 @@ def test_twenty_kills_change_nothing(whole, tmp_path):
         process = _start(folder)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0.5, LONGEST))
-        for pid in family(process.pid):
+        for pid in _family(process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()

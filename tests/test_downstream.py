@@ -22,12 +22,13 @@ from modules.training.calibrate import calibrate, norm_statistics
 from modules.training.checkpoint import load_checkpoint
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
-from modules.training.downstream import KEPT_HEAD, DownstreamRecipe, find_recipe, finetune, mixed_loss
+from modules.training.downstream import DownstreamRecipe, find_recipe, finetune, mixed_loss
 from modules.training.evaluate import accuracy, images_of
 from modules.zoo import build_network, load_network, take_out
 
 from .checkpoints import call, fails, published_root, write_supernet
 from .launching import run_script
+from .test_eval_specific_net import write_pictures
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 DEMO = 'demo-012-111'
@@ -60,20 +61,18 @@ def _args(lsq, output, *more):
     return ['--subnet_name', 'min', '--supernet_choice', DEMO, '--checkpoint_path', lsq, '--dataset', 'digits',
             '--learning_rate', 0.05, '--weight_decay', 4e-5, '--num_epochs', 2, '--max_steps', 3, '--eval_freq', 1,
             '--batch_size', 8, '--num_calib_batches', 2, '--num_eval_images', 40, '--checkpoint_freq', 1,
-            '--drop_rate', 0.2, '--num_workers', 0, '--device', 'cpu', '--output_path', output, *more]
+            '--drop_rate', 0.2, '--augment', 'default', '--num_workers', 0, '--device', 'cpu', '--output_path', output,
+            *more]
 
 
-@pytest.mark.parametrize('ranks', [1, 2])
-def test_a_killed_and_resumed_run_ends_with_the_unbroken_runs_weights(tmp_path, lsq, monkeypatch, capsys, ranks):
+def test_a_killed_and_resumed_run_ends_with_the_unbroken_runs_weights(tmp_path, lsq, monkeypatch, capsys):
     def run(output, *more):
-        if ranks > 1:
-            return run_script('downstream_cls.py', *_args(lsq, output, *more), ranks=ranks)
         assert call(downstream_cls, monkeypatch, *_args(lsq, output, *more)) == 0
         return capsys.readouterr().out
 
     said = run(tmp_path / 'whole')
     broken = tmp_path / 'broken' / FOLDER / 'lsq.pth'
-    run_script('downstream_cls.py', *_args(lsq, tmp_path / 'broken'), ranks=ranks, kill_when=broken)
+    run_script('downstream_cls.py', *_args(lsq, tmp_path / 'broken'), kill_when=broken)
     assert not load_checkpoint(broken)['done']
     again = run(tmp_path / 'broken', '--resume')
     accuracy_line = next(line for line in said.split('\n') if line.startswith('min on digits: top-1'))
@@ -83,11 +82,10 @@ def test_a_killed_and_resumed_run_ends_with_the_unbroken_runs_weights(tmp_path, 
         assert one['step'] == two['step'] and one['results'] == two['results'] and one['best'] == two['best']
         assert all(torch.equal(tensor, two['state_dict'][key]) for key, tensor in one['state_dict'].items())
     assert os.listdir(tmp_path / 'whole' / FOLDER / 'tensorboard' / 'lsq')
-    if ranks == 1:
-        fails(downstream_cls, monkeypatch, capsys, 'begun with batch_size 8, not 4; resume with the same',
-              *_args(lsq, tmp_path / 'broken', '--resume', '--batch_size', 4))
-        assert call(downstream_cls, monkeypatch, *_args('gone.pth', tmp_path / 'broken', '--resume')) == 0
-        assert 'already fine-tuned' in capsys.readouterr().err
+    fails(downstream_cls, monkeypatch, capsys, 'begun with batch_size 8, not 4; resume with the same',
+          *_args(lsq, tmp_path / 'broken', '--resume', '--batch_size', 4))
+    assert call(downstream_cls, monkeypatch, *_args('gone.pth', tmp_path / 'broken', '--resume')) == 0
+    assert 'already fine-tuned' in capsys.readouterr().err
 
 
 def test_it_learns_and_its_file_is_the_network(tmp_path, lsq, digits, monkeypatch, capsys):
@@ -178,11 +176,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path,
 
 def test_the_recipes_are_the_published_ones():
     names = ['CIFAR10', 'CIFAR100', 'Flowers102', 'OxfordIIITPet', 'Food101', 'StanfordCars', 'FGVCAircraft']
-    assert [find_recipe(name) for name in names] == [list(pair) for pair in zip(
-        (0.0125, 0.0125, 0.15, 0.00375, 0.15, 0.15, 0.075), (4e-5, 4e-5, 4e-6, 4e-6, 4e-8, 0, 4e-8))]
-    assert find_recipe('cifar-10', weight_decay=0.0) == [0.0125, 0.0]
-    assert find_recipe('CIFAR10', weight_decay=0.0, keep_head=True) == [0.02, 0.0]
-    assert find_recipe('fashion-mnist', keep_head=True) == list(KEPT_HEAD)
+    rates = (0.0125, 0.0125, 0.15, 0.00375, 0.15, 0.15, 0.075)
+    assert [find_recipe(name) for name in names] == [(rate, 1e-5) for rate in rates]
+    assert find_recipe('cifar-10', weight_decay=0.0) == (0.0125, 0.0)
+    assert find_recipe('CIFAR10', weight_decay=0.0, keep_head=True) == (0.02, 0.0)
+    assert find_recipe('fashion-mnist', keep_head=True) == (0.02, 1e-5)
     recipe = DownstreamRecipe(0.1, 0.0)
     assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs, recipe.label_smoothing, recipe.grad_clip_norm,
             recipe.momentum) == (200, 128, 2, 0.1, 1, 0.9)
@@ -207,12 +205,12 @@ def test_the_published_command_runs_as_written(tmp_path, cifar10, monkeypatch, c
     (tmp_path / 'checkpoints').mkdir()
     (tmp_path / 'checkpoints' / 'supernet_training').symlink_to(published_root())
     monkeypatch.chdir(tmp_path)
-    words = f'--subnet_name SEQnet@vnni-A0 --dataset CIFAR10 --imagenet_path {cifar10}'.split()
+    words = f'--subnet_name SEQnet@vnni-A0 --dataset_path {cifar10}'.split()
     assert call(downstream_cls, monkeypatch, *words, '--num_epochs', 1, '--max_steps', 1, '--batch_size', 2,
                 '--num_calib_batches', 1, '--num_eval_images', 2, '--num_workers', 0, '--device', 'cpu') == 0
     out, err = capsys.readouterr()
     assert 'SEQnet@vnni-A0 on CIFAR10: top-1' in out
-    assert 'learning rate 0.0125, weight decay 4e-05, 10 classes' in err
+    assert 'learning rate 0.0125, weight decay 1e-05, 10 classes' in err
     assert load_network('checkpoints/downstream/SEQnet@vnni-A0/cifar10/lsq.pth').num_classes == 10
 
 
@@ -231,6 +229,22 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path, lsq, monkeypatch, capsys)
     fails(downstream_cls, monkeypatch, capsys, "no network 'SEQnet@vnni-A7'", '--subnet_name', 'SEQnet@vnni-A7',
           '--dataset', 'CIFAR10')
     assert not (tmp_path / 'out').exists()
+
+
+def test_the_originals_recipe_and_test_only(tmp_path, lsq, monkeypatch, capsys):
+    write_pictures(tmp_path / 'imagenet', ['n01440764', 'n01443537'])
+    args = _args(lsq, tmp_path / 'out', '--recipe', 'original', '--imagenet_path', tmp_path / 'imagenet',
+                 '--num_epochs', 1)
+    assert call(downstream_cls, monkeypatch, *args) == 0
+    said = capsys.readouterr().out
+    path = tmp_path / 'out' / f'{DEMO}_min_digits.pth'
+    state, network = load_checkpoint(path), load_network(path)
+    assert state['settings']['seed'] == 42 and state['fp32_head']
+    assert [op.is_quantised for op in quantised_ops(network)].count(False) == 1
+    assert not network.get_classifier().is_quantised
+    assert call(downstream_cls, monkeypatch, *args, '--test_only') == 0
+    assert capsys.readouterr().out == said
+    fails(downstream_cls, monkeypatch, capsys, '--imagenet_path: ', *args, '--imagenet_path', tmp_path / 'out')
 
 
 def test_from_scratch_in_fp32(tmp_path, monkeypatch, capsys):
@@ -259,7 +273,7 @@ def _finish(supernets, output, *more):
     return _args(supernets, output, '--learning_rate', 0.02, '--num_epochs', 1, '--batch_size', 4, *more)
 
 
-@pytest.mark.parametrize('ranks', [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('ranks', [1, 2])
 def test_finishing_is_resumed_exactly_and_a_row_is_its_encoding(tmp_path, supernets, monkeypatch, capsys, ranks):
     def run(output, *more):
         if ranks > 1:

@@ -77,8 +77,7 @@ def test_published_commands_run_as_written(command, tree, imagenet, monkeypatch,
 
 def test_two_ranks_share_the_images_and_the_network_can_be_saved(tree, imagenet, monkeypatch, capsys):
     args = ['--model_name', 'SEQnet@vnni-A0', '--dataset_dir', imagenet, '--quant_mode', *SHORT]
-    output = run_script('eval_specific_net.py', *args, '--output_path', 'two', ranks=2,
-                        launcher='torch.distributed.run')
+    output = run_script('eval_specific_net.py', *args, '--output_path', 'two', ranks=2)
     assert output.count('(6 images)') == 1
     assert call(eval_specific_net, monkeypatch, *args, '--save_network', 'net.pth', '--output_path', 'one') == 0
     assert '(6 images)' in capsys.readouterr().out

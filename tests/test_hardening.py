@@ -11,7 +11,7 @@ import pytest
 from modules.search_space.encoding import EncodingError, parse_subnet, parse_supernet
 from modules.search_space.sampling import sample_subnet
 
-from .hardening import refused, world
+from .hardening import every, refused, short, world
 
 SUPERNETS = [
     '',
@@ -74,7 +74,7 @@ BLOCK_IDS = [
 ]
 
 
-def mutations(count=100):
+def mutations(count=60):
     """Valid subnet encodings of the demo space with one to three characters dropped, doubled, changed or added."""
     rng, supernet, found = random.Random(0), parse_supernet('demo-222-111'), []
     while len(found) < count:
@@ -102,73 +102,44 @@ def shown(text, length=24):
     return repr(text[:length])[1:-1]
 
 
-@pytest.mark.parametrize('run', ['latency', 'choices', 'supernet', 'downstream', 'subnets'])
-@pytest.mark.parametrize('text', SUPERNETS, ids=lambda text: ascii(text[:20]))
+SUPERNET_READERS = ['choices', 'supernet', 'downstream', 'subnets']
+SUBNET_READERS = [('accuracy', 'subnet_choice'), ('downstream', 'subnet_name')]
+
+
+@pytest.mark.parametrize('run, text', every('latency', SUPERNET_READERS, SUPERNETS, '222-119'), ids=short)
 def test_supernets(run, text):
     flag = '--supernet_choices' if run == 'choices' else '--supernet_choice'
     refused(world().base(run, [f'{flag}={text}']), shown(text))
 
 
-@pytest.mark.parametrize('text', SUBNETS, ids=lambda text: ascii(text[:20]))
-def test_subnets(text):
-    refused(world().base('latency', [f'--subnet_choice={text}']), shown(text))
-    refused(world().base('accuracy', [f'--subnet_choice={text}']), shown(text))
-    refused(world().base('downstream', [f'--subnet_name={text}']), shown(text))
+@pytest.mark.parametrize('reader, text', every(('latency', 'subnet_choice'), SUBNET_READERS, SUBNETS, 'd1#1'),
+                         ids=short)
+def test_subnets(reader, text):
+    run, flag = reader
+    refused(world().base(run, [f'--{flag}={text}']), shown(text))
 
 
-@pytest.mark.parametrize('text', mutations(), ids=lambda text: ascii(text[:30]))
-def test_mutated_subnets(text):
-    refused(world().base('latency', [f'--subnet_choice={text}']), shown(text))
+def test_mutated_subnets():
+    for text in mutations():
+        refused(world().base('latency', [f'--subnet_choice={text}']), shown(text))
 
 
-@pytest.mark.parametrize('run', ['block_kd', 'lsq_block_kd', 'lut'])
-@pytest.mark.parametrize('text', BLOCK_IDS)
+@pytest.mark.parametrize('run, text', every('block_kd', ['lsq_block_kd', 'lut'], BLOCK_IDS, 'stage1_9'), ids=short)
 def test_block_ids(run, text):
     refused(world().base(run, [f'--stage_list={text}']), shown(text))
 
 
 # ---- tables
 
-ROWS = {
-    'columns_5': ('{stage},1x16x{hw}x{hw},0.5,1.0,0.1', '5 columns'),
-    'columns_7': ('{row},1', '7 columns'),
-    'one_column': ('x', '1 columns'),
-    'empty_line': ('', 'an empty line'),
-    'nan': ('{stage},1x16x{hw}x{hw},nan,1.0,0.1,0.2', "NSR loss 'nan'"),
-    'inf': ('{stage},1x16x{hw}x{hw},0.5,1.0,0.1,inf', "latency (ms) 'inf'"),
-    'huge': ('{stage},1x16x{hw}x{hw},0.5,1.0,0.1,1e999', 'latency (ms) inf'),
-    'negative': ('{stage},1x16x{hw}x{hw},-0.5,1.0,0.1,0.2', "NSR loss '-0.5'"),
-    'zero': ('{stage},1x16x{hw}x{hw},0.0000,1.0,0.1,0.2', 'NSR loss 0'),
-    'text': ('{stage},1x16x{hw}x{hw},a lot,1.0,0.1,0.2', "NSR loss 'a lot'"),
-    'spaces': ('{stage},1x16x{hw}x{hw}, 0.5,1.0,0.1,0.2', "NSR loss ' 0.5'"),
-    'shape': ('{stage},16x{hw}x{hw},0.5,1.0,0.1,0.2', 'input shape'),
-    'not_square': ('{stage},1x16x{hw}x7,0.5,1.0,0.1,0.2', 'input shape'),
-    'input_width': ('{stage},1x17x{hw}x{hw},0.5,1.0,0.1,0.2', 'input width 17'),
-    'input_size': ('{stage},1x16x999999x999999,0.5,1.0,0.1,0.2', '999999'),
-    'kernel': ('9#16#1.0,1x16x{hw}x{hw},0.5,1.0,0.1,0.2', 'kernel 9'),
-    'window': ('3#999#1.0,1x16x{hw}x{hw},0.5,1.0,0.1,0.2', 'width 999'),
-    'expand': ('3#24#7,1x16x{hw}x{hw},0.5,1.0,0.1,0.2', 'expand ratio 7'),
-    'depth': ('{stage}_{stage}_{stage}_{stage},1x16x{hw}x{hw},0.5,1.0,0.1,0.2', 'depth'),
-    'quotes': ('"{stage}","1x16x{hw}x{hw}",0.5,1.0,0.1,0.2', 'input shape'),
-    'semicolons': ('{stage};1x16x{hw}x{hw};0.5;1.0;0.1;0.2', '1 columns'),
-    'header': ('sub_stage,input_shape,loss,flops,params,latency', 'input shape'),
-    'not_ascii': ('{stage},1x16x{hw}x{hw},0.5,1.0,0.1,0.2µ', 'not plain text'),
-    'nul': ('{stage},1x16x{hw}x{hw},0.5,1.0,0.1,0.2\0', 'latency (ms)'),
-}
-
-
-@pytest.mark.parametrize('name', ROWS)
-def test_lut_rows(name, tmp_path):
-    text, reason = ROWS[name]
-    folder = tmp_path / 'demo'
-    shutil.copytree(world().inputs / 'luts' / 'demo', folder)
-    path = folder / 'stage1_2_1.csv'
+@pytest.mark.parametrize('run', ['choices', 'spaces'])
+def test_a_bad_row_of_a_lut(run, tmp_path):
+    """All bad rows: test_lut.py."""
+    path = tmp_path / 'demo' / 'stage1_2_1.csv'
+    shutil.copytree(world().inputs / 'luts' / 'demo', path.parent)
     lines = path.read_text().split('\n')
-    stage, shape, *_ = lines[2].split(',')
-    lines[2] = text.format(stage=stage.split('_')[0], hw=shape.split('x')[-1], row=lines[2])
-    path.write_text('\n'.join(lines), encoding='utf-8')
-    refused(world().base('choices', ['--lut_path', str(tmp_path)]), f'{path}:3', reason)
-    refused(world().base('spaces', ['--lut_path', str(tmp_path)]), f'{path}:3', reason)
+    lines[2] = 'x'
+    path.write_text('\n'.join(lines))
+    refused(world().base(run, ['--lut_path', str(tmp_path)]), f'{path}:3', '1 columns')
 
 
 FILES = {  # content of a block LUT: what is said of it
@@ -201,10 +172,10 @@ INPUTS = {  # lines of input.csv: what is said of them; {ok} is a good line
     'missing': (None, 'no such file'),
     'empty': (b'', 'no subnet'),
     'comments': (b'# nothing\n\n', 'no subnet'),
-    'two_columns': (b'demo,222-111\n', 'line 1'),
+    'two_columns': (b'demo,222-111\n', 'line 1: 2 values, expected <superspace>,<supernet_choice>,<subnet_choice>'),
     'four_columns': (b'{ok}\n{ok},1\n', 'line 2'),
-    'twice': (b'{ok}\n{ok}\n', 'line 2'),
-    'superspace': (b'nospace,222-111,min\n', 'line 1'),
+    'twice': (b'{ok}\n{ok}\n', 'line 2: the same subnet as in line 1'),
+    'superspace': (b'nospace,222-111,min\n', "line 1: no superspace 'nospace'"),
     'supernet': (b'{ok}\ndemo,222-11,min\n', 'line 2'),
     'subnet': (b'demo,222-111,d1_k3\n', 'line 1'),
     'other_space': (b'onnxw,111111-000000,{subnet}\n', 'line 1'),
@@ -220,9 +191,12 @@ INPUTS = {  # lines of input.csv: what is said of them; {ok} is a good line
 }
 
 
-@pytest.mark.parametrize('run', ['random_export', 'benchmark', 'eval_onnx'])
-@pytest.mark.parametrize('name', INPUTS)
-def test_input_csv(run, name, tmp_path):
+INPUT_READERS = ['onnx_tools.benchmark', 'onnx_tools.eval_onnx', 'tflite_tools.export_tflite',
+                 'tflite_tools.eval_tflite', 'tflite_tools.benchmark']
+
+
+@pytest.mark.parametrize('script, name', every('onnx_tools.export_onnx', INPUT_READERS, INPUTS, 'subnet'))
+def test_input_csv(script, name, tmp_path):
     content, reason = INPUTS[name]
     path = tmp_path / 'bad.csv'
     ok = (world().inputs / 'input.csv').read_bytes().strip()
@@ -230,7 +204,7 @@ def test_input_csv(run, name, tmp_path):
         path.mkdir()
     elif content is not None:
         path.write_bytes(content.replace(b'{ok}', ok).replace(b'{subnet}', ok.split(b',')[2]))
-    refused(world().base(run, ['--input', str(path)]), str(path), reason)
+    refused(world().attempt(script, ['--input', str(path), '--model_path', '{out}']), str(path), reason)
 
 
 BLOCK = 'ResNetBlock_16_16_16_3_0.5_1_relu'
@@ -251,37 +225,28 @@ TABLES = {  # a block table: what is said of it
     'key': ('{"x": 1}', 'x: not'),
     'key_parts': ('{"A_1_2_3": 1}', 'A_1_2_3'),
     'key_number': ('{"ResNetBlock_16_16_16_3_x_1_relu": 1}', 'ResNetBlock_16_16_16_3_x_1_relu'),
+    'key_form': ('{"ResNetBlock_112_16_16_3_1_1_relu": 1}', 'written ResNetBlock_112_16_16_3_1.0_1_relu'),
     'deep': ('[' * 100000, 'bad.json'),
     'huge_int': (f'{{"{BLOCK}": {"9" * 5000}}}', 'bad.json'),
     'no_blocks': ('{}', 'bad.json'),
 }
 
 
-@pytest.mark.parametrize('name', TABLES)
-def test_block_tables(name, tmp_path):
+@pytest.mark.parametrize('run, name', every('latency', ['choices', 'subnets', 'lut', 'accuracy'], TABLES, 'negative'))
+def test_block_tables(run, name, tmp_path):
     content, reason = TABLES[name]
     path = tmp_path / 'bad.json'
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    for run in ('latency', 'choices', 'subnets', 'lut', 'accuracy'):
-        refused(world().base(run, ['--platform', str(path)]), '' if name == 'no_blocks' else reason, str(path))
-    refused(world().base('latency', ['--fallback', '--platform', str(path)]), str(path), reason)
+    refused(world().base(run, ['--platform', str(path)]), '' if name == 'no_blocks' else reason, str(path))
+    if run == 'latency':
+        refused(world().base('latency', ['--fallback', '--platform', str(path)]), str(path), reason)
 
 
-@pytest.mark.parametrize(
-    'platform',
-    [
-        'nowhere',
-        'nowhere.json',
-        '../latency/onnx_lut',
-        'onnx_lut/',
-        '/',
-        '.',
-        '..',
-        'pixel4',
-        'cortexA76cpu_tflite21',
-        'a' * 300,
-    ],
-)
-@pytest.mark.parametrize('run', ['latency', 'choices', 'subnets', 'lut'])
+PLATFORMS = ['nowhere', 'nowhere.json', '../latency/onnx_lut', 'onnx_lut/', '/', '.', '..', 'pixel4',
+             'cortexA76cpu_tflite21', 'a' * 300]
+
+
+@pytest.mark.parametrize('run, platform', every('latency', ['choices', 'subnets', 'lut'], PLATFORMS, 'nowhere'),
+                         ids=short)
 def test_platforms(run, platform):
     refused(world().base(run, [f'--platform={platform}']), shown(platform))

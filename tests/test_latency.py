@@ -17,6 +17,7 @@ from modules.latency.kernel_model import Block, KernelModel, kernels_of
 from modules.latency.kernels import Kernel
 from modules.latency.predictor import PUBLISHED
 from modules.latency.regression import Design, fit_corrections, interpolate_corrections
+from modules.modeling.complexity import config_complexity
 from modules.search_space.encoding import EncodingError, parse_sub_stage, subnet_config
 from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
@@ -48,7 +49,7 @@ def test_every_block_of_a_space_is_predicted(space):
     platform = SUPERSPACES[space].platform
     assert all(0 < ms < 1000 for ms in LatencyPredictor(platform).predict_blocks(blocks))
     table, _ = tables.load_platform(os.path.join(tables.DATA, platform))
-    assert space == 'demo' or all(block in table for block in blocks)       # predicted beforehand
+    assert space in ('demo', 'mobile_v1_res') or all(block in table for block in blocks)     # predicted beforehand
 
 
 @pytest.mark.parametrize('space', sorted(SUPERNETS))
@@ -58,6 +59,13 @@ def test_a_network_is_the_sum_of_its_blocks(space):
         ms = predictor.predict_subnet(config)
         assert type(ms) is float
         assert ms == pytest.approx(sum(predictor.predict_block(*block[1:]) for block in config.blocks))
+
+
+def test_flops_are_a_platform():
+    predictor = LatencyPredictor('mflops')
+    for config in configs('onnxw', 5):
+        assert predictor.predict_subnet(config) == pytest.approx(config_complexity(config.blocks)[0])
+    assert (predictor.unit, LatencyPredictor(PIXEL4).unit) == ('MFLOPs', 'ms')
 
 
 def test_a_sub_stage_is_the_sum_of_its_blocks():
@@ -218,20 +226,6 @@ def test_the_fallback_is_fitted_to_the_table(table):
     assert all(type(ms) is float for ms in predictor.predict_blocks(rest + blocks[:3]))
     with pytest.raises(LatencyError, match='my_host.json: not in it, .*: block type MobileNetV3K3ResBlock'):
         predictor.predict_block('MobileNetV3K3ResBlock', 14, 64, 64, 3, 6, 1, 'hswish')
-
-
-@pytest.mark.parametrize('text, message', [
-    ('{', 'not JSON'), ('[1]', 'not a JSON object'), ('{"a_b": 1}', 'a_b: not <name>_<hw>'),
-    (f'{{"{KEYS[0]}": -1}}', '-1 is not a latency'), (f'{{"{KEYS[0]}": "1"}}', "'1' is not a latency"),
-    (f'{{"{KEYS[0]}": NaN}}', 'nan is not a latency'), (f'{{"{KEYS[0]}": true}}', 'True is not a latency'),
-    ('{"ResNetBlock_112_16_16_3_1_1_relu": 1}', 'written ResNetBlock_112_16_16_3_1.0_1_relu'),
-    (f'{{"{KEYS[0]}": 1, "{KEYS[0]}": 2}}', 'given twice')])
-def test_a_malformed_table_is_refused(tmp_path, text, message):
-    path = tmp_path / 'table.json'
-    path.write_text(text)
-    with pytest.raises(LatencyError, match='table.json: ') as error:
-        LatencyPredictor(path)
-    assert message in str(error.value) and '\n' not in str(error.value)
 
 
 def test_a_missing_table_is_named(tmp_path):

@@ -2,22 +2,26 @@
 import csv
 import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from modules import ROOT, evolution
+import search_block_kd
+from modules import evolution
+from modules.block_kd import searcher as searcher_module
 from modules.block_kd.lut import read_luts
 from modules.block_kd.score import ExactEstimator, IndependentEstimator, SampleEstimator, Tables, tail_of_draws
 from modules.block_kd.searcher import BlockKDSearcher, lut_ids, num_spaces, search_spaces, uniform_spaces
 from modules.errors import UserError
-from modules.search_space.encoding import parse_supernet
-from modules.search_space.sampling import sample_supernet
+from modules.latency import LatencyPredictor
+from modules.modeling.complexity import config_complexity
+from modules.search_space.encoding import parse_supernet, subnet_config
+from modules.search_space.sampling import max_subnet, min_subnet, sample_supernet
 from modules.search_space.superspace import get_superspace
 
+from .checkpoints import call, fails
 from .conftest import REFERENCE, needs_reference
+from .launching import run_script
 from .test_lut import SHIPPED, make_lut
 
 FIXED = {160: 1.0, 192: 1.5, 224: 2.0}
@@ -118,6 +122,17 @@ def test_eval_individual(small):
         BlockKDSearcher(small, 'onnx', None, [10, -1])
 
 
+def test_flops_can_stand_in_the_place_of_latency(small):
+    """Of the LUT's rows, and of the stem and the head."""
+    searcher = BlockKDSearcher(small, 'onnx', 'mflops', 300)
+    for lut_id, lut in read_luts(small, 'onnx').items():
+        assert sorted(np.concatenate([flops for flops, _ in searcher.tables.rows[lut_id]])) == sorted(lut.flops)
+    fixed = [config_complexity(searcher_module.unsearched_blocks('onnx', resolution))[0]
+             for resolution in searcher.tables.resolutions]
+    assert searcher.tables.fixed == pytest.approx(fixed)
+    assert searcher.name() == 'onnx, 300 MFLOPs'
+
+
 def test_the_score_penalises_few_feasible_subnets(small):
     ids = {c: BlockKDSearcher(small, 'onnx', None, c, 0.3, 0.5) for c in (8, 30)}
     tight, loose = (searcher.evaluate(searcher.parse('012340-000000')) for searcher in ids.values())
@@ -184,19 +199,14 @@ def test_a_small_space_can_be_searched_whole():
     assert sorted(member for member, _ in found) == members
 
 
-def script(*args, cwd=ROOT):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'search_block_kd.py'), *map(str, args)], cwd=cwd,
-                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-
-
 @pytest.mark.parametrize('superspace, constraints, platform', [('mobilew', (15, 20), 'tflite27_cpu_int8'),
                                                                ('onnxw', (10,), 'onnx_lut')])
-def test_search_commands(tmp_path, superspace, constraints, platform):
+def test_search_commands(tmp_path, monkeypatch, capsys, superspace, constraints, platform):
     command = ['--superspace', superspace, '--latency_constraint', *constraints, '--platform', platform,
-               '--latency_loss_t', 0.08, '--latency_loss_a', 0.01, '--lut_path', 'data/block_lut',
+               '--latency_loss_t', 0.08, '--latency_loss_a', 0.01, '--lut_path', SHIPPED,
                '--output_dir', tmp_path / 'search', '--num_spaces', 60, '--population_size', 40]
-    result = script(*command)
-    assert result.returncode == 0, result.stderr
+    assert call(search_block_kd, monkeypatch, *command) == 0
+    out, err = capsys.readouterr()
     folder = tmp_path / 'search' / superspace / f'c{"+".join(map(str, constraints))}_t0.08_a0.01'
     for name in ('search.png', 'cdf.png', 'top10.png'):
         assert (folder / name).read_bytes().startswith(b'\x89PNG')
@@ -205,17 +215,19 @@ def test_search_commands(tmp_path, superspace, constraints, platform):
     assert len(rows) == 50 and rows[0]['supernet'].startswith(superspace)
     scores = [float(row['score']) for row in rows]
     assert scores == sorted(scores, reverse=True)
-    assert all(float(row['min_latency_ms']) < float(row['max_latency_ms']) for row in rows)
-    assert 'best' in result.stdout and '60/60' in result.stderr and (folder / 'search.log').read_text().count('\n') >= 3
+    best, predictor = rows[0]['supernet'], LatencyPredictor(platform)
+    for name, extreme in (('min_latency_ms', min_subnet), ('max_latency_ms', max_subnet)):
+        assert rows[0][name] == f'{predictor.predict_subnet(subnet_config(best, extreme(best))):.4f}'
+    assert 'best' in out and '60/60' in err and (folder / 'search.log').read_text().count('\n') >= 3
     assert any(name.startswith('events.out.tfevents') for name in os.listdir(folder))
     assert not [name for name in os.listdir(folder) if '.tmp' in name]
 
 
-def test_supernet_choices_command(tmp_path):
+def test_supernet_choices_command(tmp_path, monkeypatch):
     """From any folder, with the default LUTs."""
-    result = script('--superspace', 'onnxw', '--latency_constraint', 15, '--platform', 'onnx_lut', '--latency_loss_t',
-                    0.08, '--supernet_choices', '111111_000000', '222222_000000', cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    assert call(search_block_kd, monkeypatch, '--superspace', 'onnxw', '--latency_constraint', 15, '--platform',
+                'onnx_lut', '--latency_loss_t', 0.08, '--supernet_choices', '111111_000000', '222222_000000') == 0
     path = tmp_path / 'checkpoints' / 'block_kd' / 'search' / 'onnxw' / 'c15_t0.08_a0.01' / 'supernet_choices.csv'
     with open(path) as file:
         rows = list(csv.DictReader(file))
@@ -227,12 +239,9 @@ def test_supernet_choices_command(tmp_path):
 
 
 def test_under_launchers_one_process_does_the_work(tmp_path):
-    command = [sys.executable, '-m', 'torch.distributed.launch', '--nproc_per_node=2', '--master_port=0',
-               os.path.join(ROOT, 'search_block_kd.py'), '--superspace', 'onnxw', '--latency_constraint', '15',
-               '--supernet_choices', 'spaceevo@vnni', '--output_dir', str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count('onnxw-151122-023231  score') == 1
+    output = run_script('search_block_kd.py', '--superspace', 'onnxw', '--latency_constraint', 15,
+                        '--supernet_choices', 'spaceevo@vnni', '--output_dir', tmp_path, ranks=2)
+    assert output.count('onnxw-151122-023231  score') == 1
 
 
 def test_a_spoilt_history_is_refused_by_line(tmp_path):
@@ -263,12 +272,12 @@ def test_scores_that_no_space_has_are_refused(small, tmp_path, change):
     (['--superspace', 'onnxw', '--lut_path', 'nowhere'], 'nowhere'),
     (['--superspace', 'onnxw', '--platform', 'abacus'], 'abacus'),
 ])
-def test_user_errors(tmp_path, args, message):
+def test_user_errors(tmp_path, monkeypatch, capsys, args, message):
     if '--supernet_choices' not in args:
         args = args + ['--supernet_choices', '111111']
-    result = script('--latency_constraint', 15, '--output_dir', tmp_path / 'out', *args)
-    assert result.returncode == 2 and message in result.stderr.strip().split('\n')[-1]
-    assert 'Traceback' not in result.stderr and not os.path.exists(tmp_path / 'out')
+    fails(search_block_kd, monkeypatch, capsys, message, '--latency_constraint', 15, '--output_dir', tmp_path / 'out',
+          *args)
+    assert not os.path.exists(tmp_path / 'out')
 
 
 @needs_reference

@@ -32,7 +32,7 @@ VNNI = 'onnxw-151122-023231'
 
 
 def test_spaces_have_the_published_shape():
-    assert len(SUPERSPACES) == 7                # six published ones and demo
+    assert len(SUPERSPACES) == 8                # seven published ones and demo
     assert len(get_superspace('mobilew').block_ids()) == 42 and len(get_superspace('mobilew').lut_ids()) == 210
     assert len(get_superspace('onnxw').block_ids()) == 36 and len(get_superspace('onnxw').lut_ids()) == 132
     assert get_superspace('mobilew').stage('stage5').widths == (192, 200, 208, 216, 224, 240, 256, 272, 288)
@@ -40,7 +40,7 @@ def test_spaces_have_the_published_shape():
     for space in (space for space in SUPERSPACES.values() if space.name != 'demo'):
         assert [space.input_stride(f'stage{i}') for i in range(1, 7)] == [2, 4, 8, 16, 16, 32]
         assert space.resolutions == (160, 176, 192, 208, 224)
-    for name in ('mobile_original', 'mobile_v1', 'onnx', 'onnx_v1'):
+    for name in ('mobile_original', 'mobile_v1', 'mobile_v1_res', 'onnx', 'onnx_v1'):
         assert all(stage.num_windows == 1 for stage in get_superspace(name).stages)
 
 
@@ -80,7 +80,7 @@ def test_supernets_round_trip_and_mutations_stay_inside(name, seed):
     assert sum(a != b for a, b in zip(changed.block_types, supernet.block_types)) == 1
     assert changed.windows == supernet.windows
     changed = sampling.mutate_window(supernet, rng)
-    one_window = name in ('mobile_original', 'mobile_v1', 'onnx', 'onnx_v1')
+    one_window = name in ('mobile_original', 'mobile_v1', 'mobile_v1_res', 'onnx', 'onnx_v1')
     assert sum(a != b for a, b in zip(changed.windows, supernet.windows)) == (0 if one_window else 1)
 
 

@@ -229,7 +229,7 @@ def test_what_goes_wrong_on_a_phone_is_one_line(fault, said, phone, tmp_path, mo
     options = ['--input', subnet_list(tmp_path / 'in.csv', entry.subnet), '--model_path', models, '--adb']
     assert call(benchmark, monkeypatch, *options) == 0
     before = (models / 'latency.csv').read_text()
-    assert before.startswith(str(entry.subnet) + ',1.0000,1.0000,1.0000')
+    assert before == f'demo-{entry.choice}-{entry.subnet},1.0000,1.0000,1.0000,phone,TFLite benchmark_model\n'
     (phone / 'fault').write_text(fault)
     fails(benchmark, monkeypatch, capsys, said, *options)
     assert (models / 'latency.csv').read_text() == before

@@ -1,13 +1,12 @@
 """Supernet training: losses by their definitions, exact evaluation, the script killed and resumed on 1 and 2 ranks."""
 import dataclasses
+import importlib
 import math
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -29,8 +28,9 @@ from modules.training.losses import adaptive_alpha_loss, alpha_divergence
 from modules.training.optim import parameter_groups, warmup_cosine
 from modules.training.supernet_trainer import SupernetRecipe, sandwich, train_supernet
 
+from .checkpoints import fails
 from .conftest import ROOT
-from .launching import command, family, run_script
+from .launching import launch, run_script
 
 DEMO = os.path.join(ROOT, 'supernet_training_configs', 'demo.yaml')
 
@@ -121,19 +121,6 @@ def test_configuration(tmp_path):
     assert published == SupernetRecipe()
 
 
-@pytest.mark.parametrize('text, said', [
-    ('epoch: 7', "unknown key 'epoch'"), ('epochs: many', "epochs: 'many' is not of type int"),
-    ('epochs: -1', 'epochs: -1 is negative'), ('quant:\n  epoch: 7', "unknown key 'quant.epoch'"),
-    ('quart:\n  epochs: 7', "unknown section 'quart'"), ('a: [1', 'not YAML'), ('- 1', 'expected keys and values'),
-    ('seed: true', 'seed: True is not of type int')])
-def test_bad_configurations_are_one_line(tmp_path, text, said):
-    path = tmp_path / 'c.yaml'
-    path.write_text(text)
-    with pytest.raises(UserError, match=said) as error:
-        load_config(SupernetRecipe, path)
-    assert str(path) in str(error.value) and '\n' not in str(error.value)
-
-
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
     return open_data(str(tmp_path_factory.mktemp('none')), 'digits', valid_size=100, image_size=48)
@@ -222,9 +209,9 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(digits, tmp_path, m
                        str(tmp_path / 'new'), Job())
     calls = []
 
-    def poisoned(*args, **kwargs):
+    def poisoned(*args, **how):
         calls.append(1)
-        losses = sandwich(*args, **kwargs)
+        losses = sandwich(*args, **how)
         return [loss * (math.nan if len(calls) > 3 else 1) for loss in losses]
     monkeypatch.setattr(supernet_trainer, 'sandwich', poisoned)
     with pytest.raises(UserError, match=r'step 3 .*last good checkpoint is .*checkpoint.pth'):
@@ -257,10 +244,10 @@ def test_a_published_checkpoint_goes_on_from_its_epoch_or_is_refused(digits, tmp
 def test_collapse_to_guessing_stops(digits, tmp_path, monkeypatch):
     calls = []
 
-    def collapsing(*args):
+    def collapsing(*args, **how):
         calls.append(1)
         value = 1.0 if len(calls) <= 3 else math.log(10)            # an epoch of learning, then guessing
-        return [loss * 0 + value for loss in sandwich(*args)]
+        return [loss * 0 + value for loss in sandwich(*args, **how)]
     monkeypatch.setattr(supernet_trainer, 'sandwich', collapsing)
     with pytest.raises(UserError, match='epoch 1: collapsed, the loss is back at guessing'):
         train_supernet(_build(), digits, RECIPE, str(tmp_path), Job())
@@ -282,19 +269,26 @@ def test_quantisation_starts_from_fp32_and_initialises_every_used_scale(digits, 
         train_supernet(_build(), digits, dataclasses.replace(short, seed=1), str(tmp_path), Job(), resume=True)
 
 
-def _train(folder, data, *more, **options):
-    return run_script('train_supernet.py', '--config-file', DEMO, '--superspace', 'demo',
-                      '--supernet_choice', '012-111',
-                      '--dataset', 'digits', '--dataset_path', data, '--output_path', folder, '--epochs', 2,
-                      '--batch_size_per_gpu', 8, '--max_steps', 4, '--checkpoint_freq', 1, '--num_calib_batches', 2,
-                      '--num_valid_images', 40, '--num_workers', 0, '--valid_size', 100, '--device', 'cpu', *more,
-                      **options)
+def _words(folder, data, *more):
+    return ['train_supernet.py', '--config-file', DEMO, '--superspace', 'demo', '--supernet_choice', '012-111',
+            '--dataset', 'digits', '--dataset_path', data, '--output_path', folder, '--epochs', 2,
+            '--batch_size_per_gpu', 8, '--max_steps', 2, '--checkpoint_freq', 1, '--num_calib_batches', 2,
+            '--num_valid_images', 20, '--num_workers', 0, '--valid_size', 100, '--device', 'cpu', *more]
 
 
-@pytest.mark.parametrize('ranks, launcher', [(1, None), (2, 'torch.distributed.launch')])
-def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path, ranks, launcher):
-    for name, more in (('checkpoint.pth', ()), ('lsq.pth', ('--quant_mode',))):
-        options = {'ranks': ranks, 'launcher': launcher}
+def _train(*words, **options):
+    return run_script(*_words(*words), **options)
+
+
+INT8 = 'lsq.pth', ('--quant_mode',)
+
+
+@pytest.mark.parametrize('ranks, kinds', [(1, [('checkpoint.pth', ()), INT8]),
+                                          (2, [(INT8[0], (*INT8[1], '--from_scratch'))])])
+def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path, ranks, kinds):
+    """fp32 on two ranks: test_transfer.py."""
+    for name, more in kinds:
+        options = {'ranks': ranks}
         output = _train(tmp_path / 'whole', tmp_path, '--resume', *more, **options)
         assert 'max: top-1' in output
         whole, broken = (tmp_path / run / 'demo-012-111-align0' / name for run in ('whole', 'broken'))
@@ -306,12 +300,15 @@ def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_p
         assert all(torch.equal(states[0]['state_dict'][key], states[1]['state_dict'][key])
                    for key in states[0]['state_dict'])
     assert (tmp_path / 'whole' / 'demo-012-111-align0' / 'lsq.yaml').exists()
-    assert 'already trained' in _train(tmp_path / 'whole', tmp_path, '--resume', **options)
+    assert 'already trained' in _train(tmp_path / 'whole', tmp_path, '--resume', *more, **options)
+    if ranks == 1:
+        again = _train(tmp_path / 'whole', tmp_path, '--test_only', *more)
+        wanted, found = ([line for line in text.split('\n') if ': top-1' in line] for text in (output, again))
+        assert found == wanted and len(found) == 3
 
 
 def test_torchrun_and_aligned_samples(tmp_path):
-    _train(tmp_path, tmp_path, '--align_sample', '--epochs', 1, '--max_steps', 1, ranks=2,
-           launcher='torch.distributed.run')
+    launch('torch.distributed.run', *_words(tmp_path, tmp_path, '--align_sample', '--epochs', 1, '--max_steps', 1))
     assert (tmp_path / 'demo-012-111-align1' / 'checkpoint.pth').exists()
 
 
@@ -332,24 +329,15 @@ def test_compiled_quantisers_train(tmp_path):
     (['--config-file', 'nowhere.yaml'], 'nowhere.yaml: No such file'),
     (['--supernet_choice', '012-119'], 'width window 9'), (['--base_lr', '-1'], 'base_lr'),
     (['--batch_size_per_gpu', '100000'], 'fewer than one step')])
-def test_wrong_commands_are_one_line(tmp_path, more, said):
-    output = _train(tmp_path, tmp_path, *(text.replace('{tmp}', str(tmp_path)) for text in more), code=2)
-    assert said in output and 'Traceback' not in output
+def test_wrong_commands_are_one_line(tmp_path, monkeypatch, capsys, more, said):
+    fails(importlib.import_module('train_supernet'), monkeypatch, capsys, said, *_words(
+        tmp_path, tmp_path, *(text.replace('{tmp}', str(tmp_path)) for text in more))[1:])
 
 
 def test_a_dead_rank_ends_the_job_with_a_message(tmp_path):
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    arguments = command('train_supernet.py', '--config-file', DEMO, '--superspace', 'demo',
-                        '--supernet_choice', '012-111', '--dataset', 'digits', '--dataset_path', tmp_path,
-                        '--output_path', tmp_path, '--device', 'cpu', '--batch_size_per_gpu', 8,
-                        '--checkpoint_freq', 1, '--num_workers', 0, '--epochs', 1000, ranks=2)
-    with subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
-        while launcher.poll() is None and not (tmp_path / 'demo-012-111-align0' / 'checkpoint.pth').exists():
-            time.sleep(0.05)
-        os.kill(family(launcher.pid)[-1], signal.SIGKILL)
-        output = launcher.communicate(timeout=100)[0]
-    assert launcher.returncode not in (0, None)
-    assert 'Signal 9 (SIGKILL)' in output or 'another rank is gone' in output, output
+    output = _train(tmp_path, tmp_path, '--epochs', 1000, ranks=2, victims=slice(-1, None),
+                    kill_when=tmp_path / 'demo-012-111-align0' / 'checkpoint.pth')
+    assert 'another rank is gone' in output, output
 
 
 FREED = """

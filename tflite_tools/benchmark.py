@@ -5,9 +5,10 @@
     python tflite_tools/benchmark.py --input my_subnets.csv --warmup 20 --runs 50
 
 Exports what is missing below --model_path (with random weights: latency does not depend on them), takes --warmup
-untimed and --runs timed runs of one image of each model, and appends `<encoding>,<fp32 ms>,<int8 ms>,<speed-up>`
-(means) to latency.csv beside the models. With --adb or --serial each model is pushed to the phone and timed there by
-`taskset <mask> <benchmark_binary>`. Without, the models run here in turns, by ai-edge-litert: keep the machine idle,
+untimed and --runs timed runs of one image of each model, and appends
+`<superspace>-<choice>-<subnet>,<fp32 ms>,<int8 ms>,<speed-up>,<device>,<runtime>` (means) to
+latency.csv beside the models. With --adb or --serial each model is pushed to the phone and timed there by
+`taskset <mask> <benchmark_binary>`. Without, the models run on this machine, in turns, by ai-edge-litert: keep it idle,
 and pin the process where others run: taskset -c 1 python tflite_tools/benchmark.py.
 """
 import os
@@ -15,7 +16,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from modules.cli import parser, run
+from modules.cli import note, parser, run
 from modules.deploy.adb import add_phone_arguments, phone_of
 from modules.deploy.jobs import add_benchmark_arguments, benchmark
 from modules.deploy.measure import in_turns
@@ -34,13 +35,16 @@ def get_args():
 
 def main(args):
     phone = phone_of(args)
+    place = (f'phone {args.serial or ""}'.strip(), 'TFLite benchmark_model') if phone is not None else None
+    if phone is None:
+        note('without --adb: latencies of this host, not of a phone')
 
     def measure(paths):
         if phone is not None:
             return {kind: phone.latency(path, args.warmup, args.runs) for kind, path in paths.items()}
         runs = {kind: open_interpreter(path, args.threads).invoke for kind, path in paths.items()}
         return in_turns(runs, args.warmup, args.runs)
-    benchmark(args, TFLITE, PACKAGES, measure)
+    benchmark(args, TFLITE, PACKAGES, measure, place)
 
 
 if __name__ == '__main__':

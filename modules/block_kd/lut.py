@@ -17,12 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import ROOT
+from ..cli import note
 from ..errors import UserError
 from ..files import atomic_path
 from ..search_space.encoding import EncodingError, parse_block_id, parse_sub_stage
 from ..search_space.superspace import get_superspace
 
 SUFFIXES = ('.csv', '.csv.gz')
+SHIPPED = os.path.join(ROOT, 'data', 'block_lut')       # models of the published block LUTs, *.csv.gz
 COLUMNS = ('sub-stage', 'input shape', 'NSR loss', 'FLOPs (M)', 'params (M)', 'latency (ms)')
 _NUMBER = r'([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)'
 _ROW = re.compile(r'([^,]+),1x([1-9][0-9]{0,5})x([1-9][0-9]{0,5})x\3,' + ','.join([_NUMBER] * 4))
@@ -148,14 +151,19 @@ def lut_folder(lut_path, superspace):
 
 
 def lut_files(lut_path, superspace, lut_ids=None):
-    """{lut id: path} of `lut_ids`, default every block LUT of the superspace. LutError lists the missing ones."""
+    """{lut id: path} of `lut_ids`, default every block LUT of the superspace. LutError lists the missing ones.
+
+    Among the shipped ones a *.csv, such as a published one that was copied there, wins over the *.csv.gz; a line says
+    how many of the files are the shipped models of published ones.
+    """
     space = get_superspace(superspace)
     folder = lut_folder(lut_path, space)
+    shipped = os.path.realpath(folder) == os.path.realpath(os.path.join(SHIPPED, space.name))
     files, missing = {}, []
     for lut_id in lut_ids or space.lut_ids():
         found = [path for path in (os.path.join(folder, lut_id + suffix) for suffix in SUFFIXES)
                  if os.path.exists(path)]
-        if len(found) > 1:
+        if len(found) > 1 and not shipped:
             raise LutError(f'{found[0]}: both this and {os.path.basename(found[1])} exist; keep one')
         if found:
             files[lut_id] = found[0]
@@ -164,6 +172,12 @@ def lut_files(lut_path, superspace, lut_ids=None):
     if missing:
         raise LutError(f'{folder}: {len(missing)} of {len(missing) + len(files)} block LUTs of {space.name} '
                        f'are missing: {" ".join(missing)}')
+    models = sum(path.endswith('.gz') for path in files.values())
+    if shipped and models:
+        note(f'{folder}: {models} of {len(files)} block LUTs are the shipped models of the published ones '
+             '(data/README.md); published *.csv copied there are used instead')
+    elif shipped:
+        note(f'{folder}: *.csv of yours are used instead of the shipped *.csv.gz')
     return files
 
 

@@ -3,6 +3,7 @@ import os
 
 import numpy as np
 
+from ..latency import unit_of
 from ..pictures import new_figure, save_figure
 from .searcher import lut_ids
 
@@ -37,10 +38,10 @@ def plot_search(path, scores, population_size, title):
     save_figure(figure, path)
 
 
-def plot_cdfs(path, latency, loss, constraints, tails, title):
+def plot_cdfs(path, latency, loss, constraints, tails, title, unit='ms'):
     """Latency and loss CDFs of random subnets of one space, the constraints and what they let through marked.
 
-    latency (ms), loss: (subnets,). tails: score.Tail for each constraint.
+    latency (in `unit`), loss: (subnets,). tails: score.Tail for each constraint.
     """
     figure, (left, right) = new_figure(1, 2, figsize=(12, 4.5))
     share = np.arange(1, len(latency) + 1) / len(latency)
@@ -49,14 +50,14 @@ def plot_cdfs(path, latency, loss, constraints, tails, title):
     right.plot(np.sort(loss), share, color='black', label='all subnets')
     for i, (constraint, tail) in enumerate(zip(constraints, tails)):
         colour = f'C{i}'
-        left.axvline(constraint, color=colour, ls='--', label=f'{constraint:g} ms: {tail.p:.2%} of the subnets')
+        left.axvline(constraint, color=colour, ls='--', label=f'{constraint:g} {unit}: {tail.p:.2%} of the subnets')
         feasible = np.sort(loss[latency <= constraint])
         if len(feasible):
             last = max(last, feasible[-1])
             right.plot(feasible, np.arange(1, len(feasible) + 1) / len(feasible), color=colour,
-                       label=f'latency at most {constraint:g} ms')
+                       label=f'at most {constraint:g} {unit}')
             right.axvline(tail.loss, color=colour, ls='--', label=f'mean of the best: {tail.loss:.4f}')
-    left.set(xlabel='latency (ms)', ylabel='share of subnets',
+    left.set(xlabel='latency (ms)' if unit == 'ms' else unit, ylabel='share of subnets',
              xlim=(0, max(1.25 * max(constraints), float(np.quantile(latency, 0.9)))))
     right.set(xlabel='NSR loss (sum over stages)', ylabel='share of subnets',
               xlim=(None, float(max(np.quantile(loss, 0.999), last))))
@@ -105,10 +106,10 @@ def draw_best(searcher, supernets, folder, rng):
     results = [searcher.evaluate(supernet) for supernet in supernets]
     latency, loss = searcher.tables.draw(lut_ids(supernets[0]), 100_000, rng)
     plot_cdfs(os.path.join(folder, 'cdf.png'), latency, loss, searcher.constraints, results[0].tails,
-                    f'{supernets[0]}: 100,000 random subnets')
-    notes = []
+              f'{supernets[0]}: 100,000 random subnets', unit_of(searcher.platform))
+    notes, unit = [], unit_of(searcher.platform)
     for supernet, result in zip(supernets, results):
         low, high = searcher.latency_range(supernet)
         shares = ', '.join(f'{tail.p:.1%}' for tail in result.tails)
-        notes.append(f'score {result.score:.5f}\n{shares} feasible; {low:.1f} to {high:.1f} ms')
+        notes.append(f'score {result.score:.5f}\n{shares} feasible; {low:.1f} to {high:.1f} {unit}')
     plot_spaces(os.path.join(folder, 'top10.png'), supernets, notes, f'The best spaces: {searcher.name()}')

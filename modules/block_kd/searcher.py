@@ -1,13 +1,16 @@
 """The Q-T score of spaces from block LUTs, and the evolution over spaces (SpaceEvo, section 3)."""
+import dataclasses
 import hashlib
 import math
+from functools import cached_property
 from typing import NamedTuple
 
 from .. import evolution
 from ..errors import UserError
 from ..files import write_csv
+from ..latency import MFLOPS, unit_of
 from ..search_space import sampling
-from ..search_space.encoding import Supernet, parse_supernet, stage_config
+from ..search_space.encoding import Supernet, parse_supernet, stage_config, subnet_config
 from ..search_space.macro_arch import IMAGE_CHANNELS, SEARCHABLE_STAGES
 from ..search_space.superspace import get_superspace
 from .lut import read_luts
@@ -57,12 +60,14 @@ class PlatformLatency(dict):
 
     def __init__(self, superspace, platform, **options):
         super().__init__()
-        self.superspace, self.platform, self.options, self.predictor = superspace, platform, options, None
+        self.superspace, self.platform, self.options = superspace, platform, options
+
+    @cached_property
+    def predictor(self):
+        from ..latency import LatencyPredictor
+        return LatencyPredictor(self.platform, **self.options)
 
     def __missing__(self, resolution):
-        if self.predictor is None:
-            from ..latency import LatencyPredictor
-            self.predictor = LatencyPredictor(self.platform, **self.options)
         self[resolution] = float(sum(self.predictor.predict_block(*config[1:])
                                      for config in unsearched_blocks(self.superspace, resolution)))
         return self[resolution]
@@ -72,10 +77,10 @@ class BlockKDSearcher:
     """Scores the spaces of a superspace on a platform.
 
     lut_dir: the folder that holds <superspace>/stage*_*_*.csv[.gz], or that folder itself. latency_constraint:
-    ms, one number or several; then scores add up and the two losses are means. platform: None for the
-    superspace's own; fallback, trust_pickles: as for LatencyPredictor. estimator: exact, sample or independent
-    (score.py); the latter two draw with `seed`. wanted: block-LUT ids to read when not all are needed. Raises
-    LutError for a missing file or a bad row.
+    ms, one number or several; then scores add up and the two losses are means. platform: None for the superspace's
+    own, mflops for the LUT's FLOPs in the place of its latencies; fallback, trust_pickles: as for LatencyPredictor.
+    estimator: exact, sample or independent (score.py); the latter two draw with `seed`. wanted: block-LUT ids to read
+    when not all are needed. Raises LutError for a missing file or a bad row.
     """
 
     def __init__(self, lut_dir, superspace, platform, latency_constraint, lat_loss_t=0.1, lat_loss_a=0.01,
@@ -98,8 +103,10 @@ class BlockKDSearcher:
             raise UserError(f'estimator {estimator!r} is not one of {" ".join(ESTIMATORS)}')
         self.t, self.a = lat_loss_t, lat_loss_a
         luts = read_luts(lut_dir, self.superspace, wanted)
-        latency = PlatformLatency(self.superspace, self.platform, fallback=fallback, trust_pickles=trust_pickles)
-        self.tables = Tables(luts, self.superspace, latency)
+        if self.platform == MFLOPS:
+            luts = {lut_id: dataclasses.replace(lut, latency=lut.flops) for lut_id, lut in luts.items()}
+        self.latency = PlatformLatency(self.superspace, self.platform, fallback=fallback, trust_pickles=trust_pickles)
+        self.tables = Tables(luts, self.superspace, self.latency)
         options = {} if estimator == 'exact' else {'seed': seed}
         self.estimator = ESTIMATORS[estimator](self.tables, self.constraints, **options)
         self.settings = {'superspace': self.superspace.name, 'platform': self.platform,
@@ -108,7 +115,7 @@ class BlockKDSearcher:
 
     def name(self):
         """`mobilew, 15 and 20 ms`."""
-        return f'{self.superspace.name}, {" and ".join(f"{c:g}" for c in self.constraints)} ms'
+        return f'{self.superspace.name}, {" and ".join(f"{c:g}" for c in self.constraints)} {unit_of(self.platform)}'
 
     def _digest(self):
         """12 hex digits that change with any latency or loss used."""
@@ -149,8 +156,9 @@ class BlockKDSearcher:
         return tuple(self.evaluate(self.parse(text))[:3])
 
     def latency_range(self, supernet):
-        """(smallest, largest) latency in ms of the space's subnets as the LUT rows have them."""
-        return self.tables.latency_range(lut_ids(supernet))
+        """Predicted latency in ms of the smallest and of the largest subnet of a Supernet."""
+        return tuple(self.latency.predictor.predict_subnet(subnet_config(supernet, extreme(supernet)))
+                     for extreme in (sampling.min_subnet, sampling.max_subnet))
 
     def check_entry(self, encoding, numbers):
         """ValueError or UserError for what cannot be the SpaceScore.numbers() of a space that is searched."""

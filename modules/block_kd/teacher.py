@@ -247,11 +247,13 @@ def default_checkpoint(arch=DEFAULT_ARCH, root=DEFAULT_ROOT):
 def _timm_name(arch):
     """timm's name: TensorFlow's variant ("same" padding, batch norm eps 1e-3) of b0..b7, lite0..lite4.
 
-    Any other EfficientNet goes by its timm name (tf_efficientnet_b5.ra_in1k, efficientnet_b0.ra_in1k, …).
+    b0..b7 are those trained with AutoAugment on ImageNet alone, of which the published int8 teacher is made; timm's
+    own choice would be NoisyStudent's, whose features are others. Any other EfficientNet goes by its timm name
+    (tf_efficientnet_b5.ra_in1k, efficientnet_b0.ra_in1k, …).
     """
     name = arch.replace('-', '_')
     if re.fullmatch(r'efficientnet_(b[0-7]|lite[0-4])', name):
-        return f'tf_{name}'
+        return f'tf_{name}' + '.aa_in1k' * ('_b' in name)
     if not timm.is_model(name):
         raise UserError(f'no teacher {arch!r}: expected efficientnet-b0..b7, efficientnet-lite0..lite4, or an '
                         'EfficientNet of timm by its name there')

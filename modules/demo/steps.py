@@ -254,6 +254,7 @@ def subnet_search(demo):
     scale = demo.scale
     return [[['search_subnet.py', '--superspace', SPACE, '--supernet_choice', space.choice, '--align_sample',
               '--latency_constraint', c, '--latency_delta', d, '--platform', demo.platform,
+              '--arch_mutate_prob', 0.1, '--resolution_mutate_prob', 0.1,       # as its results were measured
               '--checkpoint_path', demo.path('supernet_training'), '--output_path', demo.path('search_subnet'),
               '--population_size', scale.subnets, '--num_rounds', scale.rounds, '--num_mutations', scale.subnets // 2,
               '--num_crossovers', scale.subnets // 2, '--num_valid_images', scale.valid_images,

@@ -40,7 +40,7 @@ def _measured(path, networks, each, header=True):
     """The last rows of a CSV, `each` of them for each network; UserError where they are of others."""
     with open(path, encoding='utf-8', newline='') as f:
         rows = list(csv.DictReader(f) if header else csv.reader(f))[-each * len(networks):]
-    names = [row['subnet'] if header else row[0] for row in rows]
+    names = [row['subnet'] if header else row[0].rpartition('-')[2] for row in rows]
     if names != [str(network.subnet) for network in networks for _ in range(each)]:
         raise UserError(f'{path}: not of the networks that the demo deploys')
     return rows

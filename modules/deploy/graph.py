@@ -6,7 +6,7 @@ import numpy as np
 from ..optional import need
 
 OPSET, IR_VERSION = 17, 8
-IMAGE = 'image'                         # the input of every model
+IMAGE = 'input'                         # the input of every model
 
 
 class Graph:

@@ -10,7 +10,7 @@ from ..files import check_file, write_csv
 from ..modeling.network import Network
 from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
 from ..modeling.ops.op import resize
-from ..optional import need
+from ..optional import need, version_of
 from ..subnet_report import calibrated_network, complete_scales
 from ..training.calibrate import calibrate
 from ..training.checkpoint import precision
@@ -19,6 +19,7 @@ from ..training.data import add_data_arguments, calibration_batches, eval_loader
 from ..training.distributed import Job
 from ..training.evaluate import DecodedImages, images_of
 from ..zoo import CHECKPOINTS, find_checkpoint, load_network, load_supernet, subnet_of
+from .chain import processor
 from .measure import compare, describe
 from .runtimes import ONNX
 from .store import Entry, append_line, fingerprint, model_path, read_entries, read_model, write_model
@@ -51,13 +52,13 @@ def add_export_arguments(parser, runtime=ONNX):
     parser.add_argument('--num_calib_batches', type=positive(int), default=20,
                         help='of training images, for batch-norm statistics and ranges')
     parser.add_argument('--seed', type=SEED, default=0, help='of the random weights and the calibration images')
-    add_data_arguments(parser)
+    add_data_arguments(parser, trains=False)
 
 
 def entries_of(args):
     """[Entry] that the arguments name, checked before anything is exported."""
     if args.network is None:
-        return read_entries(args.input)
+        return read_entries(args.input, 'stage' if args.skip_weights else 'weights')
     return [Entry(*subnet_of(args.network))]
 
 
@@ -76,6 +77,8 @@ def _check_weights(entries, args, quant_mode):
 def _check_int8(network, path):
     if not any(op.is_quantised for op in quantised_ops(network)):
         raise UserError(f'{path}: an fp32 network, without LSQ+ scales')
+    if not all(op.is_quantised for op in quantised_ops(network)):
+        raise UserError(f'{path}: its head is in fp32 (--fp32_head), which has no INT8 model')
 
 
 def subject(entry, args, quant_mode, data=None):
@@ -201,15 +204,18 @@ def add_benchmark_arguments(parser, runtime):
     parser.add_argument('--runs', type=positive(int), default=100, help='timed runs of each model')
 
 
-def benchmark(args, runtime, packages, measure):
+def benchmark(args, runtime, packages, measure, place=None):
     """What both benchmark.py do; measure({'fp32': path, 'int8': path}) gives {kind: Latency} and needs the packages.
 
+    place: (device, runtime) as latency.csv names them; default: this machine and the version of the runtime.
     Missing models are exported with random weights: latency does not depend on them.
     """
     output, entries = args.output or os.path.join(args.model_path, 'latency.csv'), read_entries(args.input)
     check_file(output)
     for package in packages:
         need(package)
+    place = place or (processor(), f'{runtime.name} {version_of(runtime.packages[-1])}')
+    print(f'on {place[0]}: {place[1]}', flush=True)
     for entry in entries:
         paths = {}
         for kind, quant_mode in (('fp32', False), ('int8', True)):
@@ -225,7 +231,9 @@ def benchmark(args, runtime, packages, measure):
         for kind, latency in times.items():
             print(f'  {kind}: {latency}')
         print(f'  speed-up {fp32.mean / int8.mean:.2f}', flush=True)
-        append_line(output, f'{entry.subnet},{fp32.mean:.4f},{int8.mean:.4f},{fp32.mean / int8.mean:.4f}')
+        append_line(output, ','.join([
+            f'{entry.supernet.superspace.name}-{entry.choice}-{entry.subnet}', f'{fp32.mean:.4f}', f'{int8.mean:.4f}',
+            f'{fp32.mean / int8.mean:.4f}', *(name.replace(',', '') for name in place)]))
     print(output)
 
 

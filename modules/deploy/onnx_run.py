@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from .graph import IR_VERSION, OPSET, metadata, need
+from .graph import IMAGE, IR_VERSION, OPSET, metadata, need
 from .measure import in_turns
 from .trace import op_inputs
 
@@ -97,7 +97,7 @@ def layer_errors(network, model, images):
     wanted = dict.fromkeys(entry[0] for entry in tensors.values() if entry[0] not in have)
     watched.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None)
                                 for name in wanted)
-    values = open_session(watched).run([model.graph.output[0].name, *wanted], {'image': images.numpy()})
+    values = open_session(watched).run([model.graph.output[0].name, *wanted], {IMAGE: images.numpy()})
     logits, codes = values[0], dict(zip(wanted, values[1:]))
     inputs, expected = op_inputs(network, images)
     errors = []

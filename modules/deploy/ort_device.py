@@ -6,7 +6,7 @@ network: no float map is quantised or written that would not be there.
 import numpy as np
 
 from ..modeling.network import io_sizes
-from ..optional import need
+from ..optional import need, version_of
 from .chain import is_first, is_last, processor, random_chain, timed, write_chain
 from .graph import IMAGE, IR_VERSION, OPSET, Graph
 from .int8 import Codes, Int8Exporter
@@ -18,7 +18,7 @@ class OrtDevice:
 
     def __init__(self, threads=1):
         need('onnx')
-        self.threads, self.version = threads, need('onnxruntime').__version__
+        self.threads, self.version = threads, version_of('onnxruntime')
 
     def __str__(self):
         return f'{processor()}, ONNX Runtime {self.version}, {self.threads} thread{"s" * (self.threads > 1)}'

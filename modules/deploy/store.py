@@ -10,24 +10,34 @@ from ..files import atomic_path
 from ..search_space.encoding import Subnet, Supernet, parse_subnet, parse_supernet
 from ..search_space.superspace import SearchSpaceError
 
-VERSION = 2                     # of the exporters: another number makes every model be written anew
+VERSION = 3                     # of the exporters: another number makes every model be written anew
 
 
 class Entry(NamedTuple):
-    """One line of input.csv."""
+    """One line of input.csv; written: its supernet's choice as it stands there, None for 151122_023231."""
     supernet: Supernet
     subnet: Subnet
+    written: str | None = None
+
+    @property
+    def choice(self):
+        return self.written or self.supernet.choice
 
     @property
     def name(self):
         """onnxw_151122_023231_1a2b3c: superspace, choice, the beginning of sha256(subnet)."""
+        return self.named(self.choice)
+
+    def named(self, choice):
+        """The name with the choice in another spelling."""
         digest = hashlib.sha256(str(self.subnet).encode()).hexdigest()[:6]
-        return f'{self.supernet.superspace.name}_{self.supernet.choice}_{digest}'
+        return f'{self.supernet.superspace.name}_{choice}_{digest}'
 
 
-def read_entries(path):
+def read_entries(path, allow='stage'):
     """[Entry] of a csv of `<superspace>,<supernet_choice>,<subnet_choice>` lines; # begins a comment.
 
+    allow: as for encoding.check_subnet().
     UserError names the number of a wrong line; the same subnet twice is wrong too.
     """
     if not os.path.isfile(path):
@@ -47,20 +57,24 @@ def read_entries(path):
             raise UserError(f'{where}: {len(row)} values, expected <superspace>,<supernet_choice>,<subnet_choice>')
         try:
             supernet = parse_supernet(row[1], row[0])
-            entry = Entry(supernet, parse_subnet(row[2], supernet))
+            entry = Entry(supernet, parse_subnet(row[2], supernet, allow))
+            written = row[1].removeprefix(f'{row[0]}-')
         except SearchSpaceError as error:
             raise UserError(f'{where}: {error}') from None
         if entry in entries:
-            raise UserError(f'{where}: the same subnet as in line {entries[entry]}')
-        entries[entry] = number
+            raise UserError(f'{where}: the same subnet as in line {entries[entry][0]}')
+        entries[entry] = number, entry._replace(written=written)
     if not entries:
         raise UserError(f'{path}: no subnet in it; a line is <superspace>,<supernet_choice>,<subnet_choice>')
-    return list(entries)
+    return [entry for _, entry in entries.values()]
 
 
 def model_path(folder, entry, quant_mode, ending='onnx'):
-    """<folder>/<entry name>{,_quant_int8}.<ending>"""
-    return os.path.join(folder, f'{entry.name}{"_quant_int8" * quant_mode}.{ending}')
+    """<folder>/<entry name>{,_quant_int8}.<ending>, or the file with the choice in another spelling that is there."""
+    spellings = [entry.choice, entry.supernet.choice, entry.supernet.choice.replace('_', '-')]
+    paths = [os.path.join(folder, f'{entry.named(choice)}{"_quant_int8" * quant_mode}.{ending}')
+             for choice in spellings]
+    return next(filter(os.path.isfile, paths), paths[0])
 
 
 def fingerprint(network, *more):

@@ -2,7 +2,7 @@
 import numpy as np
 
 from ..latency.kernel_model import Block
-from ..optional import need
+from ..optional import need, version_of
 from .chain import is_first, is_last, processor, random_chain, timed, write_chain
 from .int8 import Int8Exporter, Real
 from .tf_graph import TfGraph
@@ -17,8 +17,7 @@ class LiteRtDevice:
 
     def __init__(self, threads=1):
         need('tensorflow'), need('ai_edge_litert')
-        from importlib.metadata import version
-        self.threads, self.version = threads, version('ai-edge-litert')
+        self.threads, self.version = threads, version_of('ai_edge_litert')
 
     def __str__(self):
         return f'{processor()}, LiteRT {self.version}, {self.threads} thread{"s" * (self.threads > 1)}'

@@ -1,5 +1,5 @@
 """Latency in ms on a device, without the device."""
 from .kernel_model import LatencyError
-from .predictor import LatencyPredictor, add_platform_arguments, open_predictor
+from .predictor import MFLOPS, LatencyPredictor, add_platform_arguments, open_predictor, unit_of
 
-__all__ = ['LatencyError', 'LatencyPredictor', 'add_platform_arguments', 'open_predictor']
+__all__ = ['MFLOPS', 'LatencyError', 'LatencyPredictor', 'add_platform_arguments', 'open_predictor', 'unit_of']

@@ -60,6 +60,7 @@ def measure(profile, superspaces, tests, minutes, seed=0, say=print):
 
     What is measured depends on the seed and on what was measured before, not on the clock, which only ends it.
     """
+    profile.start_over()
     candidates, rng = make_candidates(superspaces, seed)
     end, refit, number, held = 60 * minutes * (1 - RESERVE), FIRST_REFIT, 0, []
     known = 0                                       # chunks of killed runs

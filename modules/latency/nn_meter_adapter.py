@@ -65,6 +65,14 @@ def registered_predictors():
     return latest
 
 
+def is_registered(platform):
+    """Whether a local folder of predictors is registered by this name; a registry that cannot be read has none."""
+    try:
+        return bool(registered_predictors().get(platform, {}).get('package_location'))
+    except LatencyError:
+        return False
+
+
 def _version(entry):
     return [int(number) for number in re.findall(r'\d+', str(entry.get('version')))]
 

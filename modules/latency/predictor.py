@@ -6,19 +6,24 @@
     LatencyPredictor('my_host')                a folder data/latency/my_host/ written by build_predictor.py
     LatencyPredictor('path/to/onnx_lut.json')  a block table in nn-Meter's JSON format
     LatencyPredictor('my_phone')               kernel predictors registered with nn-Meter
+    LatencyPredictor('mflops')                 no latency at all: multiply-adds in millions, to compare with
 
 A network's latency is the sum over its blocks. The first two are models fitted to the latencies that were published
 with SpaceEvo (ICCV 2023); fitting.py says how, and prints their errors on held-out figures. The third was measured by
 build_predictor.py, whose report is in its folder.
 """
 import os
+from functools import cache
 
 import numpy as np
 
-from ..modeling.complexity import sub_stage_config
+from ..cli import note
+from ..modeling.complexity import block_complexity, sub_stage_config
+from ..modeling.layout import Sizes
 from .kernel_model import LatencyError
 from .tables import DATA, as_block, format_key, load_platform, read_table
 
+MFLOPS = 'mflops'               # the platform whose latencies are multiply-adds
 PUBLISHED = ('onnx_lut', 'tflite27_cpu_int8')
 MIN_BLOCKS_OF_A_TYPE = 5        # a table's block types with fewer share one factor
 MAX_BLOCKS_OF_A_TYPE = 1000     # of a block type, this many are enough for its factor
@@ -50,6 +55,11 @@ class LatencyPredictor:
         self.platform = str(platform)
         self._table, self._model = _open_platform(self.platform, fallback, trust_pickles)
         self._predicted = {}
+
+    @property
+    def unit(self):
+        """What predictions are in: ms, or MFLOPs."""
+        return unit_of(self.platform)
 
     @property
     def table(self):
@@ -89,6 +99,20 @@ class LatencyPredictor:
                                'with --fallback it is predicted by a model fitted to the table')
         ms = dict(zip(unknown, map(float, self._model.predict_blocks(unknown)))) if unknown else {}
         return [self._table[block] if block in self._table else ms[block] for block in blocks]
+
+
+def unit_of(platform):
+    """Unit of a platform's latencies."""
+    return 'MFLOPs' if platform == MFLOPS else 'ms'
+
+
+class FlopsModel:
+    """Multiply-adds in the place of a latency: what a search without a device goes by."""
+
+    @staticmethod
+    def predict_blocks(blocks):
+        """MFLOPs of Blocks."""
+        return [block_complexity(block.name, Sizes(*block[2:]), block.hw)[0] / 1e6 for block in blocks]
 
 
 class TableModel:
@@ -142,17 +166,28 @@ def _platforms():
     return sorted(entry.name for entry in os.scandir(DATA) if entry.is_dir())
 
 
+_say = cache(note)              # once, however many predictors are opened
+
+
 def _open_platform(platform, fallback, trust_pickles):
     """({Block: ms}, model or None); a model has predict_blocks(Blocks) -> ms."""
+    if platform == MFLOPS:
+        return {}, FlopsModel()
     if platform.endswith('.json'):
         table = read_table(platform)
         return table, TableModel(platform, table) if fallback else None
+    from . import nn_meter_adapter
     folder = os.path.join(DATA, platform)
     if os.path.basename(platform) == platform and os.path.isdir(folder):
-        return load_platform(folder)
-    from . import nn_meter_adapter
+        if not nn_meter_adapter.is_registered(platform):
+            return load_platform(folder)
+        if not trust_pickles:
+            _say(f'{platform}: the model in {folder}; a predictor of this name is registered with nn-Meter, which '
+                 '--trust_pickles would use')
+            return load_platform(folder)
+        _say(f'{platform}: the predictor that is registered with nn-Meter, not the model in {folder}')
     try:
         return {}, nn_meter_adapter.load(platform, trust_pickles)
     except LatencyError as error:
-        raise LatencyError(f'{error}; platforms here are {", ".join(_platforms())}, and the path of a block '
+        raise LatencyError(f'{error}; platforms here are {", ".join([*_platforms(), MFLOPS])}, and the path of a block '
                            'table ends in .json') from None

@@ -103,6 +103,11 @@ class Profile:
         """[Row] of the chunks that were asked for."""
         return [row for rows in self._by_chunk.values() for row in rows]
 
+    def start_over(self):
+        """Chunks are asked for from 0 on once more; those measured so far are saved ones."""
+        self._saved.update(self._by_chunk)
+        self._by_chunk = {}
+
     @property
     def seconds(self):
         """Spent so far, by killed runs too."""

@@ -30,13 +30,14 @@ def percentiles(latencies, points=(0, 5, 25, 50, 75, 95, 100)):
     return [(p, float(v)) for p, v in zip(points, np.percentile(latencies, points))]
 
 
-def draw_cdf(latencies, marks, title, path):
-    """Write the picture of the distribution of `latencies` (ms); marks: {label: ms} drawn as vertical lines."""
+def draw_cdf(latencies, marks, title, path, unit='ms'):
+    """Write the picture of the distribution of `latencies`, in `unit`; marks: {label: latency}, vertical lines."""
     figure, axes = new_figure(figsize=(7, 4.2), layout='constrained')
     axes.ecdf(latencies, color='#1f6f8b', linewidth=2)
     for (label, ms), colour in zip(marks.items(), ('#666666', '#d1495b', '#edae49', '#00798c', '#30638e') * 20):
-        axes.axvline(ms, linestyle='--', color=colour, linewidth=1.2, label=f'{label}: {ms:.2f} ms')
-    axes.set(xlabel='predicted INT8 latency (ms)', ylabel='share of subnets at most this slow', title=title)
+        axes.axvline(ms, linestyle='--', color=colour, linewidth=1.2, label=f'{label}: {ms:.2f} {unit}')
+    axes.set(xlabel='predicted INT8 latency (ms)' if unit == 'ms' else unit,
+             ylabel='share of subnets at most this slow', title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right', fontsize=8)
     save_figure(figure, path)

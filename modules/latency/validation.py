@@ -8,6 +8,7 @@ from ..errors import UserError
 from ..files import new_folder, write_text
 from ..pictures import new_figure, save_figure
 from .candidates import space_blocks
+from .predictor import MFLOPS
 from .tables import DATA, save_platform
 
 REPORT, PICTURE = 'report.md', 'validation.png'
@@ -118,7 +119,8 @@ def _points(pairs):
 
 def check_name(name, data=DATA, force=False):
     """Path of a platform's folder; UserError for a name that cannot be one, or that there is already."""
-    if not 0 < len(name) <= LONGEST or name.startswith('.') or os.path.basename(name) != name or name.endswith('.json'):
+    if (not 0 < len(name) <= LONGEST or name.startswith('.') or os.path.basename(name) != name
+            or name.endswith('.json') or name == MFLOPS):
         raise UserError(f'{name!r}: a platform is named such as my_host: the name of a folder in {data}')
     folder = os.path.join(data, name)
     if os.path.lexists(folder) and not force:

@@ -1,10 +1,12 @@
 """The supernet: one weight-sharing network that holds every subnet of a space."""
+import dataclasses
 import math
 import random
 
 from torch import nn
 
 from ..search_space import sampling
+from ..search_space.encoding import Supernet as Encoding
 from ..search_space.encoding import parse_subnet, parse_supernet, subnet_config
 from ..search_space.macro_arch import IMAGE_CHANNELS
 from .dynamic_blocks import DynamicStage
@@ -13,14 +15,27 @@ from .ops.op import resize
 
 
 class Supernet(nn.Module):
-    """Weight-sharing network of a space (encoding.Supernet); (N, 3, H, W) to (N, classes).
+    """Weight-sharing network of a space; (N, 3, H, W) to (N, classes).
+
+    Supernet(encoding.Supernet, num_classes), or Supernet('onnxw', '151122', '023231', num_classes): the hyperspace,
+    then block type and width window of each searched stage, as text or as numbers. align_sample: the attribute that
+    sample_active_subnet() and mutate() go by where they are not told otherwise.
 
     A stage's weights are sized by its width window's largest width on the output side and by the previous
     stage's whole width list on the input side, so that weights fit between windows.
     """
 
-    def __init__(self, encoding, num_classes=1000):
+    def __init__(self, encoding, *more, num_classes=1000):
         super().__init__()
+        if not isinstance(encoding, Encoding):
+            if len(more) < 2:
+                encoding = parse_supernet(encoding)
+            else:
+                types, windows, *more = more
+                encoding = parse_supernet('_'.join(''.join(map(str, part)) for part in (types, windows)), encoding)
+        if more:
+            num_classes, = more
+        self.align_sample = False
         self.encoding, self.num_classes = encoding, num_classes
         stages = {}
         for stage in encoding.superspace.stages:
@@ -50,20 +65,35 @@ class Supernet(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         if zero_last_gamma:
-            for stage in self.stages.values():
-                for block in stage.blocks:
-                    last = block.last_norm()
-                    if last is not None:
-                        nn.init.zeros_(last.weight)
+            self.zero_last_gamma()
+
+    def zero_last_gamma(self):
+        """Start the last batch norm of every block that always has a shortcut at 0."""
+        for stage in self.stages.values():
+            for block in stage.blocks:
+                last = block.last_norm()
+                if last is not None:
+                    nn.init.zeros_(last.weight)
+
+    def set_dropout_rate(self, probability):
+        """Of the dropout before the linear layer."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = probability
 
     @property
     def active_resolution(self):
-        """Input resolution of the active subnet, pixels."""
+        """Input resolution of the active subnet, pixels; it can be set to another one of the space."""
         return self.active_subnet.resolution
 
+    @active_resolution.setter
+    def active_resolution(self, resolution):
+        self.set_active_subnet(dataclasses.replace(self.active_subnet, resolution=resolution))
+
     def set_active_subnet(self, subnet):
-        """Make `subnet` (string or encoding.Subnet) the one that runs; EncodingError where it is no member."""
-        self.active_subnet = parse_subnet(subnet, self.encoding)
+        """Make `subnet` (string or encoding.Subnet) the one that runs; EncodingError where the weights do not hold it.
+        """
+        self.active_subnet = parse_subnet(subnet, self.encoding, 'weights')
         cin, blocks = IMAGE_CHANNELS, iter(self.get_active_subnet_config().blocks)
         stages = self.active_subnet.stages()
         for name, stage in self.stages.items():
@@ -80,9 +110,23 @@ class Supernet(nn.Module):
         """Activate the smallest subnet; returns its encoding."""
         return self.set_active_subnet(sampling.min_subnet(self.encoding))
 
-    def sample_active_subnet(self, rng=random, align_sample=False):
+    sample_max_subnet, sample_min_subnet = set_max_subnet, set_min_subnet
+
+    def sample_active_subnet(self, rng=random, align_sample=None):
         """Activate a random subnet drawn with `rng` (random.Random); returns its encoding."""
-        return self.set_active_subnet(sampling.sample_subnet(self.encoding, rng, align_sample))
+        align = self.align_sample if align_sample is None else align_sample
+        return self.set_active_subnet(sampling.sample_subnet(self.encoding, rng, align))
+
+    def mutate(self, subnet, arch_mutate_prob=0.3, resolution_mutate_prob=0.5, rng=random):
+        """Activate a mutation of a subnet (sampling.mutate_subnet); returns its encoding."""
+        return self.set_active_subnet(sampling.mutate_subnet(
+            self.encoding, parse_subnet(subnet, self.encoding), rng, arch_mutate_prob, resolution_mutate_prob,
+            self.align_sample))
+
+    def crossover(self, first, second, rng=random):
+        """Activate a child of two subnets (sampling.crossover_subnets); returns its encoding."""
+        parents = (parse_subnet(subnet, self.encoding) for subnet in (first, second))
+        return self.set_active_subnet(sampling.crossover_subnets(*parents, rng, self.align_sample))
 
     def get_active_subnet_config(self):
         """SubnetConfig of the active subnet: what a latency predictor takes."""

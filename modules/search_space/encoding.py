@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
+from ..cli import note
 from .macro_arch import DEPTH_STAGES, HEAD_STAGES, IMAGE_CHANNELS
 from .superspace import SUPERSPACES, SearchSpaceError, Superspace, get_superspace
 
@@ -243,8 +244,9 @@ class Subnet:
 _SUBNET = re.compile(rf'd([0-9#]+)_k([0-9#]+)_w([0-9#]+)_e([0-9.#]+)_r({_NUMBER})')
 
 
-def parse_subnet(text, supernet=None):
-    """Subnet from its string; with `supernet` (Supernet or string) it must be a member of it."""
+def parse_subnet(text, supernet=None, allow='window'):
+    """Subnet from its string; with `supernet` (Supernet or string) it must be a member of it, as check_subnet() says.
+    """
     if isinstance(text, Subnet):
         subnet = text
     else:
@@ -263,11 +265,25 @@ def parse_subnet(text, supernet=None):
     for key, values in (('k', subnet.kernels), ('w', subnet.widths), ('e', subnet.expands)):
         _check(len(values) == sum(subnet.depths), text,
                f'{key}: {len(values)} values, expected one per block: {sum(subnet.depths)}')
-    return subnet if supernet is None else check_subnet(subnet, supernet)
+    return subnet if supernet is None else check_subnet(subnet, supernet, allow)
 
 
-def check_subnet(subnet, supernet):
-    """The subnet, its expand ratios as they are declared; EncodingError where it is not in the supernet."""
+@cache
+def _warn(line):
+    note(line)
+
+
+def _taken_widths(stage, window, allow):
+    """Widths of a stage that a subnet may have: its window's, those that the weights hold, or all of the stage's."""
+    return {'window': window, 'weights': [w for w in stage.widths if w <= max(window)], 'stage': stage.widths}[allow]
+
+
+def check_subnet(subnet, supernet, allow='window'):
+    """The subnet, its expand ratios as they are declared; EncodingError where it is not in the supernet.
+
+    allow: widths of the `window`; or, with a warning for one outside, which the original did not check, `weights`
+    (those up to the window's largest, whose channels the supernet's weights hold) or `stage` (all of the stage's).
+    """
     supernet = parse_supernet(supernet)
     space, expands = supernet.superspace, []
 
@@ -277,13 +293,17 @@ def check_subnet(subnet, supernet):
             raise EncodingError(f'{supernet} {where}: {key} {value or 0} is not one of {shown} (subnet {subnet})')
 
     for name, blocks in subnet.stages().items():
-        stage, block_type, widths = supernet.choices[name]
+        stage, block_type, window = supernet.choices[name]
         check(name, 'depth', len(blocks), stage.depths)
         for i, (k, w, e) in enumerate(blocks):
-            if k not in block_type.kernels or w not in widths or e not in block_type.expands:
+            if k not in block_type.kernels or w not in window or e not in block_type.expands:
                 check(f'{name} block {i}', 'kernel', k, block_type.kernels)
-                check(f'{name} block {i}', 'width', w, widths)
+                if w not in _taken_widths(stage, window, allow):
+                    check(f'{name} block {i}', 'width', w, window)
                 check(f'{name} block {i}', 'expand ratio', e, block_type.expands)
+                if w not in window:
+                    _warn(f'{supernet} {name} block {i}: width {w} is outside its window {_allowed(window)}: taken, as '
+                          'the original does')
             expands.append(block_type.expands[block_type.expands.index(e)])
     check('input', 'resolution', subnet.resolution, space.resolutions)
     return Subnet(subnet.depths, subnet.kernels, subnet.widths, tuple(expands), subnet.resolution)
@@ -327,7 +347,7 @@ def subnet_config(supernet, subnet, num_classes=None):
     num_classes: outputs of the last layer where they differ from the stage table's.
     """
     supernet = parse_supernet(supernet)
-    subnet = parse_subnet(subnet, supernet)
+    subnet = parse_subnet(subnet, supernet, 'stage')
     stages = subnet.stages()
     configs, cin, hw = [], IMAGE_CHANNELS, subnet.resolution
     for stage, block_type, _ in supernet.choices.values():

@@ -140,6 +140,9 @@ _MOBILE_BLOCKS = (BlockType('MobileNetV1Block', K357),
                   BlockType('MobileNetV3Block', K357, MBCONV_MOBILE, 'hswish'),
                   BlockType('ResNetBlock', K35, RESNET_E),
                   BlockType('ResNetSEBlock', K35, RESNET_E))
+_MOBILE_RES_BLOCKS = (BlockType('MobileNetV1DualBlock', K357),
+                      BlockType('MobileNetV2ResBlock', K357, MBCONV_MOBILE, 'relu6'),
+                      BlockType('MobileNetV3ResBlock', K357, MBCONV_MOBILE, 'hswish'), *_MOBILE_BLOCKS[3:])
 _ONNXW_BLOCKS = _onnx_blocks(K357) + (BlockType('FusedMBConvResBlock', K357, FUSED_E, 'swish'),)
 
 # quick, slow and in between in int8 on x86, small enough for a laptop to train
@@ -155,6 +158,8 @@ SUPERSPACES = {space.name: space for space in (
     Superspace('mobile_original', macro_arch.MOBILE_ORIGINAL, _MOBILE_BLOCKS,
                stem_and_head(_MOBILE_STAGE0, 'hswish'), PIXEL4),
     Superspace('mobile_v1', macro_arch.MOBILE_V1, _MOBILE_BLOCKS, stem_and_head(_MOBILE_STAGE0, 'hswish'), PIXEL4),
+    Superspace('mobile_v1_res', macro_arch.MOBILE_V1, _MOBILE_RES_BLOCKS, stem_and_head(_MOBILE_STAGE0, 'hswish'),
+               PIXEL4),                 # mobile_v1 with the block types that always have a shortcut
     Superspace('onnx', macro_arch.ONNX, _onnx_blocks(K357), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('onnx_v1', macro_arch.ONNX, _onnx_blocks(K35), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('demo', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
@@ -205,3 +210,8 @@ def get_superspace(superspace):
     if superspace not in SUPERSPACES:
         raise SearchSpaceError(f'no superspace {superspace!r}; known: {" ".join(SUPERSPACES)}')
     return SUPERSPACES[superspace]
+
+
+def get_available_superspaces():
+    """Names of the superspaces, the registered ones too."""
+    return list(SUPERSPACES)

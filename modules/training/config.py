@@ -10,6 +10,8 @@ import yaml
 
 from ..errors import UserError
 from ..files import write_text
+from ..original import is_original, renamed
+from .log import note
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,8 +42,9 @@ def _short(value, show=repr):
 def load_config(kind, path, overrides=None, section=None):
     """`kind` (a dataclass) from a YAML file; keys of `section` in it win over the top ones, `overrides` over all.
 
-    overrides: {key: value}, None where a flag was not given. Raises UserError: no such file, unknown key, or a
-    value of another type, each with the file and the key.
+    overrides: {key: value}, None where a flag was not given. The original's train.yaml is taken too (original.py): a
+    line names its keys that mean nothing here. Raises UserError: no such file, unknown key, or a value of another type,
+    each with the file and the key.
     """
     try:
         with open(path, encoding='utf-8') as file:
@@ -54,6 +57,7 @@ def load_config(kind, path, overrides=None, section=None):
         raise UserError(f'{where}: not YAML ({_short(reason, str)})') from None
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected keys and values, found {type(content).__name__}')
+    content = _of_the_original(path, content, kind)
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     values = {key: value for key, value in content.items() if key not in sections}
     for name, part in sections.items():
@@ -65,6 +69,29 @@ def load_config(kind, path, overrides=None, section=None):
     values = {key: _checked(path, key, key, value, kind) for key, value in values.items()}
     values.update((key, value) for key, value in (overrides or {}).items() if value is not None)
     return kind(**values)
+
+
+def _of_the_original(path, content, kind):
+    """The original's train.yaml by the keys here, without sections; any other content as it is."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    if not is_original(content, (*known, *kind.SECTIONS)):
+        return content
+    taken, unknown = {key: content.pop(key) for key in kind.SECTIONS if key in content}, []
+
+    def take(part, prefix=''):
+        for key, value in part.items():
+            name = renamed(key, known)
+            if isinstance(value, dict):
+                take(value, f'{prefix}{key}.')
+            elif name is None or value is None:
+                unknown.append(f'{prefix}{key}')
+            elif taken.setdefault(name, value) != value:
+                raise UserError(f'{path}: {prefix}{key}: {_short(value)}, but {name} is {_short(taken[name])} already')
+
+    take(content)
+    if unknown:
+        note(f'{path}: keys of the original without a meaning here: {" ".join(unknown)}')
+    return taken
 
 
 def _checked(path, shown, key, value, config):

@@ -33,6 +33,7 @@ from .log import note
 from .parallel import default_workers
 from .sources import LAYOUTS, open_source, plain_name
 
+VALID_SIZE = 50000              # held out, where nothing else is said
 SPLIT_SEED = 2147483647         # the held-out images are the same in every run, whatever --seed says
 AUGMENTATIONS = ('default', 'auto_augment_tf', 'none')
 NORMALIZATIONS = {              # mean and std of the three channels, of pixels in 0..1
@@ -159,9 +160,9 @@ def build_transforms(image_size=224, augment='default', normalize='imagenet', sm
     """(train, evaluation) transforms from an RGB PIL image to (3, image_size, image_size) uint8.
 
     Evaluation: the short side resized to 256/224 image_size, centre crop, bicubic. small: the whole picture is
-    stretched to image_size, and shifted by up to an eighth in training. auto_augment_tf adds timm's AutoAugment
-    ImageNet policy v0, translations of 0.45 image_size, filled with the pixel mean; none is
-    the evaluation transform, for runs too short to overfit.
+    stretched to image_size, and shifted by up to an eighth in training. auto_augment_tf adds AutoAugment's
+    ImageNet policy v0 with 4 to 8 bits in Posterize, magnitude noise 0.5, translations of 0.45 image_size, filled with
+    the pixel mean; none is the evaluation transform, for runs too short to overfit.
     """
     if augment not in AUGMENTATIONS:
         raise UserError(f'--augment {augment}: not one of {" ".join(AUGMENTATIONS)}')
@@ -184,48 +185,46 @@ def build_transforms(image_size=224, augment='default', normalize='imagenet', sm
 
 
 def _auto_augment(image_size, mean):
-    from timm.data.auto_augment import auto_augment_transform, posterize
-    fill = tuple(round(255 * value) for value in mean)
-    transform = auto_augment_transform('v0', {'translate_const': int(0.45 * image_size), 'img_mean': fill})
+    """timm's policy v0 as SpaceEvo's training has it: Posterize keeps 4 to 8 bits, where timm's keeps 0 to 4."""
+    from timm.data.auto_augment import LEVEL_TO_ARG, auto_augment_transform
+    transform = auto_augment_transform('v0-mstd0.5', {
+        'translate_const': int(0.45 * image_size), 'img_mean': tuple(round(255 * value) for value in mean),
+        'interpolation': (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)})
     for operation in (operation for pair in transform.policy for operation in pair):
-        if operation.aug_fn is posterize:
-            operation.aug_fn = _posterize
+        if operation.name == 'Posterize':
+            operation.level_fn = LEVEL_TO_ARG['PosterizeOriginal']
     return transform
 
 
-def _posterize(image, bits, **kwargs):
-    """timm's posterize, and black for the policy's 0 bits, which Pillow 13 refuses."""
-    from timm.data.auto_augment import posterize
-    return posterize(image, bits, **kwargs) if bits else Image.new(image.mode, image.size)
-
-
-def add_data_arguments(parser):
-    """--dataset_path (also --dataset_dir, --imagenet_path), --dataset, --num_workers, --valid_size, --augment."""
-    parser.add_argument('--dataset_path', '--dataset_dir', '--imagenet_path', dest='dataset_path',
+def add_data_arguments(parser, trains=True, more_paths=('--imagenet_path',)):
+    """--dataset_path (also --dataset_dir and more_paths), --dataset, --num_workers, --valid_size, and --augment where
+    a script `trains`."""
+    parser.add_argument('--dataset_path', '--dataset_dir', *more_paths, dest='dataset_path',
                         default='./dataset', help=f'ImageNet: {LAYOUTS}')
-    parser.add_argument('--dataset', default='imagenet', help='imagenet, digits, or any of torchvision by name')
+    parser.add_argument('--dataset', default='imagenet', help='imagenet, digits, elpv, or any of torchvision by name')
     parser.add_argument('--num_workers', type=within(int, 0, 1024), default=min(8, default_workers()),
                         help='loader processes per rank')
-    parser.add_argument('--valid_size', type=not_negative(int), default=50000,
+    parser.add_argument('--valid_size', type=not_negative(int), default=VALID_SIZE,
                         help='training images held out for validation')
-    parser.add_argument('--augment', choices=AUGMENTATIONS, default='default',
-                        help='of the training images')
+    if trains:
+        parser.add_argument('--augment', choices=AUGMENTATIONS, default='default', help='of the training images')
 
 
-def open_data(path, dataset='imagenet', valid_size=50000, augment='default', image_size=224, labelled=True,
-              seed=0, normalize='imagenet'):
+def open_data(path, dataset='imagenet', valid_size=VALID_SIZE, augment='default', image_size=224, labelled=True,
+              seed=0, normalize='imagenet', original=False):
     """Data of a data set by name; images are (3, image_size, image_size), normalised.
 
     path: ImageNet's folder, or where torchvision's data sets lie or are downloaded to. labelled=False: any
     folder of pictures does (or ImageNet's, or its tars); their labels are then 0, and where there is no val/, the
     held-out images are the test images too.
     Data sets with a name keep their labels.
-    valid: valid_size images of train, at most a fifth of it.
+    valid: valid_size images of train, at most a fifth of it. original: as the original's fine-tuning takes them, small
+    pictures by random resized crops too, and without a val split.
     Raises UserError: unknown name or layout, nothing found, failed download.
     """
     name = plain_name(dataset)
-    source, test_source, num_classes = open_source(path, dataset, labelled, 4 * image_size)
-    train_transform, eval_transform = build_transforms(image_size, augment, normalize, source.small,
+    source, test_source, num_classes = open_source(path, dataset, labelled, 4 * image_size, original)
+    train_transform, eval_transform = build_transforms(image_size, augment, normalize, source.small and not original,
                                                        flip=name not in NO_FLIP)
     broken = {}
 

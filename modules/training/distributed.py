@@ -19,6 +19,7 @@ from .acceleration import add_compile_argument
 
 TIMEOUT = timedelta(minutes=30)         # of a reduction; ranks take the same steps side by side
 PATIENCE = timedelta(days=2)            # of a barrier: ranks may have unequal work before it
+_joined = []                            # the Job of this process, while it is one of several
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def _be_deterministic():
 def distributed_job(local_rank=None, device='auto', deterministic=False):
     """The Job of this process; joins the process group that RANK and WORLD_SIZE announce, leaves it at the end.
 
-    After an error a process of several leaves at once, by os._exit() behind its error line: leaving the process group
-    in order would wait for ranks that wait for this one.
+    Inside another one it is the same job. After an error a process of several leaves at once, by os._exit() behind its
+    error line: leaving the process group in order would wait for ranks that wait for this one.
     """
     if device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: torch sees no GPU here')
@@ -73,8 +74,8 @@ def distributed_job(local_rank=None, device='auto', deterministic=False):
     place = torch.device('cuda', local_rank % torch.cuda.device_count()) if use_cuda else torch.device('cpu')
     if use_cuda:
         torch.cuda.set_device(place)
-    if 'RANK' not in os.environ:
-        yield Job(device=place)
+    if 'RANK' not in os.environ or _joined:
+        yield _joined[-1] if _joined else Job(device=place)
         return
     shared = use_cuda and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > torch.cuda.device_count()
     nccl = use_cuda and not shared                      # NCCL wants a GPU for each rank
@@ -84,10 +85,12 @@ def distributed_job(local_rank=None, device='auto', deterministic=False):
         waiting = dist.new_group(backend='gloo', timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise UserError(f'the ranks cannot meet: {one_line(error)[:200]}') from None
+    _joined.append(Job(dist.get_rank(), dist.get_world_size(), place, waiting))
     try:
-        yield Job(dist.get_rank(), dist.get_world_size(), place, waiting)
+        yield _joined[-1]
     except BaseException as error:
         _leave(error)
+    _joined.pop()
     dist.destroy_process_group()
 
 

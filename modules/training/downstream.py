@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..cli import SEED, SHARE, not_negative, positive
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
 from .acceleration import choose_quantisers
@@ -27,13 +28,16 @@ from .optim import parameter_groups, set_learning_rate, warmup_linear
 from .resumable import ResumableRun, checkpoint_to_resume, epoch_batches, steps_per_epoch
 from .sources import plain_name
 
-# {data set: (learning rate, weight decay)} of the published fine-tuning
-RECIPES = {'CIFAR10': (0.0125, 4e-5), 'CIFAR100': (0.0125, 4e-5), 'Flowers102': (0.15, 4e-6),
-           'OxfordIIITPet': (0.00375, 4e-6), 'Food101': (0.15, 4e-8), 'StanfordCars': (0.15, 0.0),
-           'FGVCAircraft': (0.075, 4e-8)}
+# {data set: learning rate} of the published fine-tuning; its table of weight decays is never used there
+LEARNING_RATES = {'CIFAR10': 0.0125, 'CIFAR100': 0.0125, 'Flowers102': 0.15, 'OxfordIIITPet': 0.00375, 'Food101': 0.15,
+                  'StanfordCars': 0.15, 'FGVCAircraft': 0.075}
+WEIGHT_DECAY = 1e-5
+# flags of --recipe original; what else that means is where it is used
+ORIGINAL = {'augment': 'auto_augment_tf', 'seed': 42, 'eval_freq': 1, 'fp32_head': True, 'imagenet_path': './dataset',
+            'output_path': './checkpoints/downstream_cls'}
 # of a network that goes on with its supernet's head and data: measured on CIFAR-10 with batches of 32, where subnets
-# gained 1 to 4 points in 270 steps; the weight decay is the supernet's
-KEPT_HEAD = 0.02, 1e-5
+# gained 1 to 4 points in 270 steps
+KEPT_HEAD = 0.02
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,41 @@ class DownstreamRecipe:
     distill: float | None = None            # share of the loss that is learned from a teacher; None: no teacher
 
 
+def add_recipe_arguments(p):
+    """A flag for every field of the DownstreamRecipe but `distill`, and --recipe."""
+    p.add_argument('--recipe', choices=['ours', 'original'], default='ours', help='original: '
+                   + ', '.join(f'--{name} {value}' for name, value in ORIGINAL.items()) + '; crops of 224 pixels, '
+                   'Flowers102 without val, <output_path>/<subnet>_<data set>.pth')
+    p.add_argument('--only_train_head', action='store_true', help='the rest of the network stays as it is')
+    p.add_argument('--learning_rate', type=positive(float), help="after the warm-up; default: the data set's, "
+                   'with --keep_head 0.02')
+    p.add_argument('--weight_decay', type=not_negative(float),
+                   default=WEIGHT_DECAY, help='not of norms, biases and scales')
+    p.add_argument('--num_epochs', type=positive(int), default=200, help='passes over the training images')
+    p.add_argument('--warmup_epochs', type=not_negative(float), default=2.0,
+                   help='of linear warm-up, then linear decay to 0')
+    p.add_argument('--batch_size', '--train_batch_size', type=positive(int), default=128, help='images a step and rank')
+    p.add_argument('--momentum', type=SHARE, default=0.9, help='of SGD, Nesterov')
+    p.add_argument('--label_smoothing', type=SHARE, default=0.1, help='of the labels')
+    p.add_argument('--grad_clip_norm', type=positive(float), default=1.0, help='bound of the gradient norm')
+    p.add_argument('--drop_rate', type=SHARE, default=0.0, help='dropout before the head')
+    p.add_argument('--num_calib_batches', type=positive(int), default=20, help='of batch-norm calibration at first')
+    p.add_argument('--eval_freq', type=positive(int), default=10, help='epochs between evaluations')
+    p.add_argument('--checkpoint_freq', type=positive(int), default=200, help='steps between checkpoints')
+    p.add_argument('--max_steps', type=positive(int), help='steps of an epoch, for short runs; default: all')
+    p.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all')
+    p.add_argument('--seed', type=SEED, default=0, help='of the new head, dropout, order and augmentation')
+
+
+def recipe_of(args):
+    """The DownstreamRecipe of add_recipe_arguments(), with keep_head and distill of the script."""
+    learning_rate, weight_decay = find_recipe(args.dataset, args.learning_rate, args.weight_decay, args.keep_head)
+    return DownstreamRecipe(learning_rate, weight_decay, args.num_epochs, args.warmup_epochs, args.batch_size,
+                            args.momentum, args.label_smoothing, args.grad_clip_norm, args.only_train_head,
+                            args.num_calib_batches, args.eval_freq, args.checkpoint_freq, args.max_steps,
+                            args.num_eval_images, args.seed, args.distill or None)
+
+
 @dataclass(kw_only=True)
 class FineTuning(ResumableRun):
     """A network in fine-tuning; best is the best top-1 so far."""
@@ -77,19 +116,21 @@ def find_recipe(dataset, learning_rate=None, weight_decay=None, keep_head=False)
 
     keep_head: of a network that goes on with its supernet's head and data, whichever they are.
     """
-    recipe = KEPT_HEAD if keep_head else {plain_name(name): values for name, values in RECIPES.items()}.get(
-        plain_name(dataset), (None, None))
-    values = [known if given is None else given for given, known in zip((learning_rate, weight_decay), recipe)]
-    if None in values:
-        raise UserError(f'--dataset {dataset}: no published recipe (there are {" ".join(RECIPES)}); give '
-                        '--learning_rate and --weight_decay')
-    return values
+    if learning_rate is None:
+        learning_rate = KEPT_HEAD if keep_head else {
+            plain_name(name): rate for name, rate in LEARNING_RATES.items()}.get(plain_name(dataset))
+    if learning_rate is None:
+        raise UserError(f'--dataset {dataset}: no published recipe (there are {" ".join(LEARNING_RATES)}); give '
+                        '--learning_rate')
+    return learning_rate, WEIGHT_DECAY if weight_decay is None else weight_decay
 
 
-def finetune(network, data, recipe, path, job, identity, resume=False, workers=0, teacher=None, compiled='auto'):
+def finetune(network, data, recipe, path, job, identity, resume=False, workers=0, teacher=None, calibration=None,
+             compiled='auto'):
     """Fine-tune `network` (modeling.Network with a head for the data) into `path`; returns its test Accuracy dict.
 
     teacher: Network of the same classes for recipe.distill, calibrated here; it must be the same when resumed.
+    calibration: Data on which batch norm is calibrated before the first step; default: `data`.
     compiled: see acceleration.choose_quantisers().
     identity: plain values that are stored with the weights and from which the network can be built again. The best
     state by the held-out images (by the test images where none are held out) is beside `path` as …_best.pth.
@@ -99,7 +140,7 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
     quant = any(op.is_quantised for op in quantised_ops(network))
     choose_quantisers(compiled, quant, steps * recipe.epochs, job.device)
-    tuning = _start(network, data, recipe, path, job, identity, resume, steps, workers)
+    tuning = _start(network, data, recipe, path, job, identity, resume, steps, workers, calibration or data)
     if tuning.done:
         note(f'{path}: already fine-tuned')
         return tuning.results['test']
@@ -128,15 +169,15 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
     return tuning.results['test']
 
 
-def _start(network, data, recipe, path, job, identity, resume, steps, workers):
-    """The FineTuning, from its unfinished checkpoint or from the network as it is, calibrated on the images."""
+def _start(network, data, recipe, path, job, identity, resume, steps, workers, calibration):
+    """The FineTuning, from its unfinished checkpoint or from the network as it is, calibrated on other images."""
     resumed = checkpoint_to_resume(path, resume, job)
     settings = _settings(data, recipe, job, identity, steps)
     if resumed is not None:
         load_weights(network, resumed, path)
     network.to(job.device, memory_format=torch.channels_last)
     if resumed is None:
-        _prepare(network, data, recipe, workers, job)
+        _prepare(network, calibration, recipe, workers, job)
     broadcast(network, job)
     part = network.get_classifier() if recipe.only_train_head else network
     network.requires_grad_(not recipe.only_train_head)

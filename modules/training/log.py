@@ -7,7 +7,7 @@ import types
 
 from tqdm import tqdm
 
-from ..cli import is_main_process
+from ..cli import note
 
 LOG_INTERVAL = 30           # seconds between lines where nobody watches
 
@@ -17,12 +17,6 @@ def progress(total, description, initial=0, enabled=True):
     watched = sys.stderr.isatty()
     return tqdm(total=total, initial=initial, desc=description, disable=not enabled, file=sys.stderr,
                 mininterval=0.2 if watched else LOG_INTERVAL, maxinterval=LOG_INTERVAL, dynamic_ncols=watched)
-
-
-def note(line):
-    """One line on stderr, of the first rank only."""
-    if is_main_process():
-        print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -58,3 +52,6 @@ def curves(folder, first_step=0, enabled=True):
     spare_tensorflow()
     from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(folder, purge_step=first_step or None)
+
+
+__all__ = ['LOG_INTERVAL', 'curves', 'note', 'progress', 'run_log', 'spare_tensorflow']

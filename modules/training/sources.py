@@ -1,5 +1,6 @@
-"""Where pictures come from: ImageNet folders and tars, plain picture folders, torchvision's data sets, digits."""
+"""Where pictures come from: ImageNet folders and tars, picture folders, torchvision's data sets, ELPV, digits."""
 import contextlib
+import csv
 import glob
 import gzip
 import inspect
@@ -15,6 +16,7 @@ from torchvision import datasets, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ..errors import UserError, one_line
+from .packages import fetch_elpv, fetch_fashion_mnist
 from .tars import is_picture, tar_index
 
 SMALL = 96                      # pixels: data sets of at most this are stretched whole instead of cropped
@@ -31,6 +33,7 @@ SPLITS = {'flowers102': (('train', 'val'), 'test'), 'dtd': (('train', 'val'), 't
           'country211': (('train', 'valid'), 'test'), 'renderedsst2': (('train', 'val'), 'test'),
           'pcam': (('train', 'val'), 'test'), 'fgvcaircraft': (('trainval',), 'test'),
           'oxfordiiitpet': (('trainval',), 'test'), 'imagenette': (('train',), 'val')}
+ELPV_CLASSES, ELPV_TEST, ELPV_SEED = ('functional', 'defective'), 0.25, 0
 MNIST_LIKE = ('mnist', 'fashionmnist', 'kmnist')     # four idx files, gzipped or not
 
 
@@ -111,10 +114,11 @@ class Named:
         return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image), int(label)
 
 
-def open_source(path, dataset, labelled, min_side):
+def open_source(path, dataset, labelled, min_side, train_alone=False):
     """(train source, test source or None, number of classes, 0 for unlabelled) of a data set by name.
 
     A source gives (RGB PIL image, label) by index and has name(index) and small. min_side: as for Pictures.
+    train_alone: without the val split where there is one.
     """
     path, name = os.path.expanduser(path), plain_name(dataset)
     if name == 'imagenet':
@@ -124,7 +128,9 @@ def open_source(path, dataset, labelled, min_side):
         digits = load_digits()
         pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
         return Named('digits', _Arrays(pixels, digits.target)), None, 10
-    return _open_torchvision(path, dataset, name)
+    if name in ('elpv', 'elpvdataset'):
+        return _open_elpv(path, min_side)
+    return _open_torchvision(path, dataset, name, train_alone)
 
 
 def plain_name(name):
@@ -253,34 +259,81 @@ class _Arrays:
         return self.images[index], int(self.labels[index])
 
 
-def _open_torchvision(path, dataset, name):
+def _open_torchvision(path, dataset, name, train_alone):
     """(train source, test source or None, number of classes)."""
     known = {plain_name(key): key for key in TORCHVISION}
     if name not in known:
-        raise UserError(f'--dataset {dataset}: expected one of imagenet digits {" ".join(TORCHVISION)}')
+        raise UserError(f'--dataset {dataset}: expected one of imagenet digits elpv {" ".join(TORCHVISION)}')
     cls = getattr(datasets, known[name])
-    if name in MNIST_LIKE:
-        for folder in (os.path.join(path, known[name], 'raw'), os.path.join(path, known[name]), path,
-                       *(folder for root in (path, DEBIAN) for folder in sorted(glob.glob(f'{glob.escape(root)}/*'))
-                         if plain_name(os.path.basename(folder)) == name)):
-            if (files := _idx_files(folder)) is not None:
-                train, test = (Named(name, _idx_pair(*pair, len(cls.classes))) for pair in (files[:2], files[2:]))
-                return train, test, len(cls.classes)
-
+    if name in MNIST_LIKE and (local := _open_idx(path, cls, name)) is not None:
+        return local
     parameters = inspect.signature(cls.__init__).parameters
     train_splits, test_split = SPLITS.get(name, (('train',), 'test'))
     fixed = {'split': 'balanced'} if name == 'emnist' else {}
     if 'train' in parameters or name in ('emnist', 'qmnist'):
         choices = [{'train': True, **fixed}, {'train': False, **fixed}]
     elif 'split' in parameters:
-        choices = [*({'split': split} for split in train_splits), {'split': test_split}]
+        choices = [*({'split': split} for split in train_splits[:1 if train_alone else None]), {'split': test_split}]
     else:
         choices = [{}]
-    parts = _local_or_download(path, dataset, cls, choices)
+    try:
+        parts = _local_or_download(path, dataset, cls, choices)
+    except UserError as error:
+        if name != 'fashionmnist':
+            raise
+        try:
+            with _downloading(path):
+                if _open_idx(path, cls, name) is None:
+                    fetch_fashion_mnist(path)
+        except (UserError, OSError) as second:
+            raise UserError(f"{error}; Debian's package: {one_line(second)}") from None
+        return _open_idx(path, cls, name)
     train, test = (parts[:-1], parts[-1]) if len(parts) > 1 else (parts, None)
     source = Named(name, train[0] if len(train) == 1 else ConcatDataset(train))
     test = None if test is None else Named(f'{name} test', test)
     return source, test, _num_classes(parts[0], name)
+
+
+def _open_idx(path, cls, name):
+    """What _open_torchvision() gives, of an MNIST-like set whose four idx files are here; None where they are not."""
+    for folder in (os.path.join(path, cls.__name__, 'raw'), os.path.join(path, cls.__name__), path,
+                   *(folder for root in (path, DEBIAN) for folder in sorted(glob.glob(f'{glob.escape(root)}/*'))
+                     if plain_name(os.path.basename(folder)) == name)):
+        if (files := _idx_files(folder)) is not None:
+            train, test = (Named(name, _idx_pair(*pair, len(cls.classes))) for pair in (files[:2], files[2:]))
+            return train, test, len(cls.classes)
+    return None
+
+
+def _open_elpv(path, min_side):
+    """ELPV: 2,624 electroluminescence pictures of solar cells, 300 x 300 grey (Deitsch et al., Solar Energy 2019).
+
+    A cell counts as defective where its label, the probability of a defect (0, 1/3, 2/3, 1), is above a half. A quarter
+    is the test set, stratified by probability and type of cell, always the same. Licence: CC BY-NC-SA 4.0.
+    """
+    from sklearn.model_selection import train_test_split
+    folder = os.path.join(path, 'elpv')
+    if not os.path.isdir(folder):
+        try:
+            with _downloading(path):
+                if not os.path.isdir(folder):
+                    fetch_elpv(path)
+        except (UserError, OSError) as error:
+            raise UserError(f"--dataset elpv: no {folder}; PyPI's package elpv-dataset: {one_line(error)}") from None
+    labels = os.path.join(folder, 'labels.csv')
+    try:
+        with open(labels, encoding='utf-8', newline='') as file:
+            rows = [(name, float(probability), kind) for name, probability, kind in
+                    csv.reader(file, delimiter=' ', skipinitialspace=True)]
+        train, test = train_test_split(rows, test_size=ELPV_TEST, random_state=ELPV_SEED,
+                                       stratify=[row[1:] for row in rows])
+    except (OSError, ValueError) as error:
+        raise UserError(f'{labels}: expected lines of picture, probability of a defect and type: {error}') from None
+    sources = [Pictures(folder, [name for name, *_ in part], [probability > 0.5 for _, probability, _ in part],
+                        min_side=min_side) for part in (train, test)]
+    for source in sources:
+        source.small = True             # not small, but a cell is judged by all of it, so none is cropped
+    return *_with_classes(sources, ELPV_CLASSES), len(ELPV_CLASSES)
 
 
 def _local_or_download(path, dataset, cls, choices):
@@ -295,16 +348,8 @@ def _local_or_download(path, dataset, cls, choices):
     try:
         if (local := load_local()) is not None:
             return local
-        import fcntl
-        is_new = not os.path.isdir(path)
-        os.makedirs(path, exist_ok=True)
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)      # of the ranks of a machine one downloads, the others wait
-            with _without_empty_folders(path, is_new):
-                return load_local() or load(download=True)
-        finally:
-            os.close(folder)
+        with _downloading(path):
+            return load_local() or load(download=True)
     except ImportError as error:
         raise UserError(f'--dataset {dataset}: torchvision needs a package for it: {error}') from None
     except Exception as error:          # URLError, RuntimeError, ValueError, errors of zip and tar files, …
@@ -313,18 +358,27 @@ def _local_or_download(path, dataset, cls, choices):
 
 
 @contextlib.contextmanager
-def _without_empty_folders(path, is_new):
-    """What fails inside leaves no empty folders of its own in the folder `path`, nor an empty `path` that is new."""
-    before = set(os.listdir(path))
+def _downloading(path):
+    """Inside, the folder `path` is there, and of the ranks of a machine only one, the others wait.
+
+    What fails inside leaves no empty folders of its own in it, nor an empty `path` that is new.
+    """
+    import fcntl
+    is_new = not os.path.isdir(path)
+    os.makedirs(path, exist_ok=True)
+    before, folder = set(os.listdir(path)), os.open(path, os.O_RDONLY)
     try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     except Exception:
         with contextlib.suppress(OSError):
             tops = [os.path.join(path, name) for name in set(os.listdir(path)) - before]
-            for folder in [root for top in tops for root, *_ in os.walk(top, topdown=False)] + [path] * is_new:
+            for root in [root for top in tops for root, *_ in os.walk(top, topdown=False)] + [path] * is_new:
                 with contextlib.suppress(OSError):
-                    os.rmdir(folder)
+                    os.rmdir(root)
         raise
+    finally:
+        os.close(folder)
 
 
 def _idx_files(folder):

@@ -65,6 +65,8 @@ class SupernetRecipe:
     augment: str = _setting('auto_augment_tf', 'default, auto_augment_tf or none', choices=AUGMENTATIONS)
     valid_size: int = _setting(10000, 'training images held out for validation and the subnet search')
     valid_freq: int = _setting(5, 'epochs between validations', least=1)
+    best_by: str = _setting('mean', 'accuracy that the best checkpoint has: mean (of max, min, random) or max',
+                            choices=('mean', 'max'))
     num_calib_batches: int = _setting(20, 'of batch-norm calibration', least=1)
     checkpoint_freq: int = _setting(500, 'steps between checkpoints', least=1)
     max_steps: int = _setting(0, 'steps of an epoch, for short runs; 0: all')
@@ -115,11 +117,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
     if training.done:
         note(f'{training.path}: already trained')
         return training.results
-    calibration = DecodedImages(calibration_batches(
-        data.train, recipe.batch_size_per_gpu, recipe.num_calib_batches, recipe.seed, workers, job.rank,
-        job.world_size).to(job.device))
-    valid = DecodedImages(eval_loader(data.valid, recipe.batch_size_per_gpu, job.rank, job.world_size, workers,
-                                      limit_images=recipe.num_valid_images or None).to(job.device))
+    calibration, valid = _images(data, recipe, job, workers)
     if job.is_main:
         save_config(recipe, folder, 'lsq.yaml' if quant else 'checkpoint.yaml')
     kind = 'lsq' if quant else 'fp32'
@@ -137,10 +135,34 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
             _end_epoch(training, epoch)
             training.done = epoch + 1 == recipe.epochs
             if training.done or (epoch + 1) % recipe.valid_freq == 0:
-                _validate(training, calibration, valid, job, epoch, writer, align_sample)
+                _validate(training, calibration, valid, job, epoch, writer, align_sample, recipe.best_by)
             training.unproven = training.state()
         training.prove(job)
     return training.results
+
+
+def validate_checkpoint(supernet, data, recipe, folder, job, quant=False, align_sample=False, workers=0):
+    """What train_supernet() returns, of the checkpoint in `folder` as it is."""
+    load_weights(supernet, os.path.join(folder, checkpoint_name(quant)), str(supernet.encoding))
+    supernet.to(job.device, memory_format=torch.channels_last)
+    calibration, valid = _images(data, recipe, job, workers)
+    return {name: evaluate_subnet(supernet, subnet, calibration, valid, job)._asdict()
+            for name, subnet in _validated(supernet, recipe.seed, align_sample).items()}
+
+
+def _images(data, recipe, job, workers):
+    """This rank's share of the batches that calibrate batch norm, and of those that are held out."""
+    calibration = calibration_batches(data.train, recipe.batch_size_per_gpu, recipe.num_calib_batches, recipe.seed,
+                                      workers, job.rank, job.world_size)
+    valid = eval_loader(data.valid, recipe.batch_size_per_gpu, job.rank, job.world_size, workers,
+                        limit_images=recipe.num_valid_images or None)
+    return DecodedImages(calibration.to(job.device)), DecodedImages(valid.to(job.device))
+
+
+def _validated(supernet, seed, align_sample):
+    """{name: Subnet} of those that are validated."""
+    return {'max': sampling.max_subnet(supernet.encoding), 'min': sampling.min_subnet(supernet.encoding),
+            'random': sampling.sample_subnet(supernet.encoding, random.Random(seed), align_sample)}
 
 
 def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps, blocks):
@@ -163,7 +185,7 @@ def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, ali
     broadcast(supernet, job)
     optimizer = torch.optim.SGD(parameter_groups(supernet, recipe.weight_decay), lr=recipe.base_lr,
                                 momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-    ignored = ('checkpoint_freq', 'valid_freq', 'num_calib_batches', 'num_valid_images', 'max_steps')
+    ignored = ('checkpoint_freq', 'valid_freq', 'best_by', 'num_calib_batches', 'num_valid_images', 'max_steps')
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ignored}
     settings |= {'supernet': str(supernet.encoding), 'align_sample': align_sample, 'steps an epoch': steps,
                  'ranks': job.world_size, 'training images': len(data.train), 'classes': supernet.num_classes,
@@ -271,13 +293,10 @@ def _end_epoch(training, epoch):
     training.loss_sum, training.loss_count = 0.0, 0
 
 
-def _validate(training, calibration, valid, job, epoch, writer, align_sample):
+def _validate(training, calibration, valid, job, epoch, writer, align_sample, best_by):
     """Validate max, min and a random subnet; writes the best state so far beside the last one."""
     supernet = training.supernet
-    subnets = {'max': sampling.max_subnet(supernet.encoding), 'min': sampling.min_subnet(supernet.encoding),
-               'random': sampling.sample_subnet(supernet.encoding, random.Random(training.settings['seed']),
-                                                align_sample)}
-    for name, subnet in subnets.items():
+    for name, subnet in _validated(supernet, training.settings['seed'], align_sample).items():
         result = evaluate_subnet(supernet, subnet, calibration, valid, job)
         if not math.isfinite(result.loss):
             raise training.failure(f'{supernet.encoding}: epoch {epoch}: the validation loss of {name} is not finite')
@@ -285,7 +304,8 @@ def _validate(training, calibration, valid, job, epoch, writer, align_sample):
         note(f'epoch {epoch}: {name:6} {result}')
         if writer:
             writer.add_scalar(f'validation top-1/{name}', result.top1, training.step)
-    mean = sum(result['top1'] for result in training.results.values()) / len(subnets)
-    if mean > training.best:
-        training.best = mean
+    chosen = training.results.values() if best_by == 'mean' else [training.results['max']]
+    top1 = sum(result['top1'] for result in chosen) / len(chosen)
+    if top1 > training.best:
+        training.best = top1
         training.save(job, training.best_path)

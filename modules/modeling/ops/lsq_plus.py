@@ -274,28 +274,29 @@ def positive_scale(scale, num_bits):
     return positive(scale, _least_scale(num_bits))
 
 
-def quantize_activation(activation, scale, num_bits, beta, is_training):
+def quantize_activation(activation, scale, num_bits, beta, is_training=True, training=None):
     """Fake-quantised activation, range 0..2^b-1 with offset beta; shapes: any (N, …), [1], [1].
 
     Gradients to scale and beta are multiplied by 1/sqrt(N_sample * (2^b - 1)), N_sample the elements of one
-    sample. num_bits 32 returns the activation itself. Without `is_training` scale and beta are constants.
+    sample. num_bits 32 returns the activation itself. Without `is_training` (or `training`, its other name) scale
+    and beta are constants.
     """
     if num_bits == OFF:
         return activation
-    if not is_training:
+    if not (is_training if training is None else training):
         scale, beta = scale.detach(), beta.detach()
     levels = _activation_range(activation, num_bits)
     return _FakeQuantize.apply(activation, scale, beta, levels)
 
 
-def quantize_weight(weight, scale, num_bits, is_training):
+def quantize_weight(weight, scale, num_bits, is_training=True, training=None):
     """Fake-quantised weight, range -2^(b-1)..2^(b-1)-1, no offset; shapes: any, [1].
 
     The gradient to scale is multiplied by 1/sqrt(numel * (2^(b-1) - 1)). num_bits 32 returns the weight itself.
     """
     if num_bits == OFF:
         return weight
-    if not is_training:
+    if not (is_training if training is None else training):
         scale = scale.detach()
     return _FakeQuantize.apply(weight, scale, None, _weight_range(weight, num_bits))
 
@@ -342,8 +343,17 @@ def lsq_initial(activation, weight, nbits_a, nbits_w):
             2 * (activation - low).mean() / math.sqrt(2 ** nbits_a - 1), low)
 
 
+def _next(cls, op, name):
+    """super().name of a mix-in, or the torch module's where that stands before the mix-in."""
+    return getattr(super(cls, op), name, None) or functools.partial(getattr(nn.Module, name), op)
+
+
 class QBase:
     """Mix-in of every quantised op: owns sw, sa, beta (shape [1]), initialises them and fake-quantises.
+
+    An op of your own is a class of QBase and a torch module with a `weight`, in either order, whose __init__ ends with
+    QBase.__init__(self) and whose forward begins with get_quant_x_w() (docs/python.md has one). As
+    class X(QBase, nn.Conv2d) it needs no __init__.
 
     `initial` is how: QBase.min_max_initial (default) or QBase.lsq_initial, functions of (activation, weight,
     nbits_a, nbits_w) that give (sw, sa, beta). Scales belong to the bits they were initialised for; after a
@@ -359,7 +369,15 @@ class QBase:
     min_max_initial = staticmethod(min_max_initial)
     lsq_initial = staticmethod(lsq_initial)
 
-    def _init_quantisation(self):
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in ('_save_to_state_dict', '_load_from_state_dict'):       # also where the module's come first
+            if getattr(cls, name) is getattr(nn.Module, name):
+                setattr(cls, name, getattr(QBase, name))
+
+    def __init__(self, *args, **kwargs):
+        if '_parameters' not in self.__dict__:              # the torch module's own is yet to run
+            super().__init__(*args, **kwargs)
         self.sw = nn.Parameter(torch.ones(1))
         self.sa = nn.Parameter(torch.ones(1))
         self.beta = nn.Parameter(torch.zeros(1))
@@ -390,6 +408,13 @@ class QBase:
             scale.clamp_(min=_least_scale(bits))
         self.scales_initialized = True
 
+    def get_quant_x_w(self, x, w):
+        """(x, w) fake-quantised, the very same in fp32 mode; initialises scales that are not yet."""
+        if self.is_quantised and not self.scales_initialized:
+            self.initialize_scales(x)
+        return (quantize_activation(x, self.sa, self.nbits_a, self.beta, self.training),
+                quantize_weight(w, self.sw, self.nbits_w, self.training))
+
     def run(self, x, weight, bias, geometry=None):
         """The op with this weight and bias, as the int8 device computes it; the plain op in fp32 mode.
 
@@ -407,12 +432,12 @@ class QBase:
         return _QuantisedOp.apply(x, weight, bias, sa, beta, sw, levels_x, levels_w, geometry)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        _next(QBase, self, '_save_to_state_dict')(destination, prefix, keep_vars)
         if hasattr(destination, '_metadata'):
             destination._metadata[prefix[:-1]]['lsq_initialized'] = self.scales_initialized
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        _next(QBase, self, '_load_from_state_dict')(state_dict, prefix, local_metadata, *args)
         names = [name for name in ('sw', 'sa', 'beta') if prefix + name in state_dict]
         if names:
             untouched = [self.sw.item(), self.sa.item(), self.beta.item()] == [1, 1, 0]

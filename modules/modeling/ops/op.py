@@ -18,10 +18,6 @@ ACTIVATION_FUNCTIONS = {None: lambda x: x, 'relu': F.relu, 'relu6': F.relu6, 'hs
 class QConv(QBase, nn.Conv2d):
     """nn.Conv2d with LSQ+ weights and inputs; (N, C, H, W) to (N, C', H', W')."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._init_quantisation()
-
     def forward(self, x):
         return self.run(x, self.weight, self.bias, (self.stride, self.padding, self.dilation, self.groups))
 
@@ -31,10 +27,6 @@ QConv2d = QConv                             # the original's name
 
 class QLinear(QBase, nn.Linear):
     """nn.Linear with LSQ+ weights and inputs; (N, C) to (N, C')."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._init_quantisation()
 
     def forward(self, x):
         return self.run(x, self.weight, self.bias)
