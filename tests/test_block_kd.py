@@ -78,22 +78,23 @@ def _weights(folder, name):
 
 @pytest.mark.parametrize('ranks', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path, photos, teacher_file, ranks):
-    """fp32, then LSQ+ from its result; both killed by SIGKILL after the first checkpoint."""
+    """fp32, then LSQ+ from its result; both killed by SIGKILL after the first checkpoint. Ranks have a disk each."""
+    disk, whole, broken = tmp_path / 'disk{rank}', tmp_path / 'disk0' / 'whole', tmp_path / 'disk0' / 'broken'
     lsq = ('--teacher_checkpoint_path', teacher_file)
     for script, name, more in (('train_block_kd.py', 'checkpoint.pth', ('--num_epochs', 2, '--max_steps', 2)),
                                ('lsq_block_kd.py', 'lsq.pth', lsq)):
-        _train(script, photos, tmp_path / 'whole', *more, ranks=ranks)
-        _train(script, photos, tmp_path / 'broken', *more, ranks=ranks,
-               kill_when=str(tmp_path / 'broken' / BLOCKS[0] / name))
-        states = [load_checkpoint(tmp_path / 'broken' / block / name) for block in BLOCKS
-                  if os.path.exists(tmp_path / 'broken' / block / name)]
+        _train(script, photos, disk / 'whole', *more, ranks=ranks)
+        _train(script, photos, disk / 'broken', *more, ranks=ranks,
+               kill_when=str(broken / BLOCKS[0] / name))
+        states = [load_checkpoint(broken / block / name) for block in BLOCKS
+                  if os.path.exists(broken / block / name)]
         assert states and not any(state['done'] for state in states)
-        _train(script, photos, tmp_path / 'broken', *more, '--resume', ranks=ranks)
-        whole, broken = _weights(tmp_path / 'whole', name), _weights(tmp_path / 'broken', name)
-        assert whole.keys() == broken.keys()
-        assert all(torch.equal(whole[key], broken[key]) for key in whole)
-    fp32 = _weights(tmp_path / 'whole', 'checkpoint.pth')
-    lsq = _weights(tmp_path / 'whole', 'lsq.pth')
+        _train(script, photos, disk / 'broken', *more, '--resume', ranks=ranks)
+        once, resumed = _weights(whole, name), _weights(broken, name)
+        assert once.keys() == resumed.keys()
+        assert all(torch.equal(once[key], resumed[key]) for key in once)
+    assert not list(tmp_path.glob('disk1/**/*.pth'))
+    fp32, lsq = _weights(whole, 'checkpoint.pth'), _weights(whole, 'lsq.pth')
     assert all((fp32[key] == 1).all() for key in fp32 if key[1].endswith('.sw'))
     assert any((lsq[key] != 1).all() for key in lsq if key[1].endswith('.sw'))
 

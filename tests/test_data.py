@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import sys
 import tarfile
 import urllib.error
@@ -24,7 +25,9 @@ from modules.errors import UserError
 from modules.training import sources
 from modules.training import tars as tars_module
 from modules.training.data import (
+    NORMALIZATIONS,
     BrokenImage,
+    ImageSet,
     add_data_arguments,
     build_transforms,
     calibration_batches,
@@ -567,6 +570,25 @@ def test_batches_without_a_readable_image(damaged, capsys):
     for loader in (train_loader(data.train, 4, 0, workers=1), calibration_batches(data.train, 4, 2)):
         with pytest.raises(UserError, match='not one picture could be read; the first: .*No such file'):
             list(loader)
+
+
+class _Killed:
+    """A source whose fourth picture the kernel's out-of-memory killer answers."""
+    small = False
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Image.new('RGB', (8, 8)), 0
+
+
+def test_a_killed_loader_process_is_one_line():
+    killed = ImageSet(_Killed(), range(8), build_transforms(8)[1], None, None, {}, NORMALIZATIONS['half'])
+    with pytest.raises(UserError, match='a loader process was killed.*--num_workers.*--shm-size'):
+        list(eval_loader(killed, 2, workers=1))
 
 
 def test_broken_members_of_a_tar(tars, tmp_path):

@@ -429,3 +429,12 @@ def test_int8_lite0_keeps_its_answers_on_labelled_photos():
     answers, int8_answers = fp32(images).argmax(1), int8(images).argmax(1)
     assert len(paths) == 20 and (answers == labels).sum() >= 17
     assert (int8_answers == answers).sum() >= 19
+
+
+def test_two_ranks_with_a_disk_each_go_on_with_what_rank_0_has(weights):
+    argv = _finetune(weights / 'disk{rank}', '--from_teacher')
+    path = default_checkpoint(LITE0, weights / 'disk0')
+    run_script(*argv, ranks=2, kill_when=os.path.join(os.path.dirname(path), 'unfinished.pth'))
+    assert 'already' not in run_script(*argv, '--resume', ranks=2)
+    assert 'already fine-tuned' in run_script(*argv, '--resume', ranks=2)
+    assert os.path.isfile(path) and not list(weights.glob('disk1/**/*.pth'))

@@ -338,7 +338,7 @@ class Loader:
     def pixels(self):
         """Batches (images (n, 3, S, S) uint8, labels (n,)) in the host's memory."""
         readable, unreadable = False, None
-        for images, labels, broken in self.loader:
+        for images, labels, broken in self._loaded():
             self.dataset.report(broken)
             if images is not None:
                 readable = True
@@ -349,6 +349,15 @@ class Loader:
                     break
         if unreadable and not readable and self.whole:
             raise UserError(f'not one picture could be read; the first: {unreadable[0]}: {unreadable[1]}')
+
+    def _loaded(self):
+        try:
+            yield from self.loader
+        except RuntimeError as error:
+            if not re.search(r'DataLoader worker \(pid|</?torch_', str(error)):
+                raise
+            raise UserError('a loader process was killed, or had no shared memory left: fewer --num_workers, or more '
+                            f'memory (Docker: --shm-size 2g); torch says: {one_line(error)[:120]}') from None
 
 
 def train_loader(dataset, batch_size, epoch, seed=0, rank=0, world_size=1, workers=0, start_step=0):
