@@ -241,6 +241,14 @@ def test_a_published_checkpoint_goes_on_from_its_epoch_or_is_refused(digits, tmp
         train_supernet(_build(), digits, dataclasses.replace(short, accumulate=100), str(tmp_path), Job())
 
 
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_memory_order_is_a_setting(digits, tmp_path, channels_last):
+    supernet, short = _build(), dataclasses.replace(RECIPE, epochs=1, max_steps=1, channels_last=channels_last)
+    train_supernet(supernet, digits, short, str(tmp_path), Job())
+    kernels = [p for p in supernet.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[-1] > 1]
+    assert kernels and all(p.is_contiguous() != channels_last for p in kernels)
+
+
 def test_collapse_to_guessing_stops(digits, tmp_path, monkeypatch):
     calls = []
 

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation, set_quant_mode
 from ..modeling.ops.op import resize
 from ..search_space.encoding import EncodingError, parse_block_id
-from ..training.acceleration import autocast
+from ..training.acceleration import autocast, memory_format
 from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from ..training.checkpoint import load_weights
 from ..training.data import calibration_batches, eval_loader
@@ -114,7 +114,7 @@ def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resu
     """Train blocks part by part into `folder`; returns {block id: {'max': loss, 'min': loss, 'random': loss}}."""
     keep_freed_memory()
     results = {}
-    teacher.to(memory_format=_memory(recipe))
+    teacher.to(memory_format=memory_format(recipe))
     if recipe.quant and not recipe.from_scratch:
         of_main(lambda: [require_checkpoint(folder, block, False, superspace) for block in block_ids], job)
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
@@ -179,7 +179,7 @@ def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume,
     if resumed is not None:
         load_weights(student, resumed, path)
     student.to(job.device)
-    student.to(memory_format=_memory(recipe))
+    student.to(memory_format=memory_format(recipe))
     broadcast(student, job)
     learning_rate = recipe.learning_rates[part_of(block_id)]
     trainee = Trainee(path=path, block_id=block_id, student=student, learning_rate=learning_rate,
@@ -260,15 +260,11 @@ def _resolutions(recipe, part, epoch, step):
                                                          for _ in range(recipe.num_random)]
 
 
-def _memory(recipe):
-    return torch.channels_last if recipe.channels_last else torch.contiguous_format
-
-
 def _part_maps(teacher, superspace, part, images, hw, recipe, job):
     """(input, target) of a part from the teacher, for images (N, 3, H, W) resized to hw."""
-    images = resize(images.to(job.device), hw).contiguous(memory_format=_memory(recipe))
+    images = resize(images.to(job.device), hw).contiguous(memory_format=memory_format(recipe))
     part_input, target = teacher_maps(teacher, superspace, part, images)
-    return part_input.contiguous(memory_format=_memory(recipe)), target
+    return part_input.contiguous(memory_format=memory_format(recipe)), target
 
 
 def _sandwich(part, student, hws, features, rng, recipe, job):

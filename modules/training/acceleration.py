@@ -1,4 +1,4 @@
-"""What makes training faster and changes its rounding: bf16 autocast, compiled fake-quantisers."""
+"""What makes training faster and changes its rounding: bf16 autocast, compiled fake-quantisers, memory order."""
 import contextlib
 
 import torch
@@ -35,6 +35,11 @@ def choose_quantisers(choice, quant, steps, device):
             raise
         compile_quantisers(False)
         note(f'{error}; int8 training goes on without, slower')
+
+
+def memory_format(recipe):
+    """Where the values of a pixel lie: side by side (NHWC), or each channel by itself (NCHW)."""
+    return torch.channels_last if recipe.channels_last else torch.contiguous_format
 
 
 def use_amp(asked, device):

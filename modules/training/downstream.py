@@ -15,7 +15,7 @@ from torch import nn
 from ..cli import SEED, SHARE, not_negative, positive
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
-from .acceleration import choose_quantisers
+from .acceleration import choose_quantisers, memory_format
 from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from .checkpoint import load_weights
 from .data import calibration_batches, eval_loader, seed_of
@@ -58,6 +58,7 @@ class DownstreamRecipe:
     max_steps: int | None = None            # of an epoch, for short runs
     num_eval_images: int | None = None
     seed: int = 0
+    channels_last: bool = True
     distill: float | None = None            # share of the loss that is learned from a teacher; None: no teacher
 
 
@@ -84,6 +85,7 @@ def add_recipe_arguments(p):
     p.add_argument('--checkpoint_freq', type=positive(int), default=200, help='steps between checkpoints')
     p.add_argument('--max_steps', type=positive(int), help='steps of an epoch, for short runs; default: all')
     p.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all')
+    p.add_argument('--no_channels_last', action='store_true', help='keep NCHW memory')
     p.add_argument('--seed', type=SEED, default=0, help='of the new head, dropout, order and augmentation')
 
 
@@ -93,7 +95,7 @@ def recipe_of(args):
     return DownstreamRecipe(learning_rate, weight_decay, args.num_epochs, args.warmup_epochs, args.batch_size,
                             args.momentum, args.label_smoothing, args.grad_clip_norm, args.only_train_head,
                             args.num_calib_batches, args.eval_freq, args.checkpoint_freq, args.max_steps,
-                            args.num_eval_images, args.seed, args.distill or None)
+                            args.num_eval_images, args.seed, not args.no_channels_last, args.distill or None)
 
 
 @dataclass(kw_only=True)
@@ -175,7 +177,7 @@ def _start(network, data, recipe, path, job, identity, resume, steps, workers, c
     settings = _settings(data, recipe, job, identity, steps)
     if resumed is not None:
         load_weights(network, resumed, path)
-    network.to(job.device, memory_format=torch.channels_last)
+    network.to(job.device, memory_format=memory_format(recipe))
     if resumed is None:
         _prepare(network, calibration, recipe, workers, job)
     broadcast(network, job)
@@ -193,7 +195,7 @@ def _start(network, data, recipe, path, job, identity, resume, steps, workers, c
 
 def _settings(data, recipe, job, identity, steps):
     """What decides the weights, as plain values: a run is resumed with the same or not at all."""
-    ignored = ('checkpoint_freq', 'eval_freq', 'num_eval_images', 'max_steps')
+    ignored = ('channels_last', 'checkpoint_freq', 'eval_freq', 'num_eval_images', 'max_steps')
     values = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ignored}
     return {**values, **identity, 'steps an epoch': steps, 'ranks': job.world_size, 'training images': len(data.train)}
 
@@ -215,7 +217,7 @@ def _teacher(network, data, recipe, workers, job):
     """The network as a teacher: calibrated on the same images as the one that learns, and then fixed."""
     if not recipe.distill:
         return None
-    network.to(job.device, memory_format=torch.channels_last)
+    network.to(job.device, memory_format=memory_format(recipe))
     _prepare(network, data, recipe, workers, job)
     broadcast(network, job)
     return network.eval().requires_grad_(False)
