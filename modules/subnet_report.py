@@ -7,7 +7,7 @@ from .cli import SEED, positive
 from .files import write_csv
 from .latency import add_platform_arguments
 from .modeling.complexity import config_complexity
-from .modeling.ops.lsq_plus import quantised_ops
+from .modeling.ops.lsq_plus import quantise_weights_once, quantised_ops
 from .training.calibrate import calibrate, initialize_all_scales, kept_statistics
 from .training.checkpoint import precision
 from .training.classes import fit_classes
@@ -124,7 +124,7 @@ def calibrated_network(supernet, subnet, calibration, job):
 
 def evaluate_static(supernet, subnet, calibration, test, job):
     """evaluate_subnet() by the extracted static network, which is what is deployed."""
-    return accuracy(calibrated_network(supernet, subnet, calibration, job), test, job)
+    return accuracy(quantise_weights_once(calibrated_network(supernet, subnet, calibration, job)), test, job)
 
 
 def evaluate_all(supernet, subnets, images, job, milliseconds, path, measure=evaluate_subnet):

@@ -17,6 +17,7 @@ from modules.modeling.ops.convolution import conv2d, convolution_backward
 from modules.modeling.ops.lsq_plus import (
     QBase,
     compile_quantisers,
+    quantise_weights_once,
     quantize_activation,
     quantize_weight,
     set_fp32_mode,
@@ -334,6 +335,19 @@ def test_autocast_leaves_levels_alone(name, kernels):
     for ours, want in zip(used, exact, strict=True):
         assert (ours != want.bfloat16()).sum() == 0, 'values off the grid'
     assert op.sa.grad.isfinite().all() and x.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('name', sorted(OPS))
+def test_weights_quantised_once_give_the_same_numbers(name, kernels):
+    op = set_quant_mode(OPS[name]()).eval()
+    assert quantise_weights_once(op).nbits_w == 8                # its scales are not there yet
+    x = torch.randn((2, 16) if name == 'linear' else (2, 8, 9, 9))
+    with torch.no_grad():
+        before, weight = op(x), quantize_weight(op.weight, op.sw, 8)
+        assert not torch.equal(op.weight, weight)
+        quantise_weights_once(op)
+        assert torch.equal(op.weight, weight) and torch.equal(op(x), before) and op.is_quantised
+        assert quantise_weights_once(op).nbits_w == 32
 
 
 @contextlib.contextmanager

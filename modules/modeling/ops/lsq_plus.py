@@ -456,6 +456,19 @@ def set_quant_mode(model, nbits=8):
     return model
 
 
+@torch.no_grad()
+def quantise_weights_once(model):
+    """Put quantised weights in the place of weights, so that no pass quantises them again; returns the model.
+
+    For evaluation, with the very same results: the weights that could be trained, or exported, are gone.
+    """
+    for op in quantised_ops(model):
+        if op.scales_initialized and op.nbits_w != OFF:
+            op.weight.copy_(quantize_weight(op.weight, op.sw, op.nbits_w))
+            op.nbits_w = OFF
+    return model
+
+
 def set_fp32_mode(model):
     """Put every quantised op of the model into fp32 mode; returns the model."""
     for op in quantised_ops(model):
