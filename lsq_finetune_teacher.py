@@ -22,6 +22,7 @@ from modules.training import distributed
 from modules.training.acceleration import choose_quantisers
 from modules.training.checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
 from modules.training.data import add_data_arguments, eval_loader, open_data, train_loader
+from modules.training.gradients import GradientAverage
 from modules.training.log import note, progress
 from modules.training.optim import cosine, parameter_groups, set_learning_rate
 
@@ -103,8 +104,9 @@ def finetune(teacher, original, data, path, args, job):
                 raise UserError(f'loss {mean_loss} at step {step} of {total}: try a smaller --learning_rate')
             set_learning_rate(optimizer, cosine(args.learning_rate, step, total))
             optimizer.zero_grad()
-            loss.backward()
-            distributed.average_gradients(teacher.parameters(), job)
+            gradients = GradientAverage(teacher.parameters(), job)
+            gradients.backward(loss)
+            gradients.finish()
             optimizer.step()
             step += 1
             bar.set_postfix(loss=mean_loss, refresh=False)

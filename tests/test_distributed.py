@@ -39,6 +39,32 @@ def main(folder):
 run(main, lambda: sys.argv[1])
 """
 
+AVERAGED = """
+import sys, torch
+from torch import nn
+from modules.cli import run
+from modules.training import gradients
+from modules.training.distributed import distributed_job, gather
+def main(bucket):
+    gradients.BUCKET = int(bucket)
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))       # the last is never used, the third by one loss only
+    with distributed_job() as job:
+        x = torch.randn(4, 8) + job.rank
+        losses = [nn.Sequential(*(layers[i] for i in used))(x).square().sum() for used in ((0, 2, 3), (0, 1, 3))]
+        plain = [torch.autograd.grad(loss, list(layers.parameters()), retain_graph=True, allow_unused=True,
+                                     materialize_grads=True) for loss in losses]
+        mean = [sum(values) / job.world_size for values in zip(*gather([a + b for a, b in zip(*plain)], job))]
+        average = gradients.GradientAverage(layers.parameters(), job)
+        losses[0].backward()
+        average.backward(losses[1])
+        left = len(average._travelling)
+        average.finish()
+        close = [torch.allclose(p.grad, m) for p, m in zip(layers.parameters(), mean) if p.grad is not None]
+        print(left, len(average._travelling), sum(close), len(close), flush=True)
+run(main, lambda: sys.argv[1])
+"""
+
 
 def ranks(program, *args, world=2):
     """[(exit code, stdout, stderr), …] of `world` processes that meet at a port of this machine."""
@@ -68,6 +94,12 @@ def test_rank_0_alone_looks_for_files_and_steps_are_compared(tmp_path):
     ended = ranks(SHARED, tmp_path)
     assert all(out == 'none [0, 1] 0\n' and code == 2 for (out, _), code in ended), ended
     assert all('ranks differ in the step: 0 1' in err for (_, err), _ in ended), ended
+
+
+@pytest.mark.parametrize('bucket, buckets', [(1, '8 8'), (800, '1 2'), (10 ** 9, '0 1')])
+def test_gradients_leave_in_buckets_during_the_last_backward_pass(bucket, buckets):
+    ended = ranks(AVERAGED, bucket)
+    assert all(out == f'{buckets} 8 8\n' and code == 0 for (out, _), code in ended), ended
 
 
 def on_two_hosts(folders, script, *args):

@@ -20,7 +20,8 @@ from ..training.acceleration import autocast, memory_format
 from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from ..training.checkpoint import load_weights
 from ..training.data import calibration_batches, eval_loader
-from ..training.distributed import average, average_gradients, broadcast, check_same, of_main
+from ..training.distributed import average, broadcast, check_same, of_main
+from ..training.gradients import average_gradients
 from ..training.log import curves, progress
 from ..training.memory import keep_freed_memory
 from ..training.optim import cosine, parameter_groups, set_learning_rate

@@ -123,23 +123,6 @@ def _check_environment():
                         f'{values["WORLD_SIZE"]}')
 
 
-def _sum_over_ranks(tensors):
-    """In-place sum over ranks of tensors of one dtype and device, in one reduction."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    torch._foreach_copy_(tensors, [part.view_as(tensor) for tensor, part in zip(
-        tensors, flat.split([tensor.numel() for tensor in tensors]))])
-
-
-def average_gradients(parameters, job):
-    """Mean of the gradients over ranks, in one reduction; every rank must have gradients for the same ones."""
-    if job.world_size == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_div_(gradients, job.world_size)
-    _sum_over_ranks(gradients)
-
-
 def sum_over_ranks(values, job):
     """Sum over ranks of numbers (a list, or a 1-d tensor), exact for counts; with one wait for the device."""
     if job.world_size == 1:

@@ -19,8 +19,9 @@ from .acceleration import choose_quantisers, memory_format
 from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from .checkpoint import load_weights
 from .data import calibration_batches, eval_loader, seed_of
-from .distributed import average, average_gradients, broadcast
+from .distributed import average, broadcast
 from .evaluate import accuracy, images_of
+from .gradients import GradientAverage
 from .log import curves, note, progress
 from .losses import alpha_divergence
 from .memory import keep_freed_memory
@@ -247,9 +248,10 @@ def _take_step(tuning, images, labels, recipe, epoch, steps, job, writer):
     with torch.no_grad():
         answers = None if tuning.teacher is None else tuning.teacher(images)
     loss = mixed_loss(logits, labels, answers, recipe.distill, recipe.label_smoothing)
-    loss.backward()
     parameters = [p for group in tuning.optimizer.param_groups for p in group['params']]
-    average_gradients(parameters, job)
+    gradients = GradientAverage(parameters, job)
+    gradients.backward(loss)
+    gradients.finish()
     norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip_norm)
     loss, norm = average(torch.stack([loss.detach(), norm]), job)       # the one wait for the device
     if math.isfinite(loss):

@@ -22,8 +22,9 @@ from .calibrate import initialize_all_scales
 from .checkpoint import checkpoint_name, load_checkpoint, load_weights
 from .config import save_config
 from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
-from .distributed import average, average_gradients, broadcast, of_main
+from .distributed import average, broadcast, of_main
 from .evaluate import DecodedImages, evaluate_subnet
+from .gradients import GradientAverage
 from .log import curves, note, progress
 from .losses import adaptive_alpha_loss
 from .memory import keep_freed_memory
@@ -215,18 +216,21 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
                                   round(recipe.warmup_epochs * steps))
     training.optimizer.zero_grad(set_to_none=True)
     labels, losses = labels.to(job.device, non_blocking=True), 0
-    for part, of_part in zip(images.tensor_split(recipe.accumulate), labels.tensor_split(recipe.accumulate)):
+    parameters = [p for group in training.optimizer.param_groups for p in group['params']]
+    gradients = GradientAverage(parameters, job)
+    parts = list(zip(images.tensor_split(recipe.accumulate), labels.tensor_split(recipe.accumulate)))
+    for i, (part, of_part) in enumerate(parts):
         share, rng = len(part) / len(images), random.Random(f'{recipe.seed} {epoch} {step}')
         losses = losses + share * torch.stack(sandwich(supernet, part, of_part, recipe, rng, align_sample, amp,
-                                                       smallest=step % recipe.smallest_freq == 0, share=share))
+                                                       smallest=step % recipe.smallest_freq == 0, share=share,
+                                                       last=gradients.backward if i + 1 == len(parts) else None))
     losses = average(losses, job)
     if not all(map(math.isfinite, losses)):
         raise training.failure(f'{supernet.encoding}: step {step} (epoch {epoch}): the loss is not finite')
     training.loss_sum, training.loss_count = training.loss_sum + losses[0], training.loss_count + 1
     if not _is_collapsed(training):
         training.prove(job)
-    parameters = [p for group in training.optimizer.param_groups for p in group['params']]
-    average_gradients(parameters, job)
+    gradients.finish()
     torch.nn.utils.clip_grad_value_(parameters, recipe.grad_clip_value)
     set_learning_rate(training.optimizer, learning_rate)
     training.optimizer.step()
@@ -238,10 +242,12 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
         writer.add_scalar('learning rate', learning_rate, step)
 
 
-def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False, smallest=True, share=1.0):
+def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False, smallest=True, share=1.0,
+             last=None):
     """Backward of the largest, random and the smallest subnet, gradients summed; returns their losses (tensors).
 
-    share: the part of the losses whose gradients are taken, where these images are a part of a step's.
+    share: the part of the losses whose gradients are taken, where these images are a part of a step's; last(loss) is
+    called instead of loss.backward() for the last subnet.
 
     The largest learns from the labels, with dropout; the others from its answers. rng: random.Random that draws
     the random subnets, the same on every rank; smallest: whether the last is the smallest, else it is random too.
@@ -262,7 +268,8 @@ def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=Fals
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
         else:
             loss = adaptive_alpha_loss(logits, answers, recipe.alpha_min, recipe.alpha_max, recipe.iw_clip)
-        (loss if share == 1 else share * loss).backward()
+        backward = last if last and i + 1 == recipe.num_arch_training else torch.Tensor.backward
+        backward(loss if share == 1 else share * loss)
         losses.append(loss.detach())
     return losses
 
