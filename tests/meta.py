@@ -17,13 +17,20 @@ FREE = ('view', '_unsafe_view', 'slice', 'detach', 'alias', 'expand', 't', 'tran
         'new_empty_strided', 'unbind', 'chunk', '_reshape_alias', 'lift_fresh')
 # operations on each element, whose results' shapes need none of torch's (slow) ways to find them
 ELEMENTWISE = ('abs', 'add', 'clamp', 'clamp_min', 'div', 'eq', 'mul', 'round', 'sgn', 'sub')
+# on CUDA these add in an order of chance, and --deterministic refuses them: of torch.use_deterministic_algorithms()'s
+# list those of networks such as ours
+BY_CHANCE = {'_adaptive_avg_pool2d_backward', 'adaptive_max_pool2d_backward', 'upsample_bilinear2d_backward',
+             'upsample_bicubic2d_backward', 'reflection_pad2d_backward', 'replication_pad2d_backward', 'cumsum',
+             'scatter_add', 'scatter_add_', 'scatter_reduce', 'index_add_', 'put_', 'histc', 'bincount',
+             'nll_loss2d_forward', 'embedding_dense_backward', 'grid_sampler_2d_backward', 'kthvalue'}
 TINY = 4096                 # elements: a kernel of fewer costs its launch, not its bytes
 
 
 class Launches(TorchDispatchMode):
     """Inside, counts kernels (`count`), those of few elements (`tiny`), and bytes read and written (`bytes`).
 
-    AssertionError where tensors of two devices meet in an operation, or one leaves the device.
+    AssertionError where tensors of two devices meet in an operation, one leaves the device, or --deterministic would
+    refuse it.
     """
 
     def __init__(self):
@@ -38,6 +45,7 @@ class Launches(TorchDispatchMode):
             return function(*args, **(kwargs or {}))
         if kwargs or any(isinstance(arg, (list, tuple)) for arg in args):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        assert name not in BY_CHANCE, f'{function}: not deterministic on CUDA'
         devices = {tensor.device.type for tensor in tensors if tensor.ndim}
         assert len(devices) < 2, f'{function}: tensors on {" and ".join(sorted(devices))}'
         result = self._elementwise(name, tensors, kwargs)

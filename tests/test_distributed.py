@@ -1,10 +1,16 @@
 """Several processes without a launcher between: an error of one ends all, and rank 0 alone decides what is resumed."""
+import argparse
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from modules.cli import run
+from modules.training.distributed import distributed_job
 
 from .conftest import ROOT
 from .launching import free_port
@@ -94,6 +100,36 @@ def test_rank_0_alone_looks_for_files_and_steps_are_compared(tmp_path):
     ended = ranks(SHARED, tmp_path)
     assert all(out == 'none [0, 1] 0\n' and code == 2 for (out, _), code in ended), ended
     assert all('ranks differ in the step: 0 1' in err for (_, err), _ in ended), ended
+
+
+@pytest.mark.parametrize('restarts, goes_on', [('0', False), ('2', True)])
+def test_a_job_that_torchrun_starts_anew_goes_on_from_its_checkpoints(monkeypatch, restarts, goes_on):
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', restarts)
+    seen = []
+    run(lambda args: seen.append(args.resume), lambda: argparse.Namespace(resume=False))
+    assert seen == [goes_on]
+
+
+def test_deterministic_is_what_torch_is_told():
+    with torch_is_deterministic(), distributed_job(deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled() and os.environ['CUBLAS_WORKSPACE_CONFIG']
+    with distributed_job():
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+@contextlib.contextmanager
+def torch_is_deterministic():
+    """Inside it may be; afterwards it is not."""
+    before = os.environ.pop('CUBLAS_WORKSPACE_CONFIG', None), torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.backends.cudnn.benchmark = before[1]
+        os.environ.pop('CUBLAS_WORKSPACE_CONFIG')
+        if before[0] is not None:
+            os.environ['CUBLAS_WORKSPACE_CONFIG'] = before[0]
 
 
 @pytest.mark.parametrize('bucket, buckets', [(1, '8 8'), (800, '1 2'), (10 ** 9, '0 1')])

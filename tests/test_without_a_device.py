@@ -105,3 +105,5 @@ def test_what_waits_for_a_device_or_mixes_devices_is_found():
         x.nonzero()
     with Launches(), pytest.raises(AssertionError, match='tensors on cpu and meta'):
         torch.add(x, torch.ones(3))
+    with Launches(), pytest.raises(AssertionError, match='not deterministic on CUDA'):
+        x.cumsum(0)
