@@ -25,12 +25,11 @@ from modules.block_kd.trainer import (
 from modules.cli import SEED, not_negative, parser, positive, run
 from modules.errors import UserError
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
-from modules.training.acceleration import choose_quantisers, use_amp
+from modules.training.acceleration import use_amp
 from modules.training.data import add_data_arguments, open_data
 from modules.training.distributed import add_distributed_arguments, distributed_job, of_main
 from modules.training.log import note
 from modules.training.losses import NSR_SIGNALS
-from modules.training.resumable import steps_per_epoch
 from modules.training.sources import count_classes
 
 LEARNING_RATES = (0.005, 0.01, 0.01, 0.01, 0.01, 0.005)
@@ -108,8 +107,6 @@ def train(args, job, teacher, quant=False, from_scratch=False):
                     num_valid_batches=args.num_valid_batches or debug,
                     amp=use_amp(args.amp, job.device), channels_last=not args.no_channels_last, quant=quant,
                     from_scratch=from_scratch, seed=args.seed, workers=args.num_workers)
-    steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps) * recipe.epochs
-    choose_quantisers(args.compile, quant and not args.test_only, steps * len(blocks), job.device)
     independent = args.parallel == 'blocks'
     if independent:
         blocks, job = blocks_of_rank(blocks, job), job.alone()
@@ -123,7 +120,8 @@ def train(args, job, teacher, quant=False, from_scratch=False):
                 students = [(i, student.to(job.device)) for i, student in zip(ids, students)]
                 results.update(evaluate(part, students, teacher, data, recipe, job))
         else:
-            results = train_blocks(space, blocks, teacher, data, args.output_path, recipe, job, args.resume)
+            results = train_blocks(space, blocks, teacher, data, args.output_path, recipe, job, args.resume,
+                                   args.compile)
     if job.is_main:
         for block, losses in results.items():
             shown = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())

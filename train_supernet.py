@@ -68,8 +68,9 @@ def main(args):
         raise UserError(f'--valid_size {recipe.valid_size}: no held-out images to validate on')
     folder, name = checkpoint_folder(args.output_path, supernet, args.align_sample), checkpoint_name(args.quant_mode)
     with distributed_job(args.local_rank, args.device, args.deterministic) as job:
-        steps = steps_per_epoch(data, recipe.batch_size_per_gpu, recipe.seed, job, recipe.max_steps) * recipe.epochs
-        choose_quantisers(args.compile, args.quant_mode, steps, job.device)
+        if not args.test_only:
+            steps = steps_per_epoch(data, recipe.batch_size_per_gpu, recipe.seed, job, recipe.max_steps)
+            choose_quantisers(args.compile, args.quant_mode, steps * recipe.epochs, job.device)
         model = build(supernet, data.num_classes, recipe, args.quant_mode)
         blocks = None
         if args.init_block_kd and not args.test_only:

@@ -418,13 +418,14 @@ def test_labels_that_do_not_fit_the_head_and_a_loss_that_is_not_finite(weights, 
 def test_int8_lite0_keeps_its_answers_on_labelled_photos():
     from PIL import Image
 
-    from modules.training.data import build_transforms
+    from modules.training.data import NORMALIZATIONS, build_transforms, to_floats
     folder = os.path.dirname(importlib.util.find_spec('foolbox').origin)
     paths = sorted(glob.glob(f'{folder}/data/imagenet_*.jpg'))
     labels = torch.tensor([int(path.split('_')[-1][:-4]) for path in paths])
     fp32, int8 = (build_teacher(LITE0, quant=quant) for quant in (False, True))
     transform = build_transforms(normalize=fp32.normalize)[1]
-    images = torch.stack([transform(Image.open(path).convert('RGB')) for path in paths])
+    images = to_floats(torch.stack([transform(Image.open(path).convert('RGB')) for path in paths]),
+                       NORMALIZATIONS[fp32.normalize])
     int8(images[:8])                                                    # sets the scales
     answers, int8_answers = fp32(images).argmax(1), int8(images).argmax(1)
     assert len(paths) == 20 and (answers == labels).sum() >= 17

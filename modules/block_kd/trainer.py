@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation, set_quant_mode
 from ..modeling.ops.op import resize
 from ..search_space.encoding import EncodingError, parse_block_id
-from ..training.acceleration import autocast, memory_format
+from ..training.acceleration import autocast, choose_quantisers, memory_format
 from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from ..training.checkpoint import load_weights
 from ..training.data import calibration_batches, eval_loader
@@ -111,14 +111,18 @@ def by_part(block_ids):
     return parts
 
 
-def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False):
-    """Train blocks part by part into `folder`; returns {block id: {'max': loss, 'min': loss, 'random': loss}}."""
+def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False, compiled='auto'):
+    """Train blocks part by part into `folder`; returns {block id: {'max': loss, 'min': loss, 'random': loss}}.
+
+    compiled: see acceleration.choose_quantisers().
+    """
     keep_freed_memory()
     results = {}
     teacher.to(memory_format=memory_format(recipe))
     if recipe.quant and not recipe.from_scratch:
         of_main(lambda: [require_checkpoint(folder, block, False, superspace) for block in block_ids], job)
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
+    choose_quantisers(compiled, recipe.quant, steps * recipe.epochs * len(block_ids), job.device)
     digest = teacher.weights_digest()
     check_same("the teacher's weights", digest, job)
     for part, blocks in by_part(block_ids).items():
