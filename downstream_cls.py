@@ -26,7 +26,7 @@ from modules.search_space.superspace import SUPERSPACES
 from modules.training.checkpoint import checkpoint_name, precision
 from modules.training.classes import fit_classes
 from modules.training.data import add_data_arguments, eval_loader, open_data, seed_of
-from modules.training.distributed import add_distributed_arguments, distributed_job
+from modules.training.distributed import add_distributed_arguments, distributed_job, of_main
 from modules.training.downstream import ORIGINAL, add_recipe_arguments, finetune, recipe_of
 from modules.training.evaluate import Accuracy, accuracy
 from modules.training.log import note
@@ -65,7 +65,7 @@ def get_args():
     p.add_argument('--test_only', action='store_true', help='evaluate the file of a fine-tuning before')
     add_data_arguments(p, more_paths=())
     p.set_defaults(valid_size=0, dataset=None, dataset_path=None, augment=None)     # nothing held out, as published
-    add_distributed_arguments(p)
+    add_distributed_arguments(p, int8_training=True)
     if early_value('--recipe') == 'original':
         p.set_defaults(**ORIGINAL)
     args = p.parse_args()
@@ -79,6 +79,12 @@ def get_args():
 
 
 def main(args):
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
+        fine_tune(args, job)
+
+
+def fine_tune(args, job):
+    """Fine-tune a subnet, or evaluate the file of a fine-tuning, as the arguments say."""
     name, supernet, subnet = network_of(args.subnet_name, args.supernet_choice, args.superspace)
     keep_head, original = args.keep_head, args.recipe == 'original'
     if keep_head and args.from_scratch:
@@ -88,7 +94,7 @@ def main(args):
     shown = folder_name(name, supernet, subnet)
     path = (os.path.join(args.output_path, f'{shown}_{args.dataset}.pth') if original else
             os.path.join(args.output_path, shown, plain_name(args.dataset), checkpoint_name(quant)))
-    resumes, start = args.resume and os.path.isfile(path), None
+    resumes, start = of_main(lambda: args.resume and os.path.isfile(path), job), None
     if not args.test_only and (keep_head or not (resumes or args.from_scratch)):
         start = find_start(supernet, quant, args.checkpoint_path, args.align_sample, keep_head)
     # a supernet's subnets learn on images of its largest size, which they resize
@@ -96,7 +102,7 @@ def main(args):
     data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, image_size, seed=args.seed,
                      original=original)
     if args.test_only:
-        evaluate(name, path, data, args)
+        evaluate(name, path, data, args, job)
         return
     calibration = None if resumes or not args.imagenet_path else open_imagenet(args.imagenet_path, image_size)
     torch.manual_seed(seed_of(args.seed, 'weights'))
@@ -115,14 +121,13 @@ def main(args):
                 'kept_head_of': file_digest(start) if keep_head else None}
     if args.fp32_head:
         identity['fp32_head'] = True
-    with distributed_job(args.local_rank, args.device) as job:
-        note(f'{name} in {precision(quant)} from {path if resumes else start or "random weights"}: learning rate '
-             f'{recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, {data.num_classes} classes'
-             + (f', {args.distill:g} of the loss from the largest subnet of {start}' if args.distill else ''))
-        result = finetune(network, data, recipe, path, job, identity, args.resume, args.num_workers, teacher,
-                          calibration)
-        if job.is_main:
-            print(f'{name} on {args.dataset}: {Accuracy(**result)}\n{path}', flush=True)
+    note(f'{name} in {precision(quant)} from {path if resumes else start or "random weights"}: learning rate '
+         f'{recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, {data.num_classes} classes'
+         + (f', {args.distill:g} of the loss from the largest subnet of {start}' if args.distill else ''))
+    result = finetune(network, data, recipe, path, job, identity, args.resume, args.num_workers, teacher,
+                      calibration, args.compile)
+    if job.is_main:
+        print(f'{name} on {args.dataset}: {Accuracy(**result)}\n{path}', flush=True)
 
 
 def open_imagenet(path, image_size):
@@ -133,15 +138,13 @@ def open_imagenet(path, image_size):
         raise UserError(f'--imagenet_path: {error} (the data set itself has --dataset_path)') from None
 
 
-def evaluate(name, path, data, args):
+def evaluate(name, path, data, args, job):
     """Print the test accuracy of a file of a fine-tuning."""
-    network = load_network(path)
-    with distributed_job(args.local_rank, args.device) as job:
-        test = eval_loader(data.test, args.batch_size, job.rank, job.world_size, args.num_workers,
-                           limit_images=args.num_eval_images)
-        result = accuracy(network.to(job.device), test, job)
-        if job.is_main:
-            print(f'{name} on {args.dataset}: {result}\n{path}', flush=True)
+    test = eval_loader(data.test, args.batch_size, job.rank, job.world_size, args.num_workers,
+                       limit_images=args.num_eval_images).to(job.device)
+    result = accuracy(of_main(lambda: load_network(path), job).to(job.device), test, job)
+    if job.is_main:
+        print(f'{name} on {args.dataset}: {result}\n{path}', flush=True)
 
 
 if __name__ == '__main__':

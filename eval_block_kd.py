@@ -62,7 +62,7 @@ class Images:
 
 
 def main(args):
-    with distributed_job(args.local_rank, args.device) as job:
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
         space = get_superspace(args.superspace)
         blocks = select_blocks(space, args.stage_list or space.searchable_stages)
         hw_list = check_resolutions(args.hw_list or space.kd_resolutions, space)
@@ -74,7 +74,8 @@ def main(args):
         calibration = [images for images, *_ in calibration_batches(
             data.train, args.calib_batch_size, args.num_calib_batches, args.seed, workers=args.num_workers)]
         evaluation = Images(eval_loader(data.valid, args.eval_batch_size, workers=args.num_workers,
-                                        limit=args.num_eval_batches or (args.debug_batches if args.debug else None)))
+                                        limit=args.num_eval_batches
+                                        or (args.debug_batches if args.debug else None)).to(job.device))
         paths = build_luts(space, blocks, args.width_window_filter, teacher.to(job.device),
                            os.path.join(args.checkpoint_path, space.name), os.path.join(args.output_path, space.name),
                            calibration, evaluation, predictor, job, args.num_samples_per_stage, hw_list,

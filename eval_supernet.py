@@ -52,7 +52,8 @@ def get_args():
 
 def main(args):
     supernets = [find_supernet(choice, args.superspace) for choice in args.supernet_choice]
-    with distributed_job(args.local_rank, args.device) if args.mode == 'acc' else contextlib.nullcontext():
+    with (distributed_job(args.local_rank, args.device, args.deterministic) if args.mode == 'acc'
+          else contextlib.nullcontext()):
         for supernet in supernets:
             evaluate_supernet(supernet, args)
 

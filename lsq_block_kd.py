@@ -23,7 +23,7 @@ def get_args():
 
 
 def main(args):
-    with distributed_job(args.local_rank, args.device) as job:
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
         teacher = build_teacher(args.teacher_arch, quant=True, checkpoint=args.teacher_checkpoint_path)
         train(args, job, teacher, quant=True, from_scratch=args.from_scratch)
 

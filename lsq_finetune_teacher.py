@@ -18,9 +18,11 @@ from modules.block_kd.teacher import DEFAULT_ARCH, DEFAULT_ROOT, build_teacher, 
 from modules.cli import SEED, SHARE, not_negative, parser, positive, run, within
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import set_quant_mode
-from modules.training.checkpoint import load_weights, restore, save_checkpoint
+from modules.training import distributed
+from modules.training.acceleration import choose_quantisers
+from modules.training.checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
 from modules.training.data import add_data_arguments, eval_loader, open_data, train_loader
-from modules.training.distributed import add_distributed_arguments, average, average_gradients, distributed_job
+from modules.training.gradients import GradientAverage
 from modules.training.log import note, progress
 from modules.training.optim import cosine, parameter_groups, set_learning_rate
 
@@ -44,15 +46,16 @@ def get_args():
     p.add_argument('--test_only', action='store_true', help='report on the int8 teacher that is there')
     p.add_argument('--seed', type=SEED, default=0, help='of order and augmentation')
     add_data_arguments(p)
-    add_distributed_arguments(p)
+    distributed.add_distributed_arguments(p, int8_training=True)
     return p.parse_args()
 
 
 def main(args):
-    with distributed_job(args.local_rank, args.device) as job:
+    with distributed.distributed_job(args.local_rank, args.device, args.deterministic) as job:
         path = default_checkpoint(args.teacher_arch, args.output_path)
         unfinished = os.path.join(os.path.dirname(path), 'unfinished.pth')
-        if args.resume and not args.test_only and os.path.isfile(path) and not os.path.isfile(unfinished):
+        if not args.test_only and distributed.of_main(
+                lambda: args.resume and os.path.isfile(path) and not os.path.isfile(unfinished), job):
             note(f'{path}: already fine-tuned')
             return
         original = build_teacher(args.teacher_arch, weights=args.weights).to(job.device)
@@ -86,21 +89,24 @@ def finetune(teacher, original, data, path, args, job):
     names = ('learning_rate', 'momentum', 'weight_decay', 'image_size', 'from_teacher', 'augment', 'seed')
     settings = {name: getattr(args, name) for name in names} | {
         'images': len(data.train), 'images a step': args.train_batch_size * job.world_size, 'steps': total}
-    step = resume(teacher, optimizer, settings, path) if args.resume else 0
+    step = resume(teacher, optimizer, settings, path, job) if args.resume else 0
+    distributed.check_same(f'the step of {path}', step, job)
+    choose_quantisers(args.compile, True, total, job.device)
     bar = progress(total, f'int8 {teacher.arch}', step, job.is_main)
     while step < total:
         for images, labels in epoch_from(data.train, step // per_epoch, step % per_epoch, *loader_args):
-            images, target = images.to(job.device), labels.to(job.device)
+            target = labels.to(job.device, non_blocking=True)
             if args.from_teacher:
                 target = original(images).softmax(1)
             loss = F.cross_entropy(teacher(images), target)
-            mean_loss, = average([loss.item()], job)
+            mean_loss, = distributed.average(loss.detach()[None], job)
             if not math.isfinite(mean_loss):
                 raise UserError(f'loss {mean_loss} at step {step} of {total}: try a smaller --learning_rate')
             set_learning_rate(optimizer, cosine(args.learning_rate, step, total))
             optimizer.zero_grad()
-            loss.backward()
-            average_gradients(teacher.parameters(), job)
+            gradients = GradientAverage(teacher.parameters(), job)
+            gradients.backward(loss)
+            gradients.finish()
             optimizer.step()
             step += 1
             bar.set_postfix(loss=mean_loss, refresh=False)
@@ -115,14 +121,15 @@ def finetune(teacher, original, data, path, args, job):
 
 def epoch_from(images, epoch, step, batch_size, seed, job, workers):
     """Loader of this rank's part of an epoch, from `step` on."""
-    return train_loader(images, batch_size, epoch, seed, job.rank, job.world_size, workers, start_step=step)
+    return train_loader(images, batch_size, epoch, seed, job.rank, job.world_size, workers, step).to(job.device)
 
 
-def resume(teacher, optimizer, settings, path):
+def resume(teacher, optimizer, settings, path, job):
     """Load the state at `path`; returns the steps taken, 0 without one. Other settings are an error."""
-    if not os.path.isfile(path):
+    state = distributed.of_main(lambda: load_checkpoint(path) if os.path.isfile(path) else None, job)
+    if state is None:
         return 0
-    state = load_weights(teacher, path, 'the teacher')
+    load_weights(teacher, state, f'{path}: not the weights of the teacher')
     return restore(path, state, settings, optimizer, {'step': int}, settings['steps'])['step']
 
 
@@ -131,11 +138,11 @@ def report(teacher, original, images, args, job):
     """Print how often int8 and fp32 give the same answer and, with labels, how often each is right."""
     counts = [0, 0, 0, 0]
     for batch, labels in eval_loader(images, args.train_batch_size, job.rank, job.world_size, args.num_workers,
-                                     limit_images=args.num_eval_images):
-        ours, theirs = (network(batch.to(job.device)).argmax(1).cpu() for network in (teacher, original))
+                                     limit_images=args.num_eval_images).to(job.device):
+        ours, theirs = (network(batch).argmax(1).cpu() for network in (teacher, original))
         agreed = [ours == theirs, ours == labels, theirs == labels]
         counts = [c + new for c, new in zip(counts, [len(batch), *(int(a.sum()) for a in agreed)])]
-    total, same, int8, fp32 = (count * job.world_size for count in average(counts, job))
+    total, same, int8, fp32 = (count * job.world_size for count in distributed.average(counts, job))
     if job.is_main and total:
         accuracy = '' if args.from_teacher else f'; right: int8 {int8 / total:.2%}, fp32 {fp32 / total:.2%}'
         print(f'{total:.0f} held-out images: int8 answers as fp32 on {same / total:.2%}{accuracy}')

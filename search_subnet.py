@@ -36,7 +36,7 @@ from modules.subnet_search import (
 )
 from modules.training.checkpoint import precision
 from modules.training.data import calibration_batches, eval_loader
-from modules.training.distributed import distributed_job, share
+from modules.training.distributed import check_same, distributed_job, share
 from modules.training.evaluate import DecodedImages
 from modules.training.log import run_log
 from modules.training.parallel import default_workers
@@ -94,15 +94,16 @@ def main(args):
                 'calibration images': args.batch_size * args.num_calib_batches, 'batch_size': args.batch_size}
     folder = os.path.join(args.output_path, str(supernet) + '-align1' * args.align_sample
                           + '-fp32' * (not args.quant_mode))
-    with distributed_job(args.local_rank, args.device) as job, \
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job, \
             SharedHistory(folder, settings, job, args.resume) as history, \
             run_log(os.path.join(folder, 'search.log'), args.resume, job.is_main) as say:
+        check_same("the supernet's checkpoint", settings['checkpoint'], job)
         say(f'{supernet} in {kind} from {path}; {recipe}; {len(history.entries)} subnets scored before; {settings}')
         model.to(job.device)
         calibration = DecodedImages(calibration_batches(data.train, args.batch_size, args.num_calib_batches, args.seed,
-                                                        args.num_workers), data.mean_std).to(job.device)
+                                                        args.num_workers)).to(job.device)
         valid = DecodedImages(eval_loader(data.valid, args.batch_size, workers=args.num_workers,
-                                          limit_images=args.num_valid_images), data.mean_std).to(job.device)
+                                          limit_images=args.num_valid_images)).to(job.device)
         initialise_scales(model, data, args.batch_size, job, args.seed, args.align_sample)
         threads = share(1 if job.device.type == 'cuda' else args.num_threads or default_workers(), job)
         measure = measure_with(model, calibration, valid, job, threads)

@@ -25,8 +25,9 @@ from modules.block_kd.trainer import (
 from modules.cli import SEED, not_negative, parser, positive, run
 from modules.errors import UserError
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
+from modules.training.acceleration import use_amp
 from modules.training.data import add_data_arguments, open_data
-from modules.training.distributed import add_distributed_arguments, distributed_job
+from modules.training.distributed import add_distributed_arguments, distributed_job, of_main
 from modules.training.log import note
 from modules.training.losses import NSR_SIGNALS
 from modules.training.sources import count_classes
@@ -66,7 +67,7 @@ def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES, s
     p.add_argument('--debug_batches', type=positive(int), default=10, help='steps and batches of --debug')
     p.add_argument('--seed', type=SEED, default=0, help='of weights, sub-stages and augmentation')
     add_data_arguments(p)
-    add_distributed_arguments(p)
+    add_distributed_arguments(p, int8_training=True)
     return p
 
 
@@ -77,7 +78,7 @@ def get_args():
 
 
 def main(args):
-    with distributed_job(args.local_rank, args.device) as job:
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
         train(args, job, build_teacher(args.teacher_arch, weights=args.teacher_weights))
 
 
@@ -93,11 +94,9 @@ def train(args, job, teacher, quant=False, from_scratch=False):
     if HEAD in blocks:
         blocks = with_head(blocks, args, data.num_classes, teacher)
     if not args.stage_list and (args.test_only or quant and not from_scratch):
-        blocks = without_untrained_ends(blocks, args.output_path, quant and args.test_only)
+        blocks = of_main(lambda: without_untrained_ends(blocks, args.output_path, quant and args.test_only), job)
     if not len(data.valid):
         raise UserError('no held-out images to evaluate on: give a --valid_size, or more pictures')
-    if args.amp and job.device.type != 'cuda':
-        note('--amp: only on GPUs; this run computes in float32')
     debug = args.debug_batches if args.debug else None
     rates = dict(zip(parts_of(space), (args.stem_learning_rate, *args.learning_rate_list[:len(space.searchable_stages)],
                                        args.head_learning_rate)))
@@ -106,7 +105,7 @@ def train(args, job, teacher, quant=False, from_scratch=False):
                     num_calib_batches=args.num_calib_batches, checkpoint_freq=args.checkpoint_freq,
                     max_steps=args.max_steps or debug,
                     num_valid_batches=args.num_valid_batches or debug,
-                    amp=args.amp and job.device.type == 'cuda', channels_last=not args.no_channels_last, quant=quant,
+                    amp=use_amp(args.amp, job.device), channels_last=not args.no_channels_last, quant=quant,
                     from_scratch=from_scratch, seed=args.seed, workers=args.num_workers)
     independent = args.parallel == 'blocks'
     if independent:
@@ -116,11 +115,13 @@ def train(args, job, teacher, quant=False, from_scratch=False):
         if args.test_only:
             results = {}
             for part, ids in by_part(blocks).items():
-                students = [build_student(space, i, teacher, args.output_path, quant, unfinished=True) for i in ids]
+                students = of_main(lambda: [build_student(space, i, teacher, args.output_path, quant, unfinished=True)
+                                            for i in ids], job)
                 students = [(i, student.to(job.device)) for i, student in zip(ids, students)]
                 results.update(evaluate(part, students, teacher, data, recipe, job))
         else:
-            results = train_blocks(space, blocks, teacher, data, args.output_path, recipe, job, args.resume)
+            results = train_blocks(space, blocks, teacher, data, args.output_path, recipe, job, args.resume,
+                                   args.compile)
     if job.is_main:
         for block, losses in results.items():
             shown = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())

@@ -16,16 +16,18 @@ import torch
 from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import parser, run
 from modules.errors import UserError
-from modules.modeling.ops.lsq_plus import compile_quantisers, prove_quantisers, set_quant_mode
+from modules.modeling.ops.lsq_plus import set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
+from modules.training.acceleration import choose_quantisers, use_amp
 from modules.training.checkpoint import checkpoint_folder, checkpoint_name
 from modules.training.config import add_config_arguments, load_config
 from modules.training.data import add_data_arguments, open_data, seed_of
-from modules.training.distributed import add_distributed_arguments, distributed_job
+from modules.training.distributed import add_distributed_arguments, distributed_job, of_main
 from modules.training.evaluate import Accuracy
 from modules.training.log import note
+from modules.training.resumable import steps_per_epoch
 from modules.training.supernet_trainer import SupernetRecipe, train_supernet, validate_checkpoint
 
 
@@ -44,12 +46,10 @@ def get_args():
     p.add_argument('--init_block_kd', metavar='FOLDER', help='start from the blocks that block KD has trained there, '
                    '--quant_mode from their lsq.pth; default: from random weights')
     p.add_argument('--amp', action='store_true', help='bf16 autocast, for GPUs')
-    p.add_argument('--compile', action='store_true', help='fake-quantise by kernels of torch.compile: --quant_mode '
-                   'is faster after some seconds of compilation; needs a C++ compiler, on GPUs Triton')
     add_data_arguments(p)
     p.set_defaults(augment=None, valid_size=None)           # keys of the configuration
     add_config_arguments(p, SupernetRecipe, skip=('augment', 'valid_size'))
-    add_distributed_arguments(p)
+    add_distributed_arguments(p, int8_training=True)
     return p.parse_args()
 
 
@@ -66,20 +66,18 @@ def main(args):
                      max(supernet.superspace.resolutions), seed=recipe.seed)
     if not len(data.valid):
         raise UserError(f'--valid_size {recipe.valid_size}: no held-out images to validate on')
-    folder = checkpoint_folder(args.output_path, supernet, args.align_sample)
-    with distributed_job(args.local_rank, args.device) as job:
-        if args.amp and job.device.type != 'cuda':
-            note('--amp: only on GPUs; this run computes in float32')
-        if args.compile and not args.quant_mode:
-            note('--compile speeds up --quant_mode only')
-        elif args.compile:
-            compile_quantisers()
-            prove_quantisers(job.device)
+    folder, name = checkpoint_folder(args.output_path, supernet, args.align_sample), checkpoint_name(args.quant_mode)
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
+        if not args.test_only:
+            steps = steps_per_epoch(data, recipe.batch_size_per_gpu, recipe.seed, job, recipe.max_steps)
+            choose_quantisers(args.compile, args.quant_mode, steps * recipe.epochs, job.device)
         model = build(supernet, data.num_classes, recipe, args.quant_mode)
         blocks = None
         if args.init_block_kd and not args.test_only:
-            students, blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode)
-            if not (args.resume and os.path.isfile(os.path.join(folder, checkpoint_name(args.quant_mode)))):
+            students, blocks, state = of_main(lambda: (*start_from_blocks(model, args.init_block_kd, args.quant_mode),
+                                                       model.state_dict()), job)
+            model.load_state_dict(state)
+            if not of_main(lambda: args.resume and os.path.isfile(os.path.join(folder, name)), job):
                 learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, recipe.seed, job.device,
                            args.num_workers)
         if args.test_only:
@@ -87,12 +85,11 @@ def main(args):
                                           args.num_workers)
         else:
             results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
-                                     args.align_sample, args.amp and job.device.type == 'cuda', args.num_workers,
-                                     blocks)
+                                     args.align_sample, use_amp(args.amp, job.device), args.num_workers, blocks)
     if job.is_main:
-        for name, result in results.items():
-            print(f'{supernet} {name}: {Accuracy(**result)}')
-        print(os.path.join(folder, checkpoint_name(args.quant_mode)))
+        for subnet, result in results.items():
+            print(f'{supernet} {subnet}: {Accuracy(**result)}')
+        print(os.path.join(folder, name))
 
 
 def build(supernet, num_classes, recipe, quant):

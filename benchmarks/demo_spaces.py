@@ -97,8 +97,8 @@ def measure(supernet, constraint, predictor, args):
     start = 'block_kd' if args.init_block_kd else 'scratch'
     folder = os.path.join(args.output, f'{plain_name(args.dataset)}-{start}-{args.steps}', str(supernet))
     train_supernet(model, data, recipe, folder, job, resume=True, align_sample=True, blocks=blocks)
-    calibration = DecodedImages(calibration_batches(data.train, 64, 8, args.seed), data.mean_std)
-    valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images), data.mean_std)
+    calibration = DecodedImages(calibration_batches(data.train, 64, 8, args.seed))
+    valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images))
 
     def top1(subnet):
         return evaluate_subnet(model, subnet, calibration, valid, job).top1

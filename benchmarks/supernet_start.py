@@ -116,8 +116,8 @@ def evaluated_subnets(supernet, predictor, count):
 def evaluate(args, model, data):
     """{kind: [top-1, …]} of a trained supernet on held-out images."""
     supernet, job = model.encoding, Job()
-    calibration = DecodedImages(calibration_batches(data.train, 32, 8), data.mean_std)
-    valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images), data.mean_std)
+    calibration = DecodedImages(calibration_batches(data.train, 32, 8))
+    valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images))
     if any(op.is_quantised and not op.scales_initialized for op in quantised_ops(model)):
         rng, (images, _) = random.Random(0), next(iter(calibration))
         initialize_all_scales(model, images, model.set_max_subnet, lambda: model.sample_active_subnet(rng, True))

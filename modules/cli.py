@@ -129,7 +129,10 @@ SEED = within(int, 0, 2 ** 32 - 1)
 
 
 def run(main, get_args):
-    """main(get_args()); a UserError, an OSError or a lack of memory is one line on stderr and exit code 2."""
+    """main(get_args()); a UserError, an OSError or a lack of memory is one line on stderr and exit code 2.
+
+    A job that torchrun has started anew goes on from its checkpoints, as with --resume.
+    """
     for stream in (sys.stdout, sys.stderr):             # a file's name may hold what an encoding has not
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
@@ -138,19 +141,30 @@ def run(main, get_args):
         for name, value in getattr(args, '__dict__', {}).items():
             if value == '':
                 raise UserError(f"--{name} '': an empty value")
+        if getattr(args, 'resume', None) is False:
+            args.resume = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
         main(args)
-    except MemoryError as error:
-        sys.exit(_fail(f'not enough memory: {one_line(error)}'))
-    except (UserError, OSError) as error:               # OSError: a missing file, a full disk
-        sys.exit(_fail(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt) as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        sys.exit(code)
 
 
-def _fail(error):
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+def exit_code(error):
+    """Print the line of an error that is no bug and give its exit code; None, without a line, for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, MemoryError):
+        error = f'not enough memory: {one_line(error)}'
+    elif type(error).__name__ == 'OutOfMemoryError':    # torch's, of a GPU; this module does without torch
+        error = (f'not enough GPU memory: {one_line(error)[:160]}; lower the batch size, --num_threads or '
+                 '--cache_gb; train_supernet.py takes the same steps in parts with --accumulate')
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         reason = 'a file, not a folder' if isinstance(error, FileExistsError) else error.strerror
         error = f'{error.filename2 or error.filename}: {reason}'        # of a rename the second
+    elif not isinstance(error, (UserError, OSError)):   # OSError: a missing file, a full disk
+        return None
     _say_error('error: ' + ' '.join(str(error).split('\n')))
     return 2
 

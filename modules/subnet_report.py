@@ -7,7 +7,7 @@ from .cli import SEED, positive
 from .files import write_csv
 from .latency import add_platform_arguments
 from .modeling.complexity import config_complexity
-from .modeling.ops.lsq_plus import quantised_ops
+from .modeling.ops.lsq_plus import quantise_weights_once, quantised_ops
 from .training.calibrate import calibrate, initialize_all_scales, kept_statistics
 from .training.checkpoint import precision
 from .training.classes import fit_classes
@@ -52,18 +52,19 @@ def evaluation_images(data, job, batch_size, num_calib_batches, limit_images=Non
                       workers=0):
     """(calibration, test) batches of this rank's share, the latter of images_to_test()."""
     calibration = DecodedImages(calibration_batches(data.train, batch_size, num_calib_batches, seed, workers, job.rank,
-                                                    job.world_size), data.mean_std)
+                                                    job.world_size).to(job.device))
     return calibration, images_to_test(data, job, batch_size, limit_images, passes, cache_gb, workers)
 
 
 def images_to_test(data, job, batch_size, limit_images=None, passes=1, cache_gb=8.0, workers=0):
     """Test batches of this rank's share; decoded once for several `passes` if they fit in cache_gb (GiB)."""
     test = eval_loader(data.test, batch_size, job.rank, job.world_size, workers, limit_images=limit_images)
+    test = test.to(job.device)
     total = len(test)
     if passes > 1:
         size = total * batch_size * data.test[0][0].numel() / 2 ** 30
         if size <= cache_gb:
-            test = DecodedImages(test, data.mean_std)
+            test = DecodedImages(test)
         else:
             note(f'the test images take {size:.1f} GiB a rank, more than --cache_gb {cache_gb:g}: decoded per subnet')
     return _Watched(test, total, job)
@@ -103,7 +104,7 @@ def evaluation(title, supernet, path, subnets, args, held_out=False):
     if held_out:
         note(f'on {len(data.valid)} held-out training images, not on the test images')
         data = dataclasses.replace(data, test=data.valid)
-    with distributed_job(args.local_rank, args.device) as job:
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
         if job.is_main:
             print(f'{title} in {precision(args.quant_mode)} from {path}', flush=True)
         model.to(job.device)
@@ -123,7 +124,7 @@ def calibrated_network(supernet, subnet, calibration, job):
 
 def evaluate_static(supernet, subnet, calibration, test, job):
     """evaluate_subnet() by the extracted static network, which is what is deployed."""
-    return accuracy(calibrated_network(supernet, subnet, calibration, job), test, job)
+    return accuracy(quantise_weights_once(calibrated_network(supernet, subnet, calibration, job)), test, job)
 
 
 def evaluate_all(supernet, subnets, images, job, milliseconds, path, measure=evaluate_subnet):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .errors import UserError
 from .evolution import History
-from .modeling.ops.lsq_plus import local_initialisation, quantised_ops
+from .modeling.ops.lsq_plus import local_initialisation, quantise_weights_once, quantised_ops
 from .search_space import sampling
 from .search_space.encoding import Subnet, parse_subnet, subnet_config
 from .training.calibrate import calibrate, initialize_all_scales
@@ -243,7 +243,7 @@ def measure_with(model, calibration, valid, job, threads=1):
     def copy(subnet):
         with kept_subnet(model):
             model.set_active_subnet(subnet)
-            return model.get_active_subnet().to(job.device)
+            return quantise_weights_once(model.get_active_subnet().to(job.device))
 
     def run(network):
         calibrate(network, images_of(calibration, job.device))

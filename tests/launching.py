@@ -52,6 +52,7 @@ def run_script(script, *args, ranks=1, kill_when=None, victims=slice(None), code
     """Output of a script, all of whose ranks have to end with `code`; they start as torch.distributed.launch does it.
 
     kill_when: its `victims` among the ranks are SIGKILLed as soon as this file is there, or this function says so.
+    `{rank}` in an argument is the rank's number: ranks of several machines have folders of their own.
     """
     argv, folder = [os.path.join(ROOT, script), *map(str, args)], cwd or os.getcwd()
     port = free_port()
@@ -62,7 +63,8 @@ def run_script(script, *args, ranks=1, kill_when=None, victims=slice(None), code
             place = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks,
                      'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port} if ranks > 1 else {}
             environment = {name: str(value) for name, value in place.items()}
-            words = [*argv, f'--local-rank={rank}'] if ranks > 1 else argv
+            words = [word.replace('{rank}', str(rank)) for word in argv]
+            words += [f'--local-rank={rank}'] * (ranks > 1)
             processes.append(SERVER.Process(target=_be_script, args=(words, environment, output.name, folder)))
             processes[-1].start()
         try:
@@ -87,5 +89,5 @@ def run_script(script, *args, ranks=1, kill_when=None, victims=slice(None), code
         assert set(codes[victims]) == {-signal.SIGKILL}, f'it ended before it was killed: {text}'
         assert all(codes), text
     else:
-        assert set(codes) == {code}, text
+        assert set(codes) == {code}, (codes, text)
     return text

@@ -78,22 +78,23 @@ def _weights(folder, name):
 
 @pytest.mark.parametrize('ranks', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path, photos, teacher_file, ranks):
-    """fp32, then LSQ+ from its result; both killed by SIGKILL after the first checkpoint."""
+    """fp32, then LSQ+ from its result; both killed by SIGKILL after the first checkpoint. Ranks have a disk each."""
+    disk, whole, broken = tmp_path / 'disk{rank}', tmp_path / 'disk0' / 'whole', tmp_path / 'disk0' / 'broken'
     lsq = ('--teacher_checkpoint_path', teacher_file)
     for script, name, more in (('train_block_kd.py', 'checkpoint.pth', ('--num_epochs', 2, '--max_steps', 2)),
                                ('lsq_block_kd.py', 'lsq.pth', lsq)):
-        _train(script, photos, tmp_path / 'whole', *more, ranks=ranks)
-        _train(script, photos, tmp_path / 'broken', *more, ranks=ranks,
-               kill_when=str(tmp_path / 'broken' / BLOCKS[0] / name))
-        states = [load_checkpoint(tmp_path / 'broken' / block / name) for block in BLOCKS
-                  if os.path.exists(tmp_path / 'broken' / block / name)]
+        _train(script, photos, disk / 'whole', *more, ranks=ranks)
+        _train(script, photos, disk / 'broken', *more, ranks=ranks,
+               kill_when=str(broken / BLOCKS[0] / name))
+        states = [load_checkpoint(broken / block / name) for block in BLOCKS
+                  if os.path.exists(broken / block / name)]
         assert states and not any(state['done'] for state in states)
-        _train(script, photos, tmp_path / 'broken', *more, '--resume', ranks=ranks)
-        whole, broken = _weights(tmp_path / 'whole', name), _weights(tmp_path / 'broken', name)
-        assert whole.keys() == broken.keys()
-        assert all(torch.equal(whole[key], broken[key]) for key in whole)
-    fp32 = _weights(tmp_path / 'whole', 'checkpoint.pth')
-    lsq = _weights(tmp_path / 'whole', 'lsq.pth')
+        _train(script, photos, disk / 'broken', *more, '--resume', ranks=ranks)
+        once, resumed = _weights(whole, name), _weights(broken, name)
+        assert once.keys() == resumed.keys()
+        assert all(torch.equal(once[key], resumed[key]) for key in once)
+    assert not list(tmp_path.glob('disk1/**/*.pth'))
+    fp32, lsq = _weights(whole, 'checkpoint.pth'), _weights(whole, 'lsq.pth')
     assert all((fp32[key] == 1).all() for key in fp32 if key[1].endswith('.sw'))
     assert any((lsq[key] != 1).all() for key in lsq if key[1].endswith('.sw'))
 
@@ -213,9 +214,9 @@ def test_the_ends_copy_the_teachers_ends(photos):
     teacher = build_teacher('efficientnet-lite0')
     theirs, ours = (open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=normalize).valid
                     for normalize in (teacher.normalize, 'imagenet'))
-    images = theirs[0][0][None]
+    images, expected = (next(iter(eval_loader(dataset, 1)))[0] for dataset in (theirs, ours))
     stem_input, stem_target = teacher_maps(teacher, SPACE, 'stem', images)
-    torch.testing.assert_close(stem_input[0], ours[0][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stem_input, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(stem_target, teacher.forward_to_stage(images, 'stage1')[1])
     for space, last in ((SPACE, 'stage6'), (get_superspace('demo'), 'stage3')):
         head_input, logits = teacher_maps(teacher, space, 'head', images)

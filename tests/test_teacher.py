@@ -418,14 +418,24 @@ def test_labels_that_do_not_fit_the_head_and_a_loss_that_is_not_finite(weights, 
 def test_int8_lite0_keeps_its_answers_on_labelled_photos():
     from PIL import Image
 
-    from modules.training.data import build_transforms
+    from modules.training.data import NORMALIZATIONS, build_transforms, to_floats
     folder = os.path.dirname(importlib.util.find_spec('foolbox').origin)
     paths = sorted(glob.glob(f'{folder}/data/imagenet_*.jpg'))
     labels = torch.tensor([int(path.split('_')[-1][:-4]) for path in paths])
     fp32, int8 = (build_teacher(LITE0, quant=quant) for quant in (False, True))
     transform = build_transforms(normalize=fp32.normalize)[1]
-    images = torch.stack([transform(Image.open(path).convert('RGB')) for path in paths])
+    images = to_floats(torch.stack([transform(Image.open(path).convert('RGB')) for path in paths]),
+                       NORMALIZATIONS[fp32.normalize])
     int8(images[:8])                                                    # sets the scales
     answers, int8_answers = fp32(images).argmax(1), int8(images).argmax(1)
     assert len(paths) == 20 and (answers == labels).sum() >= 17
     assert (int8_answers == answers).sum() >= 19
+
+
+def test_two_ranks_with_a_disk_each_go_on_with_what_rank_0_has(weights):
+    argv = _finetune(weights / 'disk{rank}', '--from_teacher')
+    path = default_checkpoint(LITE0, weights / 'disk0')
+    run_script(*argv, ranks=2, kill_when=os.path.join(os.path.dirname(path), 'unfinished.pth'))
+    assert 'already' not in run_script(*argv, '--resume', ranks=2)
+    assert 'already fine-tuned' in run_script(*argv, '--resume', ranks=2)
+    assert os.path.isfile(path) and not list(weights.glob('disk1/**/*.pth'))

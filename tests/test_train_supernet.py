@@ -19,7 +19,7 @@ from modules.modeling.supernet import Supernet
 from modules.search_space.sampling import min_subnet
 from modules.training import supernet_trainer
 from modules.training.calibrate import norm_statistics
-from modules.training.checkpoint import load_checkpoint
+from modules.training.checkpoint import load_checkpoint, save_checkpoint
 from modules.training.config import load_config, save_config
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
@@ -128,14 +128,12 @@ def digits(tmp_path_factory):
 
 def test_decoded_images_are_the_loaders(digits):
     loader = eval_loader(digits.valid, 32)
-    decoded = DecodedImages(loader, digits.mean_std)
+    decoded = DecodedImages(loader)
     assert len(decoded) == 100
     for _ in range(2):
         for (images, labels), (kept, kept_labels) in zip(loader, decoded, strict=True):
             assert torch.equal(images, kept) and torch.equal(labels, kept_labels)
     assert all(pixels.dtype == torch.uint8 for pixels, _ in decoded.batches)
-    with pytest.raises(ValueError, match='8-bit'):
-        DecodedImages([(torch.randn(2, 3, 4, 4), torch.zeros(2))], digits.mean_std)
 
 
 def test_accuracy_counts_every_image():
@@ -154,8 +152,8 @@ def test_evaluating_a_subnet_leaves_the_supernet_as_it_was(digits):
     torch.manual_seed(0)
     supernet = Supernet.build_from_str('demo-012', 10).train()
     before = norm_statistics(supernet), supernet.active_subnet
-    calibration = DecodedImages(calibration_batches(digits.train, 32, 2), digits.mean_std)
-    test = DecodedImages(eval_loader(digits.valid, 50), digits.mean_std)
+    calibration = DecodedImages(calibration_batches(digits.train, 32, 2))
+    test = DecodedImages(eval_loader(digits.valid, 50))
     first = evaluate_subnet(supernet, min_subnet(supernet.encoding), calibration, test, Job())
     assert evaluate_subnet(supernet, str(min_subnet(supernet.encoding)), calibration, test, Job()) == first
     assert supernet.active_subnet == before[1] and supernet.training
@@ -220,6 +218,35 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(digits, tmp_path, m
         train_supernet(_build(), digits, RECIPE, str(tmp_path / 'nan'), Job())
     kept = load_checkpoint(tmp_path / 'nan' / 'checkpoint.pth')
     assert kept['step'] == 2                                        # step 3's loss did not prove its weights good
+
+
+def test_a_published_checkpoint_goes_on_from_its_epoch_or_is_refused(digits, tmp_path):
+    """It has epochs, no steps; it is never written over. The batches come in two parts here."""
+    short, path = dataclasses.replace(RECIPE, epochs=2, max_steps=1, accumulate=2), tmp_path / 'checkpoint.pth'
+    train_supernet(_build(), digits, dataclasses.replace(short, epochs=1), str(tmp_path), Job())
+    state = load_checkpoint(path)
+    published = {'epoch': 1, 'state_dict': state['state_dict'], 'optimizer': state['optimizer']}
+    save_checkpoint(path, published)
+    before = path.read_bytes()
+    train_supernet(_build(), digits, short, str(tmp_path), Job(), resume=True)
+    assert load_checkpoint(path)['step'] == 2 and (tmp_path / 'checkpoint_old.pth').read_bytes() == before
+    for change, said in (({'optimizer': None}, 'cannot go on from'), ({}, 'checkpoint_old.pth is there'),
+                         ({'epoch': 2}, 'epoch 2 of 2')):
+        save_checkpoint(path, published | change)
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=said):
+            train_supernet(_build(), digits, short, str(tmp_path), Job(), resume=True)
+        assert path.read_bytes() == before
+    with pytest.raises(UserError, match='less than two images'):
+        train_supernet(_build(), digits, dataclasses.replace(short, accumulate=100), str(tmp_path), Job())
+
+
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_memory_order_is_a_setting(digits, tmp_path, channels_last):
+    supernet, short = _build(), dataclasses.replace(RECIPE, epochs=1, max_steps=1, channels_last=channels_last)
+    train_supernet(supernet, digits, short, str(tmp_path), Job())
+    kernels = [p for p in supernet.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[-1] > 1]
+    assert kernels and all(p.is_contiguous() != channels_last for p in kernels)
 
 
 def test_collapse_to_guessing_stops(digits, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ The teacher's maps of the calibration and evaluation images are computed once pe
 (FeatureCache) and serve every row of every block of the stage; what a row then costs is the student alone.
 Ranks share the rows. Rows depend on weights, images, settings and seed only: not on ranks, threads or order.
 """
+import contextlib
 import copy
 import glob
 import hashlib
@@ -23,10 +24,10 @@ from ..search_space import sampling
 from ..search_space.encoding import BlockId, format_sub_stage, parse_sub_stage
 from ..search_space.superspace import get_superspace
 from ..training.calibrate import calibrate, kept_statistics
-from ..training.distributed import barrier
+from ..training.distributed import barrier, gather, of_main
 from ..training.log import note, progress
 from ..training.losses import nsr_loss
-from ..training.parallel import thread_map
+from ..training.parallel import one_core, thread_map
 from .checkpoints import build_student, require_checkpoint
 from .lut import LutRow, format_row, parse_row, read_block_lut, write_block_lut
 from .trainer import by_part, check_map_sizes
@@ -149,7 +150,8 @@ def build_luts(superspace, block_ids, windows, teacher, folder, output, calibrat
         raise UserError(f'--width_window_filter {" ".join(map(str, windows))}: no stage has such a width window')
     for block in block_ids:                     # a missing checkpoint is told before the teacher runs
         require_checkpoint(folder, block, True, superspace)
-    built = {lut_id for ids in lut_ids.values() for lut_id in ids if _is_built(superspace, output, lut_id)}
+    built = of_main(lambda: {lut_id for ids in lut_ids.values() for lut_id in ids
+                             if _is_built(superspace, output, lut_id)}, job)
     for lut_id in (lut_id for ids in lut_ids.values() for lut_id in ids if lut_id not in built):
         for sample in sample_rows(superspace, str(lut_id), num_samples, hw_list, seed):
             _latency(superspace, lut_id, sample, predictor)     # a block that the platform lacks, too
@@ -196,12 +198,8 @@ def _prepare(student, cache, seed, settings):
     digest = hashlib.sha256(f'{cache.digest} {settings}'.encode())
     _hash_tensors(digest, student.state_dict().values())
     stage_input = next(cache.calibration(max(cache.batches)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_core():
         student.initialize_scales(stage_input, random.Random(f'{seed} {student.block_id} scales'))
-    finally:
-        torch.set_num_threads(threads)
     return digest.hexdigest()
 
 
@@ -233,16 +231,19 @@ def _build(superspace, lut_id, samples, student, cache, predictor, output, job, 
             file.flush()
             bar.update()
     barrier(job)
+    parts = gather(_read_parts(path, header, superspace, lut_id, samples), job)
     if job.is_main:
-        rows = _read_parts(path, header, superspace, lut_id, samples)
+        rows = {i: row for part in parts for i, row in part.items()}
         write_block_lut(path, [rows[i] for i in range(len(samples))])
-        _remove_parts(path)
+    barrier(job)
+    _remove_parts(path)                         # by every rank: perhaps of a disk of its own
     barrier(job)
 
 
 def _remove_parts(path):
     for part in glob.glob(f'{glob.escape(path)}.part*'):
-        os.remove(part)
+        with contextlib.suppress(FileNotFoundError):        # another rank was quicker
+            os.remove(part)
 
 
 def _input_shape(superspace, lut_id, sample):

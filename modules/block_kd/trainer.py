@@ -13,18 +13,19 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import UserError
-from ..files import check_file
 from ..modeling.ops.lsq_plus import local_initialisation, set_quant_mode
 from ..modeling.ops.op import resize
 from ..search_space.encoding import EncodingError, parse_block_id
+from ..training.acceleration import autocast, choose_quantisers, memory_format
 from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from ..training.checkpoint import load_weights
 from ..training.data import calibration_batches, eval_loader
-from ..training.distributed import average, average_gradients, broadcast
+from ..training.distributed import average, broadcast, check_same, of_main
+from ..training.gradients import average_gradients
 from ..training.log import curves, progress
 from ..training.memory import keep_freed_memory
 from ..training.optim import cosine, parameter_groups, set_learning_rate
-from ..training.resumable import ResumableRun, epoch_batches, steps_per_epoch
+from ..training.resumable import ResumableRun, checkpoint_to_resume, epoch_batches, steps_per_epoch
 from .checkpoints import build_student, checkpoint_file, read_block, require_checkpoint
 from .student import Student
 from .targets import HEAD, STEM, kd_loss, part_of, parts_of, teacher_maps
@@ -110,16 +111,20 @@ def by_part(block_ids):
     return parts
 
 
-def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False):
-    """Train blocks part by part into `folder`; returns {block id: {'max': loss, 'min': loss, 'random': loss}}."""
+def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False, compiled='auto'):
+    """Train blocks part by part into `folder`; returns {block id: {'max': loss, 'min': loss, 'random': loss}}.
+
+    compiled: see acceleration.choose_quantisers().
+    """
     keep_freed_memory()
     results = {}
-    teacher.to(memory_format=_memory(recipe))
-    for block in block_ids:
-        if recipe.quant and not recipe.from_scratch:
-            require_checkpoint(folder, block, False, superspace)
+    teacher.to(memory_format=memory_format(recipe))
+    if recipe.quant and not recipe.from_scratch:
+        of_main(lambda: [require_checkpoint(folder, block, False, superspace) for block in block_ids], job)
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
+    choose_quantisers(compiled, recipe.quant, steps * recipe.epochs * len(block_ids), job.device)
     digest = teacher.weights_digest()
+    check_same("the teacher's weights", digest, job)
     for part, blocks in by_part(block_ids).items():
         trainees = [_trainee(superspace, block, teacher, digest, folder, recipe, job, resume, steps, len(data.train))
                     for block in blocks]
@@ -169,10 +174,9 @@ def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume,
     """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch."""
     torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
     path = checkpoint_file(folder, block_id, recipe.quant)
-    check_file(path)
-    resumed = read_block(path, superspace, block_id) if resume and os.path.isfile(path) else None
+    resumed = checkpoint_to_resume(path, resume, job, lambda path: read_block(path, superspace, block_id))
     if recipe.quant and resumed is None and not recipe.from_scratch:
-        student = build_student(superspace, block_id, teacher, folder)
+        student = of_main(lambda: build_student(superspace, block_id, teacher, folder), job)
     else:
         student = build_student(superspace, block_id, teacher)
     if recipe.quant:
@@ -180,16 +184,17 @@ def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume,
     if resumed is not None:
         load_weights(student, resumed, path)
     student.to(job.device)
-    student.to(memory_format=_memory(recipe))
+    student.to(memory_format=memory_format(recipe))
     broadcast(student, job)
     learning_rate = recipe.learning_rates[part_of(block_id)]
     trainee = Trainee(path=path, block_id=block_id, student=student, learning_rate=learning_rate,
                       optimizer=torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate),
                       settings=_settings(recipe, learning_rate, steps, num_images, teacher, digest, job))
-    if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
+    if resumed is not None:
         if isinstance(resumed.get('settings'), dict):
             resumed['settings'].setdefault('teacher weights', digest)       # which older ones do not say
-        trainee.resume({'done': False, **resumed}, steps * recipe.epochs)
+        trainee.resume({'done': False, **resumed}, steps * recipe.epochs, job)
+    trainee.check_ranks(job)
     return trainee
 
 
@@ -222,7 +227,7 @@ def _step(part, trainees, images, teacher, recipe, epoch, step, total, job):
     """One optimiser step of every trainee on one batch of images."""
     hws = _resolutions(recipe, part, epoch, step)
     images = images.to(job.device, non_blocking=True)
-    with torch.no_grad(), _autocast(recipe, job):
+    with torch.no_grad(), autocast(job.device, recipe.amp):
         features = {hw: _part_maps(teacher, trainees[0].student.superspace, part, images, hw, recipe, job)
                     for hw in dict.fromkeys(hws)}
     for trainee in trainees:
@@ -231,7 +236,7 @@ def _step(part, trainees, images, teacher, recipe, epoch, step, total, job):
         trainee.student.train()
         trainee.losses = _sandwich(part, trainee.student, hws, features, rng, recipe, job)
     losses = [loss for t in trainees for loss in t.losses.values()]
-    averages = average(torch.stack(losses).tolist() if losses else [], job)     # the one wait for the device
+    averages = average(torch.stack(losses) if losses else [], job)      # the one wait for the device
     for i, trainee in enumerate(trainees):
         losses = averages[i * len(hws):(i + 1) * len(hws)]
         trainee.losses = dict(zip(trainee.losses, losses))
@@ -260,15 +265,11 @@ def _resolutions(recipe, part, epoch, step):
                                                          for _ in range(recipe.num_random)]
 
 
-def _memory(recipe):
-    return torch.channels_last if recipe.channels_last else torch.contiguous_format
-
-
 def _part_maps(teacher, superspace, part, images, hw, recipe, job):
     """(input, target) of a part from the teacher, for images (N, 3, H, W) resized to hw."""
-    images = resize(images.to(job.device), hw).contiguous(memory_format=_memory(recipe))
+    images = resize(images.to(job.device), hw).contiguous(memory_format=memory_format(recipe))
     part_input, target = teacher_maps(teacher, superspace, part, images)
-    return part_input.contiguous(memory_format=_memory(recipe)), target
+    return part_input.contiguous(memory_format=memory_format(recipe)), target
 
 
 def _sandwich(part, student, hws, features, rng, recipe, job):
@@ -279,13 +280,13 @@ def _sandwich(part, student, hws, features, rng, recipe, job):
         part_input, target = features[hw]
         if i > 0 and not recipe.from_teacher:
             target = of_max[hw]
-        with _autocast(recipe, job):
+        with autocast(job.device, recipe.amp):
             output = student(part_input)
         loss = kd_loss(part, output, target, recipe.nsr_signal)
         loss.backward()
         losses[name] = loss.detach()
         if i == 0 and not recipe.from_teacher:
-            with torch.no_grad(), _autocast(recipe, job):
+            with torch.no_grad(), autocast(job.device, recipe.amp):
                 of_max = {other: output.detach() if other == hw else student(features[other][0])
                           for other in features}
     return losses
@@ -300,10 +301,6 @@ def _activate(student, i, rng):
     else:
         student.sample_active_sub_stage(rng=rng)
     return SUB_STAGES[i] if i < 2 else f'random{i - 1}'
-
-
-def _autocast(recipe, job):
-    return torch.autocast(job.device.type, torch.bfloat16, enabled=recipe.amp)
 
 
 def _report(trainees, step, bar, writer, kind):
@@ -328,7 +325,7 @@ def evaluate(part, students, teacher, data, recipe, job):
         return _part_maps(teacher, students[0][1].superspace, part, images, max(recipe.hw_list), recipe, job)
 
     calibration = [features(images)[0].cpu() for images, *_ in calibration_batches(
-        data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed)]      # of GiB: not on the device
+        data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed).to(job.device)]      # of GiB
     with contextlib.ExitStack() as stack:
         candidates = []
         for block_id, student in students:
@@ -339,7 +336,7 @@ def evaluate(part, students, teacher, data, recipe, job):
                 candidates.append((block_id, name, i, student, norm_statistics(student)))
         sums = {(block_id, name): [0.0, 0] for block_id, name, *_ in candidates}
         for images, _ in eval_loader(data.valid, recipe.batch_size, job.rank, job.world_size, recipe.workers,
-                                     limit=recipe.num_valid_batches):
+                                     limit=recipe.num_valid_batches).to(job.device):
             part_input, target = features(images)
             for block_id, name, i, student, statistics in candidates:
                 _activate(student, i, random.Random(f'{recipe.seed} {block_id} evaluation'))

@@ -94,7 +94,7 @@ def subject(entry, args, quant_mode, data=None):
     if args.skip_weights:
         return random_subject(entry, quant_mode, args.seed)
     batches = DecodedImages(calibration_batches(data.train, args.batch_size, args.num_calib_batches, args.seed,
-                                                args.num_workers), data.mean_std)
+                                                args.num_workers))
     if args.network is not None:
         network = load_network(args.network)
         if quant_mode:

@@ -23,6 +23,7 @@ WEIGHTS = ('state_dict', 'model')           # where checkpoints keep their weigh
 _HYPERPARAMETERS = ('params', 'lr', 'weight_decay', 'momentum', 'dampening', 'betas', 'eps')      # in every torch
 _DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
            torch.float32, torch.float64)
+_LATER_SETTINGS = {'accumulate': 1, 'smallest_freq': 1}     # older checkpoints do not name them: what they were
 _SHOWN = 3                                  # keys that an error message names
 
 
@@ -220,7 +221,7 @@ def restore(path, checkpoint, settings, optimizer, progress, steps):
     'step' from 0 to `steps`. UserError: begun with other settings, or a checkpoint that is damaged.
     """
     begun = checkpoint.get('settings')
-    begun = begun if isinstance(begun, Mapping) else {}
+    begun = _LATER_SETTINGS | (begun if isinstance(begun, Mapping) else {})
     for key, value in settings.items():
         if isinstance(begun.get(key), torch.Tensor) or begun.get(key) != value:
             raise UserError(f'{path}: begun with {key} {str(begun.get(key))[:60]}, not {value}; resume with the same, '

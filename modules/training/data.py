@@ -4,6 +4,9 @@
     for images, labels in train_loader(data.train, 64, epoch=3, seed=0, start_step=120):
         …                                                 # (64, 3, 224, 224) float32, (64,) int64
 
+Pictures leave the loader's workers as bytes, a quarter of what floats take in shared memory and on the way to a device;
+there they become floats and are normalised: train_loader(…).to(device).
+
 Everything random is a function of (seed, epoch, index) alone: a resumed run, any number of loader workers and
 any rank see the same pixels, and the global random states are left as they were.
 
@@ -11,6 +14,7 @@ A picture that cannot be read is left out of its batch, reported once on stderr 
 """
 import contextlib
 import copy
+import functools
 import hashlib
 import random
 import re
@@ -83,15 +87,17 @@ def _seeded(*parts):
 
 
 class ImageSet(Dataset):
-    """Some pictures of a source with a transform: set[index] is ((3, S, S) float32, label).
+    """Some pictures of a source with a transform: set[index] is ((3, S, S) uint8, label).
+
+    mean_std ((r, g, b), (r, g, b)) is what their floats are normalised with, see to_floats().
 
     An augmented set (seed not None) is indexed by (epoch, index), a plain index means epoch 0, and a sample is a
     function of (seed, epoch, index). Raises BrokenImage for one that cannot be read; the loaders below leave
     those out and count them in `broken`, {file: reason}.
     """
 
-    def __init__(self, source, indices, transform, eval_transform, seed, broken):
-        self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
+    def __init__(self, source, indices, transform, eval_transform, seed, broken, mean_std):
+        self.source, self.indices, self.mean_std = source, np.asarray(indices, dtype=np.int64), mean_std
         self.transform, self.eval_transform = transform, eval_transform
         self.seed, self.broken = seed, broken
 
@@ -130,19 +136,28 @@ class ImageSet(Dataset):
 class Data:
     """train is augmented; valid was held out of it; test is another set. The latter two see the evaluation transform.
 
-    num_classes is 0 for unlabelled pictures; broken {file: reason} holds what could not be read so far. mean_std
-    of the three channels is what the images are normalised with.
+    num_classes is 0 for unlabelled pictures; broken {file: reason} holds what could not be read so far.
     """
     train: ImageSet
     valid: ImageSet
     test: ImageSet
     num_classes: int
     broken: dict = field(default_factory=dict)
-    mean_std: tuple = NORMALIZATIONS['imagenet']
+
+
+def to_floats(pixels, mean_std):
+    """Images (…, 3, H, W) of 8-bit pixels as normalised float32, on their device."""
+    mean, std = (_channels(values, pixels.device) for values in mean_std)
+    return (pixels.to(torch.float32) / 255 - mean) / std
+
+
+@functools.cache
+def _channels(values, device):
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def build_transforms(image_size=224, augment='default', normalize='imagenet', small=False, flip=True):
-    """(train, evaluation) transforms from an RGB PIL image to (3, image_size, image_size) float32.
+    """(train, evaluation) transforms from an RGB PIL image to (3, image_size, image_size) uint8.
 
     Evaluation: the short side resized to 256/224 image_size, centre crop, bicubic. small: the whole picture is
     stretched to image_size, and shifted by up to an eighth in training. auto_augment_tf adds AutoAugment's
@@ -153,9 +168,8 @@ def build_transforms(image_size=224, augment='default', normalize='imagenet', sm
         raise UserError(f'--augment {augment}: not one of {" ".join(AUGMENTATIONS)}')
     if normalize not in NORMALIZATIONS:
         raise UserError(f'normalize {normalize}: not one of {" ".join(NORMALIZATIONS)}')
-    mean, std = NORMALIZATIONS[normalize]
     bicubic = transforms.InterpolationMode.BICUBIC
-    to_tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    to_tensor = [transforms.PILToTensor()]
     if small:
         evaluation = [transforms.Resize((image_size, image_size), bicubic)]
         train = evaluation + [transforms.RandomCrop(image_size, padding=image_size // 8)]
@@ -166,7 +180,7 @@ def build_transforms(image_size=224, augment='default', normalize='imagenet', sm
     if augment == 'none':
         train = list(evaluation)
     if augment == 'auto_augment_tf':
-        train.append(_auto_augment(image_size, mean))
+        train.append(_auto_augment(image_size, NORMALIZATIONS[normalize][0]))
     return transforms.Compose(train + to_tensor), transforms.Compose(evaluation + to_tensor)
 
 
@@ -216,7 +230,8 @@ def open_data(path, dataset='imagenet', valid_size=VALID_SIZE, augment='default'
 
     def image_set(source, indices, train=False):
         transform = train_transform if train else eval_transform
-        return ImageSet(source, indices, transform, eval_transform, seed if train else None, broken)
+        return ImageSet(source, indices, transform, eval_transform, seed if train else None, broken,
+                        NORMALIZATIONS[normalize])
 
     for part in filter(None, (source, test_source)):
         _check_readable(part)
@@ -231,7 +246,7 @@ def open_data(path, dataset='imagenet', valid_size=VALID_SIZE, augment='default'
     order = _permutation(len(indices), SPLIT_SEED).numpy()
     train = image_set(source, np.sort(indices[order[held_out:]]), train=True)
     valid = image_set(source, indices[order[:held_out]])
-    return Data(train, valid, valid if test is None else test, num_classes, broken, NORMALIZATIONS[normalize])
+    return Data(train, valid, valid if test is None else test, num_classes, broken)
 
 
 def _check_readable(source):
@@ -294,14 +309,15 @@ def _same(batch):
 
 
 class Loader:
-    """Batches (images (n, 3, S, S), labels (n,)); len() is the number of batches of the whole epoch or set.
+    """Batches (images (n, 3, S, S) float32, labels (n,)); len() is the number of batches of the whole epoch or set.
 
+    Images are normalised, on the device that to() names; pixels() gives them as the bytes that the workers send.
     A picture that cannot be read makes its batch smaller, a batch without any other is left out. Raises UserError
     at the end when not one picture could be read.
     """
 
     def __init__(self, dataset, batches, length, workers, refill=False, whole=True):
-        self.dataset, self.length, self.whole = dataset, length, whole
+        self.dataset, self.length, self.whole, self.device = dataset, length, whole, torch.device('cpu')
         # its own generator: a DataLoader would draw from torch's global one each time it is started
         self.loader = DataLoader(_Batches(dataset, refill), batch_size=None, sampler=batches, collate_fn=_same,
                                  num_workers=workers, pin_memory=torch.cuda.is_available(),
@@ -310,9 +326,19 @@ class Loader:
     def __len__(self):
         return self.length
 
+    def to(self, device):
+        """Give images on a device from now on; returns itself."""
+        self.device = torch.device(device)
+        return self
+
     def __iter__(self):
+        for pixels, labels in self.pixels():
+            yield to_floats(pixels.to(self.device, non_blocking=True), self.dataset.mean_std), labels
+
+    def pixels(self):
+        """Batches (images (n, 3, S, S) uint8, labels (n,)) in the host's memory."""
         readable, unreadable = False, None
-        for images, labels, broken in self.loader:
+        for images, labels, broken in self._loaded():
             self.dataset.report(broken)
             if images is not None:
                 readable = True
@@ -323,6 +349,15 @@ class Loader:
                     break
         if unreadable and not readable and self.whole:
             raise UserError(f'not one picture could be read; the first: {unreadable[0]}: {unreadable[1]}')
+
+    def _loaded(self):
+        try:
+            yield from self.loader
+        except RuntimeError as error:
+            if not re.search(r'DataLoader worker \(pid|</?torch_', str(error)):
+                raise
+            raise UserError('a loader process was killed, or had no shared memory left: fewer --num_workers, or more '
+                            f'memory (Docker: --shm-size 2g); torch says: {one_line(error)[:120]}') from None
 
 
 def train_loader(dataset, batch_size, epoch, seed=0, rank=0, world_size=1, workers=0, start_step=0):

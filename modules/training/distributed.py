@@ -1,14 +1,25 @@
-"""One process or many: plain python, torchrun and torch.distributed.launch; NCCL on GPUs, gloo on CPUs."""
+"""One process or many: plain python, torchrun and torch.distributed.launch; NCCL on GPUs, gloo on CPUs.
+
+Plain objects and waits of unknown length go over gloo: no GPU spins meanwhile, and none gives up after TIMEOUT.
+"""
 import contextlib
 import os
 import re
+import sys
+import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from ..cli import add_local_rank
+from ..cli import add_local_rank, exit_code
 from ..errors import UserError, one_line
+from .acceleration import add_compile_argument
+
+TIMEOUT = timedelta(minutes=30)         # of a reduction; ranks take the same steps side by side
+PATIENCE = timedelta(days=2)            # of a barrier: ranks may have unequal work before it
+_joined = []                            # the Job of this process, while it is one of several
 
 
 @dataclass(frozen=True)
@@ -17,6 +28,7 @@ class Job:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device('cpu')
+    waiting: object = None              # process group of barrier()
 
     @property
     def is_main(self):
@@ -27,44 +39,75 @@ class Job:
         return Job(0, 1, self.device)
 
 
-def add_distributed_arguments(parser):
-    """--local_rank and --local-rank, which torch.distributed.launch passes by version, and --device."""
+def add_distributed_arguments(parser, int8_training=False):
+    """--local_rank and --local-rank, which torch.distributed.launch passes by version, and how a device computes."""
     add_local_rank(parser)
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help='auto: a GPU if any')
+    parser.add_argument('--deterministic', action='store_true',
+                        help='on GPUs: only operations that give the same bits in each run; slower')
+    if int8_training:
+        add_compile_argument(parser)
+
+
+def _be_deterministic():
+    """The same bits in each run on GPUs; operations that cannot are errors of torch."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
 
 
 @contextlib.contextmanager
-def distributed_job(local_rank=None, device='auto'):
+def distributed_job(local_rank=None, device='auto', deterministic=False):
     """The Job of this process; joins the process group that RANK and WORLD_SIZE announce, leaves it at the end.
 
-    Inside another one it is the same job.
+    Inside another one it is the same job. After an error a process of several leaves at once, by os._exit() behind its
+    error line: leaving the process group in order would wait for ranks that wait for this one.
     """
     if device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: torch sees no GPU here')
+    if deterministic:
+        _be_deterministic()
     use_cuda = device != 'cpu' and torch.cuda.is_available()
     _check_environment()
     local_rank = int(os.environ.get('LOCAL_RANK', local_rank or 0))
     place = torch.device('cuda', local_rank % torch.cuda.device_count()) if use_cuda else torch.device('cpu')
     if use_cuda:
         torch.cuda.set_device(place)
-    if 'RANK' not in os.environ or dist.is_initialized():
-        yield Job(dist.get_rank(), dist.get_world_size(), place) if dist.is_initialized() else Job(device=place)
+    if 'RANK' not in os.environ or _joined:
+        yield _joined[-1] if _joined else Job(device=place)
         return
     shared = use_cuda and int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > torch.cuda.device_count()
+    nccl = use_cuda and not shared                      # NCCL wants a GPU for each rank
     try:
-        dist.init_process_group('nccl' if use_cuda and not shared else 'gloo')     # NCCL wants a GPU for each rank
+        dist.init_process_group('cpu:gloo,cuda:nccl' if nccl else 'gloo', timeout=TIMEOUT,
+                                device_id=place if nccl else None)
+        waiting = dist.new_group(backend='gloo', timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise UserError(f'the ranks cannot meet: {one_line(error)[:200]}') from None
-    rank = dist.get_rank()
+    _joined.append(Job(dist.get_rank(), dist.get_world_size(), place, waiting))
     try:
-        yield Job(rank, dist.get_world_size(), place)
-    except RuntimeError as error:               # DistBackendError is one
-        if not re.search('gloo|nccl|connection|timed out', str(error), re.IGNORECASE):
-            raise
-        raise UserError(f'rank {rank}: another rank is gone or does not answer ({one_line(error)[:120]}); the job '
-                        'ends, --resume goes on') from None
-    finally:
-        dist.destroy_process_group()
+        yield _joined[-1]
+    except BaseException as error:
+        _leave(error)
+    _joined.pop()
+    dist.destroy_process_group()
+
+
+def _leave(error):
+    """End this process of several: its error line, or its traceback, and exit code, without a word to the others."""
+    if (isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)   # DistBackendError is one
+            and re.search('gloo|nccl|connection|timed out', str(error), re.IGNORECASE)):
+        error = UserError(f'rank {dist.get_rank()}: another rank is gone or does not answer '
+                          f'({one_line(error)[:120]}); the job ends, --resume goes on')
+    code = error.code if isinstance(error, SystemExit) else exit_code(error)
+    if code is None and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1 if code else 0)
 
 
 def _check_environment():
@@ -80,35 +123,17 @@ def _check_environment():
                         f'{values["WORLD_SIZE"]}')
 
 
-def _sum_over_ranks(tensors):
-    """In-place sum over ranks of tensors of one dtype and device, in one reduction."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(part.view_as(tensor))
-
-
-def average_gradients(parameters, job):
-    """Mean of the gradients over ranks, in one reduction; every rank must have gradients for the same ones."""
-    if job.world_size == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    for gradient in gradients:
-        gradient /= job.world_size
-    _sum_over_ranks(gradients)
-
-
 def sum_over_ranks(values, job):
-    """Sum over ranks of a list of plain numbers, exact for counts."""
+    """Sum over ranks of numbers (a list, or a 1-d tensor), exact for counts; with one wait for the device."""
     if job.world_size == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=job.device)
+        return values.tolist() if isinstance(values, torch.Tensor) else list(values)
+    tensor = torch.as_tensor(values, dtype=torch.float64, device=job.device)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
 def average(values, job):
-    """Mean over ranks of a list of plain numbers."""
+    """Mean over ranks of numbers (a list, or a 1-d tensor), as plain numbers."""
     return [value / job.world_size for value in sum_over_ranks(values, job)]
 
 
@@ -129,7 +154,40 @@ def share(value, job):
     return box[0]
 
 
-def barrier(job):
-    """Wait for every rank."""
+def gather(value, job):
+    """[value of rank 0, of rank 1, …] (anything that can be pickled) on every rank."""
+    values = [value] * job.world_size
     if job.world_size > 1:
-        dist.barrier()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def of_main(read, job):
+    """What rank 0's read() gives, on every rank, so that a file is looked for and read in one place only.
+
+    Its UserError or OSError is every rank's.
+    """
+    found = error = None
+    if job.is_main:
+        try:
+            found = read()
+        except (UserError, OSError) as wrong:
+            error = wrong
+    found, error = share((found, error), job)
+    if error is not None:
+        raise error
+    return found
+
+
+def check_same(what, value, job):
+    """UserError unless all ranks have the same value (a number or a text)."""
+    values = gather(value, job)
+    if len(set(values)) > 1:
+        raise UserError(f'rank {job.rank}: ranks differ in {what}: {" ".join(map(str, values))}; do all see the same '
+                        'files, packages and flags?')
+
+
+def barrier(job):
+    """Wait for every rank, as long as that takes."""
+    if job.world_size > 1:
+        dist.barrier(group=job.waiting)

@@ -14,12 +14,14 @@ from torch import nn
 
 from ..cli import SEED, SHARE, not_negative, positive
 from ..errors import UserError
-from ..modeling.ops.lsq_plus import local_initialisation
+from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
+from .acceleration import choose_quantisers, memory_format
 from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from .checkpoint import load_weights
 from .data import calibration_batches, eval_loader, seed_of
-from .distributed import average, average_gradients, broadcast
+from .distributed import average, broadcast
 from .evaluate import accuracy, images_of
+from .gradients import GradientAverage
 from .log import curves, note, progress
 from .losses import alpha_divergence
 from .memory import keep_freed_memory
@@ -57,6 +59,7 @@ class DownstreamRecipe:
     max_steps: int | None = None            # of an epoch, for short runs
     num_eval_images: int | None = None
     seed: int = 0
+    channels_last: bool = True
     distill: float | None = None            # share of the loss that is learned from a teacher; None: no teacher
 
 
@@ -83,6 +86,7 @@ def add_recipe_arguments(p):
     p.add_argument('--checkpoint_freq', type=positive(int), default=200, help='steps between checkpoints')
     p.add_argument('--max_steps', type=positive(int), help='steps of an epoch, for short runs; default: all')
     p.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all')
+    p.add_argument('--no_channels_last', action='store_true', help='keep NCHW memory')
     p.add_argument('--seed', type=SEED, default=0, help='of the new head, dropout, order and augmentation')
 
 
@@ -92,7 +96,7 @@ def recipe_of(args):
     return DownstreamRecipe(learning_rate, weight_decay, args.num_epochs, args.warmup_epochs, args.batch_size,
                             args.momentum, args.label_smoothing, args.grad_clip_norm, args.only_train_head,
                             args.num_calib_batches, args.eval_freq, args.checkpoint_freq, args.max_steps,
-                            args.num_eval_images, args.seed, args.distill or None)
+                            args.num_eval_images, args.seed, not args.no_channels_last, args.distill or None)
 
 
 @dataclass(kw_only=True)
@@ -124,24 +128,28 @@ def find_recipe(dataset, learning_rate=None, weight_decay=None, keep_head=False)
     return learning_rate, WEIGHT_DECAY if weight_decay is None else weight_decay
 
 
-def finetune(network, data, recipe, path, job, identity, resume=False, workers=0, teacher=None, calibration=None):
+def finetune(network, data, recipe, path, job, identity, resume=False, workers=0, teacher=None, calibration=None,
+             compiled='auto'):
     """Fine-tune `network` (modeling.Network with a head for the data) into `path`; returns its test Accuracy dict.
 
     teacher: Network of the same classes for recipe.distill, calibrated here; it must be the same when resumed.
     calibration: Data on which batch norm is calibrated before the first step; default: `data`.
+    compiled: see acceleration.choose_quantisers().
     identity: plain values that are stored with the weights and from which the network can be built again. The best
     state by the held-out images (by the test images where none are held out) is beside `path` as …_best.pth.
     UserError: a loss that is not finite, or a run that was begun with other settings.
     """
     keep_freed_memory()
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
+    quant = any(op.is_quantised for op in quantised_ops(network))
+    choose_quantisers(compiled, quant, steps * recipe.epochs, job.device)
     tuning = _start(network, data, recipe, path, job, identity, resume, steps, workers, calibration or data)
     if tuning.done:
         note(f'{path}: already fine-tuned')
         return tuning.results['test']
     tuning.teacher = _teacher(teacher, data, recipe, workers, job)
     valid = eval_loader(data.valid if len(data.valid) else data.test, recipe.batch_size, job.rank, job.world_size,
-                        workers, limit_images=recipe.num_eval_images)
+                        workers, limit_images=recipe.num_eval_images).to(job.device)
     folder, kind = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
     writer = curves(os.path.join(folder, 'tensorboard', kind), tuning.step, job.is_main)
     bar = progress(steps * recipe.epochs, f'fine-tuning {identity.get("subnet_name", "")}', tuning.step, job.is_main)
@@ -166,11 +174,11 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
 
 def _start(network, data, recipe, path, job, identity, resume, steps, workers, calibration):
     """The FineTuning, from its unfinished checkpoint or from the network as it is, calibrated on other images."""
-    resumed = checkpoint_to_resume(path, resume)
+    resumed = checkpoint_to_resume(path, resume, job)
     settings = _settings(data, recipe, job, identity, steps)
     if resumed is not None:
         load_weights(network, resumed, path)
-    network.to(job.device, memory_format=torch.channels_last)
+    network.to(job.device, memory_format=memory_format(recipe))
     if resumed is None:
         _prepare(network, calibration, recipe, workers, job)
     broadcast(network, job)
@@ -181,13 +189,14 @@ def _start(network, data, recipe, path, job, identity, resume, steps, workers, c
                                 momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     tuning = FineTuning(path=path, optimizer=optimizer, settings=settings, network=network, identity=identity)
     if resumed is not None:
-        tuning.resume(resumed, steps * recipe.epochs)
+        tuning.resume(resumed, steps * recipe.epochs, job)
+    tuning.check_ranks(job)
     return tuning
 
 
 def _settings(data, recipe, job, identity, steps):
     """What decides the weights, as plain values: a run is resumed with the same or not at all."""
-    ignored = ('checkpoint_freq', 'eval_freq', 'num_eval_images', 'max_steps')
+    ignored = ('channels_last', 'checkpoint_freq', 'eval_freq', 'num_eval_images', 'max_steps')
     values = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ignored}
     return {**values, **identity, 'steps an epoch': steps, 'ranks': job.world_size, 'training images': len(data.train)}
 
@@ -198,6 +207,7 @@ def _prepare(network, data, recipe, workers, job):
     A subnet of a supernet has no statistics of its own. Every rank takes the same images.
     """
     batches = calibration_batches(data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed, workers)
+    batches = batches.to(job.device)
     with local_initialisation(), kept_statistics(network):
         calibrate(network, images_of(batches, job.device))
         statistics = norm_statistics(network)
@@ -208,7 +218,7 @@ def _teacher(network, data, recipe, workers, job):
     """The network as a teacher: calibrated on the same images as the one that learns, and then fixed."""
     if not recipe.distill:
         return None
-    network.to(job.device, memory_format=torch.channels_last)
+    network.to(job.device, memory_format=memory_format(recipe))
     _prepare(network, data, recipe, workers, job)
     broadcast(network, job)
     return network.eval().requires_grad_(False)
@@ -238,15 +248,15 @@ def _take_step(tuning, images, labels, recipe, epoch, steps, job, writer):
     with torch.no_grad():
         answers = None if tuning.teacher is None else tuning.teacher(images)
     loss = mixed_loss(logits, labels, answers, recipe.distill, recipe.label_smoothing)
-    loss.backward()
-    loss, = average([loss.item()], job)
-    if not math.isfinite(loss):
-        raise tuning.failure(f'step {step} (epoch {epoch}): the loss is not finite')
-    tuning.prove(job)
     parameters = [p for group in tuning.optimizer.param_groups for p in group['params']]
-    average_gradients(parameters, job)
-    norm = float(nn.utils.clip_grad_norm_(parameters, recipe.grad_clip_norm))
-    if not math.isfinite(norm):
+    gradients = GradientAverage(parameters, job)
+    gradients.backward(loss)
+    gradients.finish()
+    norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip_norm)
+    loss, norm = average(torch.stack([loss.detach(), norm]), job)       # the one wait for the device
+    if math.isfinite(loss):
+        tuning.prove(job)
+    if not math.isfinite(loss) or not math.isfinite(norm):
         raise tuning.failure(f'step {step} (epoch {epoch}): the loss is not finite')
     learning_rate = warmup_linear(recipe.learning_rate, step, steps * recipe.epochs,
                                   round(recipe.warmup_epochs * steps))
@@ -292,5 +302,5 @@ def _finish(tuning, data, valid, recipe, job, workers):
         tuning.results['test'] = tuning.results['valid']
         return
     test = eval_loader(data.test, recipe.batch_size, job.rank, job.world_size, workers,
-                       limit_images=recipe.num_eval_images)
+                       limit_images=recipe.num_eval_images).to(job.device)
     tuning.results['test'] = accuracy(tuning.network, test, job)._asdict()

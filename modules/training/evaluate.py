@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..errors import UserError
 from .calibrate import calibrate, kept_statistics
+from .data import to_floats
 from .distributed import sum_over_ranks
 
 
@@ -22,29 +23,18 @@ class Accuracy(NamedTuple):
 
 
 class DecodedImages:
-    """The batches (images, labels) of a Loader, decoded once and kept as bytes; each pass gives the same floats.
+    """The batches (images, labels) of a Loader, decoded once and kept as bytes; each pass gives the loader's floats.
 
-    loader: of images (n, 3, S, S) that are 8-bit pixels, normalised with mean_std ((r, g, b), (r, g, b)). A
-    picture takes 3 S^2 bytes: 10,000 of 224 pixels 1.5 GB, a quarter of what they take as floats. len() is the
+    A picture takes 3 S^2 bytes: 10,000 of 224 pixels 1.5 GB, a quarter of what they take as floats. len() is the
     number of images.
     """
 
-    def __init__(self, loader, mean_std):
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in mean_std)
-        self.batches = [(self._bytes(images), labels) for images, labels in loader]
-
-    def _bytes(self, images):
-        pixels = ((images * self.std + self.mean) * 255).round_().to(torch.uint8)
-        if not torch.equal(self._floats(pixels), images):
-            raise ValueError('not images of 8-bit pixels, normalised with this mean and std')
-        return pixels
-
-    def _floats(self, pixels):
-        return (pixels.to(torch.float32) / 255 - self.mean) / self.std
+    def __init__(self, loader):
+        self.mean_std, self.device, self.batches = loader.dataset.mean_std, loader.device, list(loader.pixels())
 
     def to(self, device):
-        """Keep the bytes on a device, where each pass turns them into floats; returns itself."""
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        """Keep the bytes on a device; returns itself."""
+        self.device = device
         self.batches = [(pixels.to(device), labels.to(device)) for pixels, labels in self.batches]
         return self
 
@@ -53,7 +43,7 @@ class DecodedImages:
 
     def __iter__(self):
         for pixels, labels in self.batches:
-            yield self._floats(pixels), labels
+            yield to_floats(pixels.to(self.device, non_blocking=True), self.mean_std), labels
 
 
 def images_of(batches, device=None):

@@ -1,4 +1,5 @@
 """Work spread over threads without changing a bit of the result."""
+import contextlib
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,30 @@ def default_workers():
     return max(1, usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
+@contextlib.contextmanager
+def one_core():
+    """Inside, torch computes on one core of a CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def thread_map(function, items, workers):
     """function(item) for each item, in order, computed by `workers` threads.
 
     Inside, torch uses one core per thread: sums of convolutions depend on the number of cores they are spread
     over, so this gives the same numbers on any machine of a kind, for any number of workers and ranks. Items are
-    taken only as they are needed.
+    taken only as they are needed. A single worker is this thread itself: a GPU's plans are kept by thread.
     """
+    if workers == 1:
+        for item in items:
+            with one_core():
+                result = function(item)
+            yield result
+        return
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = deque()
         try:

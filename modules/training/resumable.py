@@ -1,15 +1,18 @@
 """A training run that can be stopped at any moment and resumed: its checkpoints, and the batches of its steps."""
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from ..errors import UserError
-from ..files import check_file
+from ..files import check_file, set_aside
 from .checkpoint import load_checkpoint, restore, save_checkpoint
 from .data import train_loader
+from .distributed import check_same, of_main
+from .log import note
 
 
 @dataclass(kw_only=True)
@@ -56,10 +59,35 @@ class ResumableRun:
             save_checkpoint(self.path, self.unproven)
         self.unproven = None
 
-    def resume(self, checkpoint, steps):
-        """Go on from the checkpoint of a run of `steps` steps in all; UserError as restore()."""
+    def resume(self, checkpoint, steps, job):
+        """Go on from the checkpoint of a run of `steps` steps in all; UserError as restore().
+
+        A published one says epochs, not steps: it goes on where its optimizer's state fits, and is kept as x_old.pth.
+        """
+        if 'step' not in checkpoint:
+            checkpoint = self._published(checkpoint, steps, job)
         for key, value in restore(self.path, checkpoint, self.settings, self.optimizer, self.PROGRESS, steps).items():
             setattr(self, key, value)
+
+    def _published(self, checkpoint, steps, job):
+        epoch, old = checkpoint['epoch'], '{}_old{}'.format(*os.path.splitext(self.path))
+        step = epoch * self.settings['steps an epoch'] if type(epoch) is int else -1
+        state = {**{key: getattr(self, key) for key in self.PROGRESS}, 'step': step, 'settings': self.settings,
+                 'optimizer': checkpoint['optimizer']}
+        try:
+            if not 0 <= step < steps or of_main(lambda: os.path.exists(old), job):
+                raise UserError(f'epoch {epoch} of {steps // self.settings["steps an epoch"]}, or {old} is there')
+            restore(self.path, state, self.settings, self.optimizer, self.PROGRESS, steps)
+        except UserError as error:
+            raise UserError(f'{self.path}: a published checkpoint that a run cannot go on from ({error}), and would '
+                            'write over; give another output folder') from None
+        if job.is_main:
+            note(f'{self.path}: goes on with epoch {epoch}; the published file is kept as {set_aside(self.path)}')
+        return state
+
+    def check_ranks(self, job):
+        """UserError unless all ranks are at the same step; before the first one."""
+        check_same(f'the step of {self.path}', self.step, job)
 
     def failure(self, what):
         """UserError of a run that a loss has stopped: `what`, the last good checkpoint and what to try."""
@@ -67,10 +95,21 @@ class ResumableRun:
         return UserError(f'{what}; {kept}; try {self.ADVICE}')
 
 
-def checkpoint_to_resume(path, resume):
-    """What is in the checkpoint of a run that goes on, None where it begins; UserError where none can be written."""
-    check_file(path)
-    return load_checkpoint(path) if resume and os.path.isfile(path) else None
+def checkpoint_to_resume(path, resume, job, read=load_checkpoint):
+    """What is in the checkpoint of a run that goes on, None where it begins; the same on every rank, as rank 0 sees it.
+
+    UserError: none can be written there, or what is there is no state of a run of ours: it would be written over.
+    """
+    def found():
+        check_file(path)
+        if not (resume and os.path.isfile(path)):
+            return None
+        checkpoint = read(path)
+        if not (isinstance(checkpoint, Mapping) and 'optimizer' in checkpoint and {'step', 'epoch'} & set(checkpoint)):
+            raise UserError(f'{path}: no run to go on with (no step and optimizer in it), and a new one would write '
+                            'over it: give another output folder')
+        return checkpoint
+    return of_main(found, job)
 
 
 def steps_per_epoch(data, batch_size, seed, job, max_steps=None):
@@ -80,8 +119,11 @@ def steps_per_epoch(data, batch_size, seed, job, max_steps=None):
 
 
 def epoch_batches(data, batch_size, seed, job, workers, epoch, steps, first):
-    """(step, images, labels) of an epoch of `steps` steps, from step `first` on; steps count through all epochs."""
+    """(step, images, labels) of an epoch of `steps` steps, from step `first` on; steps count through all epochs.
+
+    Images are on the job's device.
+    """
     start = max(first, epoch * steps)
     loader = train_loader(data.train, batch_size, epoch, seed, job.rank, job.world_size, workers, start - epoch * steps)
-    for step, (images, labels) in zip(range(start, (epoch + 1) * steps), loader):
+    for step, (images, labels) in zip(range(start, (epoch + 1) * steps), loader.to(job.device)):
         yield step, images, labels

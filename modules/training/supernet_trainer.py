@@ -17,12 +17,14 @@ from torch import nn
 
 from ..errors import UserError
 from ..search_space import sampling
+from .acceleration import autocast, memory_format
 from .calibrate import initialize_all_scales
-from .checkpoint import checkpoint_name, load_weights
+from .checkpoint import checkpoint_name, load_checkpoint, load_weights
 from .config import save_config
 from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
-from .distributed import average, average_gradients, broadcast
+from .distributed import average, broadcast, of_main
 from .evaluate import DecodedImages, evaluate_subnet
+from .gradients import GradientAverage
 from .log import curves, note, progress
 from .losses import adaptive_alpha_loss
 from .memory import keep_freed_memory
@@ -51,6 +53,9 @@ class SupernetRecipe:
     label_smoothing: float = _setting(0.1, 'of the largest subnet', below=1)
     dropout: float = _setting(0.2, 'before the last layer of the largest subnet', below=1)
     grad_clip_value: float = _setting(1.0, 'bound of each gradient')
+    accumulate: int = _setting(1, 'parts of a batch that take turns, for small GPUs; batch norm then sees parts',
+                               least=1)
+    channels_last: bool = _setting(True, 'NHWC memory: faster on CPUs, not measured on GPUs')
     num_arch_training: int = _setting(4, 'subnets a step: largest, random ones, smallest', least=1)
     smallest_freq: int = _setting(1, 'steps between those that train the smallest subnet; in the others another random '
                                   'one takes its place', least=1)
@@ -106,6 +111,9 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
     it: the best validated state as checkpoint_best.pth or lsq_best.pth, and the recipe as *.yaml.
     """
     keep_freed_memory()
+    if recipe.batch_size_per_gpu < 2 * recipe.accumulate:
+        raise UserError(f'--accumulate {recipe.accumulate}: less than two images in a part of '
+                        f'{recipe.batch_size_per_gpu}')
     steps = steps_per_epoch(data, recipe.batch_size_per_gpu, recipe.seed, job, recipe.max_steps)
     training = _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps, blocks)
     if training.done:
@@ -138,7 +146,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
 def validate_checkpoint(supernet, data, recipe, folder, job, quant=False, align_sample=False, workers=0):
     """What train_supernet() returns, of the checkpoint in `folder` as it is."""
     load_weights(supernet, os.path.join(folder, checkpoint_name(quant)), str(supernet.encoding))
-    supernet.to(job.device, memory_format=torch.channels_last)
+    supernet.to(job.device, memory_format=memory_format(recipe))
     calibration, valid = _images(data, recipe, job, workers)
     return {name: evaluate_subnet(supernet, subnet, calibration, valid, job)._asdict()
             for name, subnet in _validated(supernet, recipe.seed, align_sample).items()}
@@ -146,11 +154,11 @@ def validate_checkpoint(supernet, data, recipe, folder, job, quant=False, align_
 
 def _images(data, recipe, job, workers):
     """This rank's share of the batches that calibrate batch norm, and of those that are held out."""
-    calibration = DecodedImages(calibration_batches(
-        data.train, recipe.batch_size_per_gpu, recipe.num_calib_batches, recipe.seed, workers, job.rank,
-        job.world_size), data.mean_std)
-    return calibration, DecodedImages(eval_loader(data.valid, recipe.batch_size_per_gpu, job.rank, job.world_size,
-                                                  workers, limit_images=recipe.num_valid_images or None), data.mean_std)
+    calibration = calibration_batches(data.train, recipe.batch_size_per_gpu, recipe.num_calib_batches, recipe.seed,
+                                      workers, job.rank, job.world_size)
+    valid = eval_loader(data.valid, recipe.batch_size_per_gpu, job.rank, job.world_size, workers,
+                        limit_images=recipe.num_valid_images or None)
+    return DecodedImages(calibration.to(job.device)), DecodedImages(valid.to(job.device))
 
 
 def _validated(supernet, seed, align_sample):
@@ -162,16 +170,15 @@ def _validated(supernet, seed, align_sample):
 def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps, blocks):
     """The Training: from its unfinished checkpoint, the fp32 checkpoint (quant), or the weights that it has."""
     path, fp32 = (os.path.join(folder, checkpoint_name(kind)) for kind in (quant, False))
-    resumed = checkpoint_to_resume(path, resume)
+    resumed = checkpoint_to_resume(path, resume, job)
     if resumed is not None:
         load_weights(supernet, resumed, path)
     elif quant and not (from_scratch or blocks):
-        if not os.path.isfile(fp32):
-            raise UserError(f'{fp32}: no fp32 checkpoint to start from; train it first without --quant_mode')
-        begun = load_weights(supernet, fp32, str(supernet.encoding))
+        begun = of_main(lambda: _fp32_checkpoint(fp32), job)
+        load_weights(supernet, begun, f'{fp32}: not the weights of {supernet.encoding}')
         if isinstance(begun, dict) and not begun.get('done', True):
             note(f'{fp32}: its training is not finished (epoch {begun.get("epoch")})')
-    supernet.to(job.device, memory_format=torch.channels_last)
+    supernet.to(job.device, memory_format=memory_format(recipe))
     if quant and resumed is None:
         images, *_ = next(iter(calibration_batches(data.train, recipe.batch_size_per_gpu, 1, recipe.seed)))
         rng = random.Random(f'{recipe.seed} scales')
@@ -180,15 +187,24 @@ def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, ali
     broadcast(supernet, job)
     optimizer = torch.optim.SGD(parameter_groups(supernet, recipe.weight_decay), lr=recipe.base_lr,
                                 momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-    ignored = ('checkpoint_freq', 'valid_freq', 'best_by', 'num_calib_batches', 'num_valid_images', 'max_steps')
+    ignored = ('checkpoint_freq', 'valid_freq', 'best_by', 'num_calib_batches', 'num_valid_images', 'max_steps',
+               'channels_last')
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ignored}
     settings |= {'supernet': str(supernet.encoding), 'align_sample': align_sample, 'steps an epoch': steps,
                  'ranks': job.world_size, 'training images': len(data.train), 'classes': supernet.num_classes,
                  'init_block_kd': blocks}
     training = Training(path=path, optimizer=optimizer, settings=settings, supernet=supernet)
-    if resumed is not None and 'optimizer' in resumed and 'step' in resumed:
-        training.resume(resumed, steps * recipe.epochs)
+    if resumed is not None:
+        training.resume(resumed, steps * recipe.epochs, job)
+    training.check_ranks(job)
     return training
+
+
+def _fp32_checkpoint(path):
+    """What LSQ+ starts from; UserError without it."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: no fp32 checkpoint to start from; train it first without --quant_mode')
+    return load_checkpoint(path)
 
 
 def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp, job, writer):
@@ -199,17 +215,23 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
     learning_rate = warmup_cosine(recipe.base_lr * scale, step, steps * recipe.epochs,
                                   round(recipe.warmup_epochs * steps))
     training.optimizer.zero_grad(set_to_none=True)
-    losses = sandwich(supernet, images.to(job.device, non_blocking=True), labels.to(job.device, non_blocking=True),
-                      recipe, random.Random(f'{recipe.seed} {epoch} {step}'), align_sample, amp,
-                      smallest=step % recipe.smallest_freq == 0)
-    losses = average(torch.stack(losses).tolist(), job)
+    labels, losses = labels.to(job.device, non_blocking=True), 0
+    parameters = [p for group in training.optimizer.param_groups for p in group['params']]
+    gradients = GradientAverage(parameters, job)
+    parts = list(zip(images.tensor_split(recipe.accumulate), labels.tensor_split(recipe.accumulate)))
+    for i, (part, of_part) in enumerate(parts):
+        share, rng = len(part) / len(images), random.Random(f'{recipe.seed} {epoch} {step}')
+        losses = losses + share * torch.stack(sandwich(supernet, part, of_part, recipe, rng, align_sample, amp,
+                                                       smallest=step % recipe.smallest_freq == 0, share=share,
+                                                       last=gradients.backward if i + 1 == len(parts) else None))
+    losses = average(losses, job)
     if not all(map(math.isfinite, losses)):
         raise training.failure(f'{supernet.encoding}: step {step} (epoch {epoch}): the loss is not finite')
     training.loss_sum, training.loss_count = training.loss_sum + losses[0], training.loss_count + 1
     if not _is_collapsed(training):
         training.prove(job)
-    average_gradients(supernet.parameters(), job)
-    torch.nn.utils.clip_grad_value_(supernet.parameters(), recipe.grad_clip_value)
+    gradients.finish()
+    torch.nn.utils.clip_grad_value_(parameters, recipe.grad_clip_value)
     set_learning_rate(training.optimizer, learning_rate)
     training.optimizer.step()
     training.step = step + 1
@@ -220,8 +242,12 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
         writer.add_scalar('learning rate', learning_rate, step)
 
 
-def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False, smallest=True):
+def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False, smallest=True, share=1.0,
+             last=None):
     """Backward of the largest, random and the smallest subnet, gradients summed; returns their losses (tensors).
+
+    share: the part of the losses whose gradients are taken, where these images are a part of a step's; last(loss) is
+    called instead of loss.backward() for the last subnet.
 
     The largest learns from the labels, with dropout; the others from its answers. rng: random.Random that draws
     the random subnets, the same on every rank; smallest: whether the last is the smallest, else it is random too.
@@ -235,15 +261,15 @@ def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=Fals
             supernet.set_min_subnet()
         else:
             supernet.sample_active_subnet(rng, align_sample)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp), \
-                _dropout(supernet, recipe.dropout if i == 0 else 0.0):
+        with autocast(images.device, amp), _dropout(supernet, recipe.dropout) if i == 0 else contextlib.nullcontext():
             logits = supernet(images)
         if i == 0:
             answers = logits.detach()
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
         else:
             loss = adaptive_alpha_loss(logits, answers, recipe.alpha_min, recipe.alpha_max, recipe.iw_clip)
-        loss.backward()
+        backward = last if last and i + 1 == recipe.num_arch_training else torch.Tensor.backward
+        backward(loss if share == 1 else share * loss)
         losses.append(loss.detach())
     return losses
 

@@ -21,15 +21,17 @@ from .convolution import conv2d, convolution_backward
 OFF = 32                                    # bits of an op that does not quantise
 _MIN_RANGE = 1e-7                           # a scale never falls below this / (2^b - 1)
 _PIECE = 1 << 16                            # elements: four such tensors fit into a core's cache
+_WARM_UP = 1 << 22                          # elements of the first use of compiled kernels
 _local_initialisation = False
 _use_kernels = False                        # of torch.compile, see compile_quantisers()
 
 
 class _Range(NamedTuple):
-    """Levels low..high of a quantiser, and the factor g of the gradients to its scale and offset."""
+    """Levels low..high of a quantiser, the factor g of the gradients to its scale and offset, and its least scale."""
     low: int
     high: int
     gradient_factor: float
+    least: float
 
 
 def _flat(x):
@@ -45,30 +47,50 @@ def _dense(x, like=None):
 
 
 def _pieces(*tensors):
-    """Corresponding pieces of dense tensors; on a CPU so small that several passes over them stay in its cache."""
-    flat = [_flat(tensor) for tensor in tensors]
-    return zip(*(tensor.split(_PIECE) for tensor in flat)) if tensors[0].device.type == 'cpu' else [flat]
+    """Corresponding pieces of dense tensors on a CPU, so small that several passes over them stay in its cache."""
+    return zip(*(_flat(tensor).split(_PIECE) for tensor in tensors))
 
 
-def _quantise_flat(x, scale, beta, low, high):
-    """_quantise() of a 1-d tensor as one expression, for torch.compile."""
-    v = x / scale if beta is None else (x - beta) / scale
-    y = v.clamp(low, high).round() * scale
-    return (y if beta is None else y + beta).to(x.dtype)
+def _computed_in(dtype):
+    """What quantisers of tensors of a type compute in: bf16 and fp16 have too few digits to tell levels apart."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _quantise_backward_flat(dy, x, scale, beta, low, high):
-    """_quantise_backward() of 1-d tensors as one expression, for torch.compile; without the gradient factor."""
+def _quantise_flat(x, scale, beta, low, high, least, dtype):
+    """_quantise() of a 1-d tensor as one expression, for devices and torch.compile."""
+    x, scale = x.to(_computed_in(x.dtype)), positive(scale, least)
+    q = (x / scale if beta is None else (x - beta) / scale).clamp(low, high).round()
+    return (q * scale if beta is None else q * scale + beta).to(dtype)
+
+
+def _quantise_backward_flat(dy, x, scale, beta, low, high, least):
+    """_quantise_backward() of 1-d tensors as one expression, for devices and torch.compile; without the factor g."""
+    dtype, exact = x.dtype, _computed_in(x.dtype)
+    dy, x, sign, scale = dy.to(exact), x.to(exact), scale.sgn(), positive(scale, least)
     v = x / scale if beta is None else (x - beta) / scale
     q = v.clamp(low, high)
-    dx = dy * (q == v)
-    grad_scale = (dy * (q.round() - v * (q == v))).sum()
-    return dx.to(x.dtype), grad_scale, None if beta is None else (dy - dx).sum()
+    inside = q == v
+    dx = dy * inside
+    grad_scale = torch.dot(dy, q.round() - v * inside) * sign
+    return dx.to(dtype), grad_scale, None if beta is None else (dy - dx).sum().reshape(1)
 
 
 @functools.cache
-def _kernel(function):
-    return torch.compile(function, dynamic=True)
+def _compiled(function):
+    """The function compiled for tensors of any size, always called in one state: each other one would compile anew."""
+    compiled = torch.compile(function, dynamic=True)
+
+    def run(x, *args):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return compiled(x, *args)
+    return run
+
+
+def _kernel(function, x):
+    """The function of flat tensors as it runs where x is; None on a CPU without compiled kernels: see _pieces()."""
+    if _use_kernels:
+        return _compiled(function)
+    return None if x.device.type == 'cpu' else function
 
 
 def compile_quantisers(enable=True):
@@ -81,10 +103,13 @@ def compile_quantisers(enable=True):
 
 
 def prove_quantisers(device):
-    """Quantise a few numbers on `device`; UserError where the kernels cannot be compiled."""
+    """Compile the kernels by a first use on `device`; UserError where that fails.
+
+    With the levels of int8 and as many numbers as large activations have: their reductions are sized for the first use.
+    """
     try:
-        x, ones, levels = torch.randn(16, device=device), torch.ones(1, device=device), _Range(-128, 127, 1.0)
-        for beta in (None, torch.zeros(1, device=device)):
+        x, ones = torch.ones(_WARM_UP, device=device), torch.ones(1, device=device)
+        for beta, levels in ((None, _weight_range(x, 8)), (torch.zeros(1, device=device), _activation_range(x, 8))):
             _quantise(x, ones, beta, levels)
             _quantise_backward(x, x, ones, beta, levels)
     except Exception as error:                                  # of torch's compilers, of many kinds
@@ -101,51 +126,57 @@ def _like(flat, x):
     return flat.as_strided(x.shape, x.stride())
 
 
-def _quantise(x, scale, beta, levels):
-    """s * round(clamp((x - beta) / s, low, high)) + beta."""
-    x = _dense(x)
-    if _use_kernels:
-        scale, beta = scale.detach(), None if beta is None else beta.detach()
-        return _like(_kernel(_quantise_flat)(_bare(x), scale, beta, levels.low, levels.high), x)
-    quantised = torch.empty_like(x)
+def _quantise(x, scale, beta, levels, dtype=None):
+    """s * round(clamp((x - beta) / s, low, high)) + beta with s = positive(scale), cast once to dtype, by default x's.
+    """
+    x, dtype = _dense(x), dtype or x.dtype
+    if kernel := _kernel(_quantise_flat, x):
+        return _like(kernel(_bare(x), scale.detach(), None if beta is None else beta.detach(), levels.low,
+                            levels.high, levels.least, dtype), x)
+    scale, exact = positive(scale, levels.least), _computed_in(x.dtype)
+    quantised = torch.empty_like(x, dtype=dtype)
     for v, y in _pieces(x, quantised):
-        torch.div(v, scale, out=y) if beta is None else torch.sub(v, beta, out=y).div_(scale)
-        y.clamp_(levels.low, levels.high).round_().mul_(scale)
+        q = y if dtype == exact else torch.empty_like(v, dtype=exact)
+        torch.div(v, scale, out=q) if beta is None else torch.sub(v, beta, out=q).div_(scale)
+        q.clamp_(levels.low, levels.high).round_().mul_(scale)
         if beta is not None:
-            y.add_(beta)
+            q.add_(beta)                                        # not addcmul(), which rounds once less than published
+        if q is not y:
+            y.copy_(q)
     return quantised
 
 
 def _quantise_backward(grad_y, x, scale, beta, levels):
-    """(dx, ds, dbeta) of _quantise() for dy. With v = (x - beta) / s and q = round(clamp(v)):
+    """(dx, dscale, dbeta) of _quantise() for dy. With s = positive(scale), v = (x - beta) / s and q = round(clamp(v)):
 
-    dx    = dy where low <= v <= high, else 0                       (straight-through)
-    ds    = g * sum(dy * (q - v)) in the range, g * sum(dy * q) outside (q is low or high there)
-    dbeta = g * sum(dy) outside the range
+    dx     = dy where low <= v <= high, else 0                       (straight-through)
+    dscale = sgn(scale) * g * (sum(dy * (q - v)) in the range, sum(dy * q) outside: q is low or high there)
+    dbeta  = g * sum(dy) outside the range
     """
     x = _dense(x)
-    grad_y = _dense(grad_y.to(x.dtype), like=x)
-    if _use_kernels:
-        grad_x, grad_scale, grad_beta = _kernel(_quantise_backward_flat)(
-            _bare(grad_y), _bare(x), scale.detach(), None if beta is None else beta.detach(), levels.low,
-            levels.high)
-        return (_like(grad_x, x), (levels.gradient_factor * grad_scale).reshape(scale.shape),
-                None if beta is None else (levels.gradient_factor * grad_beta).reshape(beta.shape))
-    grad_x = torch.empty_like(x)
+    grad_y = _dense(grad_y, like=x)
+    if kernel := _kernel(_quantise_backward_flat, x):
+        grad_x, grad_scale, grad_beta = kernel(_bare(grad_y), _bare(x), scale.detach(),
+                                               None if beta is None else beta.detach(), levels.low, levels.high,
+                                               levels.least)
+        factor = levels.gradient_factor                         # a number in a kernel would be one kernel a number
+        return _like(grad_x, x), factor * grad_scale, None if beta is None else factor * grad_beta
+    sign, scale = scale.sgn(), positive(scale, levels.least)
+    exact, grad_x = _computed_in(x.dtype), torch.empty_like(x)
     grad_scale, grad_beta = [], []
     for v, dy, dx in _pieces(x, grad_y, grad_x):
+        dy = dy.to(exact)
         v = torch.div(v, scale) if beta is None else torch.sub(v, beta).div_(scale)
         q = v.clamp(levels.low, levels.high)
-        dv = torch.mul(dy, scale).mul_(q == v)                   # q == v exactly where v is in the range
-        torch.div(dv, scale, out=dx)
+        dv = torch.mul(dy, scale).mul_(q == v)                  # q == v exactly where v is in the range
+        torch.div(dv, scale, out=dx) if dx.dtype == exact else dx.copy_(dv / scale)
         # two sums, in the order autograd would take them: they nearly cancel
         grad_scale.append(q.round_().mul_(dy).sum() - dv.mul_(v.div_(scale)).sum())
         if beta is not None:
-            grad_beta.append(dy.sum() - dx.sum())
-    grad_scale = (levels.gradient_factor * torch.stack(grad_scale).sum()).reshape(scale.shape)
-    if beta is None:
-        return grad_x, grad_scale, None
-    return grad_x, grad_scale, (levels.gradient_factor * torch.stack(grad_beta).sum()).reshape(beta.shape)
+            grad_beta.append(dy.sum() - dx.sum(dtype=exact))
+    factor = levels.gradient_factor
+    return (grad_x, factor * sign * torch.stack(grad_scale).sum(),
+            None if beta is None else (factor * torch.stack(grad_beta).sum()).reshape(1))
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -166,30 +197,32 @@ class _FakeQuantize(torch.autograd.Function):
 class _QuantisedOp(torch.autograd.Function):
     """A convolution or linear layer of a fake-quantised input and weight.
 
-    Keeps the input and the weight as they came and quantises them anew for the backward pass: so int8 training
-    holds no more activations than fp32 training. levels_x, levels_w: _Range, None for off; geometry: (stride,
-    padding, dilation, groups) of a convolution, None for a linear layer.
+    Keeps the input as it came and quantises it anew for the backward pass: so int8 training holds no more activations
+    than fp32 training, only the quantised weight in addition. levels_x, levels_w: _Range, None for off; geometry:
+    (stride, padding, dilation, groups) of a convolution, None for a linear layer.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, scale_x, beta, scale_w, levels_x, levels_w, geometry):
-        ctx.save_for_backward(x, weight, scale_x, beta, scale_w)
         ctx.levels, ctx.geometry, ctx.bias_sizes = (levels_x, levels_w), geometry, None if bias is None else [len(bias)]
-        x, weight = _QuantisedOp.operands(x, weight, scale_x, beta, scale_w, levels_x, levels_w)
-        return F.linear(x, weight, bias) if geometry is None else F.conv2d(x, weight, bias, *geometry)
+        used_x = _QuantisedOp.operand(x, scale_x, beta, levels_x, _op_dtype(x))
+        used_weight = _QuantisedOp.operand(weight, scale_w, None, levels_w, used_x.dtype)
+        ctx.save_for_backward(x, weight, used_weight, scale_x, beta, scale_w)
+        if geometry is None:
+            return F.linear(used_x, used_weight, bias)
+        return F.conv2d(used_x, used_weight, bias, *geometry)
 
     @staticmethod
-    def operands(x, weight, scale_x, beta, scale_w, levels_x, levels_w):
-        return (x if levels_x is None else _quantise(x, scale_x, beta, levels_x),
-                weight if levels_w is None else _quantise(weight, scale_w, None, levels_w))
+    def operand(x, scale, beta, levels, dtype):
+        """The numbers that the op multiplies, in dtype: the same in both passes."""
+        return x.to(dtype) if levels is None else _quantise(x, scale, beta, levels, dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale_x, beta, scale_w = ctx.saved_tensors
+        x, weight, used_weight, scale_x, beta, scale_w = ctx.saved_tensors
         levels_x, levels_w = ctx.levels
         wanted = ctx.needs_input_grad
-        used_x, used_weight = (tensor.to(grad.dtype) for tensor in
-                               _QuantisedOp.operands(x, weight, scale_x, beta, scale_w, levels_x, levels_w))
+        used_x = _QuantisedOp.operand(x, scale_x, beta, levels_x, grad.dtype)
         # the scales' gradients come from those of what they quantise
         mask = [wanted[0] or levels_x is not None and (wanted[3] or wanted[4]),
                 wanted[1] or levels_w is not None and wanted[5], wanted[2]]
@@ -209,20 +242,36 @@ class _QuantisedOp(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_scale_x, grad_beta, grad_scale_w, None, None, None
 
 
+def _op_dtype(x):
+    """What convolutions of x compute in, here: autocast's type, or its own."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
 def _activation_range(activation, num_bits):
     high = 2 ** num_bits - 1
     per_sample = activation.numel() / max(1, activation.shape[0])
-    return _Range(0, high, 1 / math.sqrt(max(1, per_sample) * high))
+    return _Range(0, high, 1 / math.sqrt(max(1, per_sample) * high), _least_scale(num_bits))
 
 
 def _weight_range(weight, num_bits):
     high = 2 ** (num_bits - 1) - 1
-    return _Range(-high - 1, high, 1 / math.sqrt(weight.numel() * high))
+    return _Range(-high - 1, high, 1 / math.sqrt(weight.numel() * high), _least_scale(num_bits))
+
+
+def _least_scale(num_bits):
+    return _MIN_RANGE / (2 ** num_bits - 1)
+
+
+def positive(scale, least):
+    """|scale|, kept away from 0."""
+    return scale.abs().clamp_min(least)
 
 
 def positive_scale(scale, num_bits):
     """|scale|, kept away from 0: the step between two levels that training and export use."""
-    return scale.abs().clamp_min(_MIN_RANGE / (2 ** num_bits - 1))
+    return positive(scale, _least_scale(num_bits))
 
 
 def quantize_activation(activation, scale, num_bits, beta, is_training=True, training=None):
@@ -237,7 +286,7 @@ def quantize_activation(activation, scale, num_bits, beta, is_training=True, tra
     if not (is_training if training is None else training):
         scale, beta = scale.detach(), beta.detach()
     levels = _activation_range(activation, num_bits)
-    return _FakeQuantize.apply(activation, positive_scale(scale, num_bits), beta, levels)
+    return _FakeQuantize.apply(activation, scale, beta, levels)
 
 
 def quantize_weight(weight, scale, num_bits, is_training=True, training=None):
@@ -249,7 +298,7 @@ def quantize_weight(weight, scale, num_bits, is_training=True, training=None):
         return weight
     if not (is_training if training is None else training):
         scale = scale.detach()
-    return _FakeQuantize.apply(weight, positive_scale(scale, num_bits), None, _weight_range(weight, num_bits))
+    return _FakeQuantize.apply(weight, scale, None, _weight_range(weight, num_bits))
 
 
 @contextlib.contextmanager
@@ -356,7 +405,7 @@ class QBase:
         for parameter, value in zip((self.sw, self.sa, self.beta), _reduce_over_ranks(*values)):
             parameter.copy_(value)
         for scale, bits in ((self.sw, bits_w), (self.sa, bits_a)):
-            scale.clamp_(min=_MIN_RANGE / (2 ** bits - 1))
+            scale.clamp_(min=_least_scale(bits))
         self.scales_initialized = True
 
     def get_quant_x_w(self, x, w):
@@ -380,8 +429,7 @@ class QBase:
             sa, beta, sw = sa.detach(), beta.detach(), sw.detach()
         levels_x = None if self.nbits_a == OFF else _activation_range(x, self.nbits_a)
         levels_w = None if self.nbits_w == OFF else _weight_range(weight, self.nbits_w)
-        return _QuantisedOp.apply(x, weight, bias, positive_scale(sa, self.nbits_a), beta,
-                                  positive_scale(sw, self.nbits_w), levels_x, levels_w, geometry)
+        return _QuantisedOp.apply(x, weight, bias, sa, beta, sw, levels_x, levels_w, geometry)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         _next(QBase, self, '_save_to_state_dict')(destination, prefix, keep_vars)
@@ -405,6 +453,19 @@ def set_quant_mode(model, nbits=8):
     """Put every quantised op of the model into int8 mode; returns the model."""
     for op in quantised_ops(model):
         op.set_quant_mode(nbits)
+    return model
+
+
+@torch.no_grad()
+def quantise_weights_once(model):
+    """Put quantised weights in the place of weights, so that no pass quantises them again; returns the model.
+
+    For evaluation, with the very same results: the weights that could be trained, or exported, are gone.
+    """
+    for op in quantised_ops(model):
+        if op.scales_initialized and op.nbits_w != OFF:
+            op.weight.copy_(quantize_weight(op.weight, op.sw, op.nbits_w))
+            op.nbits_w = OFF
     return model
 
 

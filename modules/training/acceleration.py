@@ -1,0 +1,61 @@
+"""What makes training faster and changes its rounding: bf16 autocast, compiled fake-quantisers, memory order."""
+import contextlib
+
+import torch
+
+from ..errors import UserError
+from ..modeling.ops.lsq_plus import compile_quantisers, prove_quantisers
+from .log import note
+
+PAYS_FROM = 1000            # steps of a run, from which compiling takes less time than it saves
+
+
+def add_compile_argument(parser):
+    """--compile auto, on or off."""
+    parser.add_argument('--compile', nargs='?', const='on', default='auto', choices=['auto', 'on', 'off'],
+                        help='fake-quantise in int8 by kernels of torch.compile, which needs a C++ compiler, on GPUs '
+                             f'Triton; auto: where that works, in runs of {PAYS_FROM} steps and more')
+
+
+def choose_quantisers(choice, quant, steps, device):
+    """Use compiled fake-quantisers from now on or not, by --compile; steps: of the whole run, resumed or not.
+
+    UserError where they are asked for and cannot be compiled; for auto a line says so.
+    """
+    compile_quantisers(False)
+    if choice == 'on' and not quant:
+        note('--compile speeds up int8 training only')
+    if not quant or choice == 'off' or choice == 'auto' and steps < PAYS_FROM:
+        return
+    compile_quantisers()
+    try:
+        prove_quantisers(device)
+    except UserError as error:
+        if choice == 'on':
+            raise
+        compile_quantisers(False)
+        note(f'{error}; int8 training goes on without, slower')
+
+
+def memory_format(recipe):
+    """Where the values of a pixel lie: side by side (NHWC), or each channel by itself (NCHW)."""
+    return torch.channels_last if recipe.channels_last else torch.contiguous_format
+
+
+def use_amp(asked, device):
+    """Whether to compute in bf16; a line says where that was asked for in vain."""
+    if not asked:
+        return False
+    if device.type != 'cuda':
+        note('--amp: only on GPUs; this run computes in float32')
+        return False
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        note('--amp: this GPU has no bf16 of its own, and fp16 with a gradient scaler is not there; this run computes '
+             'in float32')
+        return False
+    return True
+
+
+def autocast(device, enabled):
+    """Inside, convolutions and matrix products compute in bf16 where `enabled`; quantisers stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
