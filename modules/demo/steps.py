@@ -37,20 +37,20 @@ FOUND, FLOPS = 'found by INT8 latency', 'found by FLOPs'
 class Scale:
     """How much of everything a demo does. Steps are of 32 images."""
     teacher_steps: int = 20
-    kd_steps: int = 200
-    kd_lsq_steps: int = 40
+    kd_steps: int = 150
+    kd_lsq_steps: int = 30
     lut_rows: int = 40
     spaces: int = 216                   # all of them
     population: int = 100
     init_steps: int = 100
-    fp32_steps: int = 400
-    lsq_steps: int = 80
-    valid_images: int = 1600
+    fp32_steps: int = 300
+    lsq_steps: int = 60
+    valid_images: int = 1000
     subnets: int = 16                   # population of the subnet search
-    rounds: int = 3
-    finish_steps: int = 150
-    baseline_steps: int = 1500          # of a ready-made network: takes longer than what is found was trained
-    pretrained_steps: int = 250
+    rounds: int = 2
+    finish_steps: int = 120
+    baseline_steps: int = 1200          # of a ready-made network: takes longer than what is found was trained
+    pretrained_steps: int = 200
     eval_images: int | None = None      # all test images
     runs: int = 300
     measure_minutes: float = 2.0
@@ -318,21 +318,21 @@ def latency(demo):
 
 
 STEPS = (
-    Step('teacher', 'quantise the pretrained teacher, EfficientNet-lite0, with LSQ+', 0.3, teacher),
-    Step('block_kd', 'block KD: stem and each block type of each stage learn to copy the teacher, in fp32', 4.0,
+    Step('teacher', 'quantise the pretrained teacher, EfficientNet-lite0, with LSQ+', 0.7, teacher),
+    Step('block_kd', 'block KD: stem and each block type of each stage learn to copy the teacher, in fp32', 4.2,
          block_kd, side_by_side=True),
-    Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', 1.4, block_kd_lsq, side_by_side=True),
+    Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', 1.2, block_kd_lsq, side_by_side=True),
     Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', 2.1, predictor),
-    Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', 1.0,
+    Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', 0.8,
          block_lut),
-    Step('space_search', 'space search: block types and widths by Q-T score, for INT8 latency and for FLOPs', 0.2,
+    Step('space_search', 'space search: block types and widths by Q-T score, for INT8 latency and for FLOPs', 0.1,
          space_search),
     Step('supernets', 'train both spaces as supernets that start from block KD, fp32 then LSQ+', 4.5, supernets,
          side_by_side=True),
-    Step('subnet_search', 'search each supernet for the best subnets of the INT8 latency window', 1.5, subnet_search,
+    Step('subnet_search', 'search each supernet for the best subnets of the INT8 latency window', 2, subnet_search,
          side_by_side=True),
-    Step('finish', 'fine-tune what was found, in INT8', 1.5, finish, side_by_side=True),
-    Step('baselines', 'train ready-made networks to compare with', 3.0, baselines, side_by_side=True),
+    Step('finish', 'fine-tune what was found, in INT8', 2.2, finish, side_by_side=True),
+    Step('baselines', 'train ready-made networks to compare with', 2.4, baselines, side_by_side=True),
     Step('accuracy', 'export to INT8 ONNX, accuracy in ONNX Runtime', 1.5, accuracy, side_by_side=True),
-    Step('latency', 'latency in ONNX Runtime', 0.3, latency),
+    Step('latency', 'latency in ONNX Runtime', 0.4, latency),
 )
