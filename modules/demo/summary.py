@@ -16,7 +16,7 @@ from ..search_space.encoding import subnet_config
 from .steps import BASELINES, FLOPS, FOUND
 
 COLOURS = {FOUND: '#d1495b', FLOPS: '#1f6f8b', 'largest subnet': '#edae49', 'smallest subnet': '#66a182'}
-READY_MADE = '#777777'
+READY_MADE = ('#777777', 's'), ('#333333', '^')          # colours and markers of the ready-made networks
 STYLE = ('body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}'
          'table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em}code{overflow-wrap:anywhere}')
 
@@ -139,7 +139,7 @@ def _commands(demo, network):
 
 def _draw_front(demo, rows):
     """Measured accuracy over measured latency, and the searches' Pareto fronts before fine-tuning."""
-    figure, axes = new_figure(figsize=(8, 5), layout='constrained')
+    figure, axes = new_figure(figsize=(8, 6), layout='constrained')
     for space, what in ((demo.found_space, FOUND), (demo.flops_space, FLOPS)):
         if what == FLOPS and space == demo.found_space:
             continue
@@ -147,15 +147,14 @@ def _draw_front(demo, rows):
             points = [(float(row['ms']), float(row['top1'])) for row in csv.DictReader(f)]
         axes.plot(*zip(*pareto_front(points, tuple)), color=COLOURS[what], linewidth=1, drawstyle='steps-post',
                   alpha=0.6, label=f'{what}: front of the search (predicted ms, held out, before fine-tuning)')
+    looks = iter(READY_MADE)
     for row in rows:
-        axes.errorbar(row.int8_ms, row.top1, yerr=row.error, fmt='o', markersize=8, capsize=3,
-                      color=COLOURS.get(row.what, READY_MADE), label=row.what if row.network else None)
-        if not row.network:
-            axes.annotate(row.what, (row.int8_ms, row.top1), xytext=(0, 9), textcoords='offset points', fontsize=8,
-                          ha='center')
+        colour, marker = (COLOURS[row.what], 'o') if row.network else next(looks)
+        axes.errorbar(row.int8_ms, row.top1, yerr=row.error, fmt=marker, markersize=8, capsize=3, color=colour,
+                      label=row.what)
     axes.set(xlabel=f'INT8 latency (ms), {processor()}', ylabel='INT8 top-1 on test images (%)', xscale='log')
     axes.grid(alpha=0.3, which='both')
-    axes.legend(fontsize=8, loc='lower right')
+    figure.legend(fontsize=8, loc='outside lower center', ncols=2)
     save_figure(figure, demo.path('front.png'))
 
 
