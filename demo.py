@@ -16,7 +16,7 @@ import os
 
 from modules import ROOT
 from modules.cli import SEED, parser, run
-from modules.demo.data import choose_data
+from modules.demo.data import choose_data, keep_data
 from modules.demo.runner import alone, run_steps
 from modules.demo.steps import FULL, MEASURED, QUICK, STEPS, Demo
 from modules.demo.summary import write_summary
@@ -40,11 +40,13 @@ def main(args):
     folder, dataset_path = (os.path.relpath(path, ROOT) if os.path.abspath(path).startswith(ROOT + os.sep) else
                             os.path.abspath(path) for path in (args.output_path, args.dataset_path))
     os.chdir(ROOT)
+    record = os.path.join(folder, 'data.json')
+    data = choose_data(dataset_path, args.dataset, record)
+    demo = Demo(folder, data, QUICK if args.quick else FULL, args.platform, args.measured_name, args.seed,
+                reduce_range=not sums_are_exact())
+    demo.check()
     with alone(folder) as lock:
-        data = choose_data(dataset_path, args.dataset, os.path.join(folder, 'data.json'))
-        demo = Demo(folder, data, QUICK if args.quick else FULL, args.platform, args.measured_name, args.seed,
-                    reduce_range=not sums_are_exact())
-        demo.check()
+        keep_data(data, record)
         try:
             seconds = run_steps(demo, STEPS, lock, lambda line: print(line, flush=True))
         except KeyboardInterrupt:

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from modules.demo import runner
-from modules.demo.data import DemoData, choose_data
+from modules.demo.data import DemoData, choose_data, keep_data
 from modules.demo.runner import alone, run_steps
 from modules.demo.steps import BASELINES, FLOPS, FOUND, STEPS, Demo, Step
 from modules.demo.summary import Row, claims
@@ -146,10 +146,13 @@ def test_the_first_data_set_that_can_be_had_is_kept(tmp_path, monkeypatch):
     record = str(tmp_path / 'data.json')
     data = choose_data('pictures', None, record)
     assert data.dataset == 'elpv' and data.space == 'demo_96' and 'no CIFAR-10, by torchvision: CIFAR10' in data.why
-    had.add('CIFAR10')
+    keep_data(data, record)
+    had.update(('CIFAR10', 'imagenet'))
     assert choose_data('pictures', None, record) == data
     assert choose_data('pictures').dataset == 'CIFAR10' and choose_data('mine', 'imagenet').path == 'mine'
     had.clear()
+    with pytest.raises(UserError, match='cats: no network'):
+        choose_data('pictures', 'cats')
     with pytest.raises(UserError, match='no pictures to be had'):
         choose_data('pictures')
 

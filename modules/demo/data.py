@@ -35,10 +35,10 @@ class DemoData(NamedTuple):
 def choose_data(path, dataset=None, record=None):
     """DemoData of `dataset`, or of the first of SOURCES that is at `path` or can be downloaded to it.
 
-    record: a file that keeps the choice, so that a demo goes on with what it began with. UserError where none can be
-    had.
+    record: the file of keep_data(), whose choice counts where there is one. UserError where none can be had.
     """
     if dataset is not None:
+        open_data(path, dataset)
         return DemoData(dataset, path, 'as --dataset says')
     if record is not None and os.path.isfile(record):
         with open(record, encoding='utf-8') as f:
@@ -51,9 +51,11 @@ def choose_data(path, dataset=None, record=None):
             problems.append(f'{what}: {error}')
             print(f'no {problems[-1]}', flush=True)
             continue
-        chosen = DemoData(name, path, f'{what}{"".join(f"; no {problem}" for problem in problems)}')
-        if record is not None:
-            write_text(record, json.dumps(chosen))
-        return chosen
+        return DemoData(name, path, f'{what}{"".join(f"; no {problem}" for problem in problems)}')
     raise UserError('no pictures to be had (above); give a folder of yours with --dataset imagenet --dataset_path, or '
                     '--dataset digits')
+
+
+def keep_data(data, record):
+    """Write the choice down, so that a demo goes on with the pictures it began with."""
+    write_text(record, json.dumps(data))
