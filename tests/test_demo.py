@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from modules.demo import runner
 from modules.demo.data import DemoData, choose_data, keep_data
 from modules.demo.runner import alone, run_steps
-from modules.demo.steps import BASELINES, FLOPS, FOUND, STEPS, Demo, Step
+from modules.demo.steps import BASELINES, FLOPS, FOUND, STEPS, Demo, Step, supernets
 from modules.demo.summary import Row, claims
 from modules.errors import UserError
+from modules.search_space.encoding import parse_supernet
 
 from .conftest import ROOT
 
@@ -139,13 +141,15 @@ def test_claims_say_what_the_numbers_show():
 def test_the_first_data_set_that_can_be_had_is_kept(tmp_path, monkeypatch):
     had = {'elpv'}
 
-    def open_data(path, name):
+    def open_data(path, name, valid_size):
         if name not in had:
             raise UserError(f'{name}: no network')
+        return SimpleNamespace(train=range(1800))
     monkeypatch.setattr('modules.demo.data.open_data', open_data)
     record = str(tmp_path / 'data.json')
     data = choose_data('pictures', None, record)
-    assert data.dataset == 'elpv' and data.space == 'demo_96' and 'no CIFAR-10, by torchvision: CIFAR10' in data.why
+    assert (data.dataset, data.images) == ('elpv', 1800) and data.space == 'demo_96'
+    assert 'no CIFAR-10, by torchvision: CIFAR10' in data.why
     keep_data(data, record)
     had.update(('CIFAR10', 'imagenet'))
     assert choose_data('pictures', None, record) == data
@@ -157,8 +161,15 @@ def test_the_first_data_set_that_can_be_had_is_kept(tmp_path, monkeypatch):
         choose_data('pictures')
 
 
+@pytest.mark.parametrize('images, expected', [(45000, [1, 300]), (1800, [5, 56]), (10, [300, 1])])
+def test_few_pictures_are_seen_in_several_epochs(images, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(Demo, 'spaces', [parse_supernet('demo-000-011')])
+    (fp32, _), = supernets(Demo(str(tmp_path), DemoData('digits', 'dataset', '', images), platform='onnx_lut'))
+    assert [fp32[fp32.index(flag) + 1] for flag in ('--epochs', '--max_steps')] == expected
+
+
 def _one_step(folder, code, side_by_side=False):
-    demo = Demo(str(folder), DemoData('digits', 'dataset', ''), platform='onnx_lut')
+    demo = Demo(str(folder), DemoData('digits', 'dataset', '', 1000), platform='onnx_lut')
     return demo, (Step('one', 'a step', 1, lambda demo: code, side_by_side),)
 
 

@@ -15,10 +15,11 @@ SPACES = {'elpv': 'demo_96'}                    # cracks need 96 pixels
 
 
 class DemoData(NamedTuple):
-    """Which pictures, and why; path: the scripts' --dataset_path."""
+    """Which pictures, and why; path: the scripts' --dataset_path; images: how many to train on."""
     dataset: str
     path: str
     why: str
+    images: int
 
     @property
     def space(self):
@@ -28,8 +29,12 @@ class DemoData(NamedTuple):
     @property
     def flags(self):
         """Of every script that sees pictures."""
-        return ['--dataset_path', self.path, '--dataset', self.dataset, '--valid_size',
-                HELD_OUT.get(self.dataset, 5000)]
+        return ['--dataset_path', self.path, '--dataset', self.dataset, '--valid_size', held_out(self.dataset)]
+
+
+def held_out(dataset):
+    """Images of --valid_size."""
+    return HELD_OUT.get(dataset, 5000)
 
 
 def choose_data(path, dataset=None, record=None):
@@ -38,22 +43,25 @@ def choose_data(path, dataset=None, record=None):
     record: the file of keep_data(), whose choice counts where there is one. UserError where none can be had.
     """
     if dataset is not None:
-        open_data(path, dataset)
-        return DemoData(dataset, path, 'as --dataset says')
+        return DemoData(dataset, path, 'as --dataset says', _images(path, dataset))
     if record is not None and os.path.isfile(record):
         with open(record, encoding='utf-8') as f:
             return DemoData(*json.load(f))
     problems = []
     for name, what in SOURCES.items():
         try:
-            open_data(path, name)
+            images = _images(path, name)
         except UserError as error:
             problems.append(f'{what}: {error}')
             print(f'no {problems[-1]}', flush=True)
             continue
-        return DemoData(name, path, f'{what}{"".join(f"; no {problem}" for problem in problems)}')
+        return DemoData(name, path, f'{what}{"".join(f"; no {problem}" for problem in problems)}', images)
     raise UserError('no pictures to be had (above); give a folder of yours with --dataset imagenet --dataset_path, or '
                     '--dataset digits')
+
+
+def _images(path, dataset):
+    return len(open_data(path, dataset, held_out(dataset)).train)
 
 
 def keep_data(data, record):

@@ -26,6 +26,7 @@ LOSS_T, LOSS_A = 0.1, 0.01              # the space search's defaults
 DRAWN = 300                             # random subnets of random spaces, to choose the latency window by
 QUANTILE, WIDTH = 0.65, 0.15            # of their latencies the one searched for; share of it the window takes
 MAX_DISTURBED = 0.9                     # of what is measured on this machine; the rest is enough for a demo
+BATCH = 32                              # images a step
 RATE = 0.05                             # learning rate of ready-made networks from random weights
 PRETRAINED_RATE = 0.02                  # and from ImageNet's
 
@@ -49,7 +50,7 @@ class Scale:
     subnets: int = 16                   # population of the subnet search
     rounds: int = 2
     finish_steps: int = 120
-    baseline_steps: int = 1200          # of a ready-made network: takes longer than what is found was trained
+    baseline_steps: int = 1200          # of a ready-made network
     pretrained_steps: int = 200
     eval_images: int | None = None      # all test images
     runs: int = 300
@@ -199,11 +200,17 @@ class Step(NamedTuple):
     side_by_side: bool = False
 
 
+def _length(demo, steps, epochs='--num_epochs'):
+    """Flags of about `steps` steps of BATCH images, in several epochs where the pictures are few."""
+    epoch = max(1, demo.data.images // BATCH)
+    return [epochs, max(1, round(steps / epoch)), '--max_steps', min(steps, epoch)]
+
+
 def _block_kd(script, demo, steps, rates, *more):
     """Two chains that take about as long: the narrow stages' maps are larger."""
     command = [script, '--superspace', demo.space, '--teacher_arch', TEACHER,
                '--output_path', demo.path('block_kd', demo.space),
-               '--inplace_distill_from_teacher', '--train_batch_size', 32, '--num_epochs', 1, '--max_steps', steps,
+               '--inplace_distill_from_teacher', '--train_batch_size', BATCH, *_length(demo, steps),
                '--num_calib_batches', 4, '--num_valid_batches', 4, '--augment', 'none', '--resume', '--num_workers', 0,
                '--hw_list', *demo.kd_resolutions, *more, *demo.data.flags, '--learning_rate_list', *rates]
     first, *others = get_superspace(demo.space).searchable_stages
@@ -258,7 +265,7 @@ def space_search(demo):
 def _supernet(demo, supernet, steps, *more):
     return ['train_supernet.py', '--config-file', CONFIG, '--superspace', demo.space,
             '--supernet_choice', supernet.choice, '--align_sample', '--output_path', demo.path('supernet_training'),
-            '--max_steps', steps,
+            *_length(demo, steps, '--epochs'),
             '--num_valid_images', demo.scale.valid_images, '--seed', demo.seed, '--resume', *more, *demo.data.flags]
 
 
@@ -285,7 +292,7 @@ def finish(demo):
     return [[['downstream_cls.py', '--superspace', demo.space, '--supernet_choice', network.supernet.choice,
               '--subnet_name', network.subnet, '--align_sample', '--keep_head', '--distill',
               '--checkpoint_path', demo.path('supernet_training'), '--output_path', demo.path('finished'),
-              '--batch_size', 32, '--num_epochs', 1, '--max_steps', demo.scale.finish_steps, '--warmup_epochs', 0.1,
+              '--batch_size', BATCH, *_length(demo, demo.scale.finish_steps), '--warmup_epochs', 0.1,
               '--label_smoothing', 0, '--num_calib_batches', 8, '--num_eval_images', demo.scale.valid_images,
               '--seed', demo.seed, '--resume', *demo.data.flags]] for network in demo.deployed()]
 
@@ -293,9 +300,8 @@ def finish(demo):
 def baselines(demo):
     scale = demo.scale
     return [[['onnx_tools/baseline.py', '--model', model, *['--pretrained'] * pretrained,
-              '--image_size', demo.image_size, '--batch_size', 32, '--num_epochs', 1,
-              '--max_steps', scale.pretrained_steps if pretrained else
-              scale.baseline_steps, '--learning_rate', PRETRAINED_RATE if pretrained else RATE, '--warmup_epochs', 0.1,
+              '--image_size', demo.image_size, '--batch_size', BATCH,
+              *_length(demo, scale.pretrained_steps if pretrained else scale.baseline_steps), '--learning_rate', PRETRAINED_RATE if pretrained else RATE, '--warmup_epochs', 0.1,
               '--label_smoothing', 0, '--num_calib_batches', 8, *_images(demo), '--runs', scale.runs, '--augment',
               'default', '--output', demo.path('baselines'), '--seed', demo.seed, '--resume', *demo.narrow,
               *demo.data.flags]] for model, (_, pretrained) in BASELINES.items()]
