@@ -301,7 +301,8 @@ def baselines(demo):
     scale = demo.scale
     return [[['onnx_tools/baseline.py', '--model', model, *['--pretrained'] * pretrained,
               '--image_size', demo.image_size, '--batch_size', BATCH,
-              *_length(demo, scale.pretrained_steps if pretrained else scale.baseline_steps), '--learning_rate', PRETRAINED_RATE if pretrained else RATE, '--warmup_epochs', 0.1,
+              *_length(demo, scale.pretrained_steps if pretrained else scale.baseline_steps),
+              '--learning_rate', PRETRAINED_RATE if pretrained else RATE, '--warmup_epochs', 0.1,
               '--label_smoothing', 0, '--num_calib_batches', 8, *_images(demo), '--runs', scale.runs, '--augment',
               'default', '--output', demo.path('baselines'), '--seed', demo.seed, '--resume', *demo.narrow,
               *demo.data.flags]] for model, (_, pretrained) in BASELINES.items()]
