@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo test test-slow bench lint clean
 
 demo: $(VENV)/demo.done
-	$(BIN)/python demo.py
+	$(BIN)/python pipeline.py --config-file pipelines/demo.yaml
 
 test: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15

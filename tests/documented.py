@@ -1,5 +1,6 @@
 """The shell commands of README.md and docs/*.md, and how a test shortens each script: by more flags only."""
 import glob
+import importlib.util
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ STARTS = ('python ', 'torchrun ', 'pip ', 'make ', 'apt-get ', 'nn-meter ', 'adb
 BEFORE = re.compile(r'(?:taskset -c \d+ )?(?:torchrun|python -m torch\.distributed\.(?:launch|run)|python)'
                     r'(?: --nproc_per_node[= ]\d+)? ')
 WAYS = ('--mode', '--superspace', '--plugin', '--quant_mode', '--network', '--supernet_choices', '--subnet_choice',
-        '--skip_weights', '--report', '--adb', '--debug', '--from_teacher', '--quick', '--init_block_kd', '--distill')
+        '--skip_weights', '--report', '--adb', '--debug', '--from_teacher', '--init_block_kd', '--distill')
 
 DATA = '--num_workers 0 --valid_size 4'
 CPU = '--device cpu'
@@ -74,11 +75,19 @@ PARSED = {
     'benchmarks/onnx_int8.py': 'measures for minutes',
     'benchmarks/onnx_blocks.py': 'measures for minutes',
     'benchmarks/demo_spaces.py': 'trains for minutes, after a demo',
-    'demo.py': 'tests/test_demo.py',
+    'pipeline.py': 'tests/test_pipeline.py',
 }
 IGNORED = {'-m modules.latency.fitting': 'needs ../shared/reference',
            '-m modules.block_kd.synthetic_lut': 'needs ../shared/reference',
            '-m pytest': 'this'}
+
+
+def load_script(name):
+    """A script by its path, imported."""
+    spec = importlib.util.spec_from_file_location(name[:-3].replace('/', '_'), os.path.join(ROOT, name))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Command(NamedTuple):

@@ -4,7 +4,6 @@ The published ones of the supernet stages on one rank and two, one of them under
 command of README.md and docs/, plain and in this process: all are parsed, and each way to call a script is run once.
 What they compute is in the tests of their stages.
 """
-import importlib.util
 import os
 import random
 import re
@@ -28,7 +27,7 @@ from modules.zoo import save_network
 
 from .checkpoints import call, published_root, random_supernet, write_supernet
 from .conftest import ROOT
-from .documented import IGNORED, KD, PAGES, PARSED, SHORTER, TEACHER, commands, others, parse_command
+from .documented import IGNORED, KD, PAGES, PARSED, SHORTER, TEACHER, commands, load_script, others, parse_command
 from .launching import launch, run_script
 from .test_eval_specific_net import write_pictures
 
@@ -112,14 +111,6 @@ RUN_ABOVE = {parse_command('python ' + line).form for line in (
 COMMANDS = commands()
 
 
-def _script(name):
-    """A script by its path, imported."""
-    spec = importlib.util.spec_from_file_location(name[:-3].replace('/', '_'), os.path.join(ROOT, name))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope='module')
 def home(tree):
     """The tree of above with what the pages' commands find there: an int8 teacher, demo checkpoints, my_space.py."""
@@ -132,7 +123,7 @@ def home(tree):
         patch.chdir(tree)
         words = ('--superspace onnxw --output_path checkpoints/block_kd/onnxw --stage_list stage3_0 stage3_1 '
                  f'--hw_list 64 --from_scratch --dataset_path dataset {KD} {TEACHER}')
-        assert _in_process(_script('lsq_block_kd.py'), words.split(), patch) == 0
+        assert _in_process(load_script('lsq_block_kd.py'), words.split(), patch) == 0
     demo = tree / 'checkpoints' / 'supernet_training' / 'demo-222-111-align0'
     for name, quant in (('checkpoint.pth', False), ('lsq.pth', True)):
         write_supernet(demo / name, 'demo-222-111', 10, quant)
@@ -176,7 +167,7 @@ def test_documented_commands(page, home, monkeypatch, capsys):
             done.add(command.form)
             if command.page == page:
                 assert command.script in {**SHORTER, **PARSED}, f'{command.text}: no rule in tests/documented.py'
-                module = modules.get(command.script) or modules.setdefault(command.script, _script(command.script))
+                module = modules.get(command.script) or modules.setdefault(command.script, load_script(command.script))
                 monkeypatch.setattr(sys, 'argv', [command.script, *command.words])
                 module.get_args()
                 if new:

@@ -35,7 +35,7 @@ from modules.training.data import (
     open_data,
     train_loader,
 )
-from modules.training.sources import TARS, to_rgb
+from modules.training.sources import LAYOUTS, TARS, count_classes, to_rgb
 
 SIZE = 32
 FASHION = os.path.join(sources.DEBIAN, 'fashion-mnist')
@@ -125,7 +125,7 @@ def test_valid_size_is_capped(folders, capsys):
     assert len(load(folders, valid_size=50000).valid) == 8
     assert 'valid_size 50000 is more than a fifth of the 40 training images: 8' in capsys.readouterr().err
     assert len(load(folders, valid_size=0).train) == 40
-    assert not capsys.readouterr().err
+    assert 'more than' not in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings('ignore:This DataLoader will create 4 worker')
@@ -356,6 +356,21 @@ def test_failed_download_is_one_line(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ['mine']
 
 
+def test_class_folders_by_themselves(folders, tmp_path, capsys):
+    for label in ('n00', 'n01'):
+        shutil.copytree(folders / 'train' / label, tmp_path / label)
+    for name in ('.ipynb_checkpoints', '__MACOSX'):
+        shutil.copytree(folders / 'train' / 'n00', tmp_path / name)
+    (tmp_path / 'later').mkdir()
+    data = load(tmp_path, valid_size=4)
+    assert data.num_classes == count_classes(str(tmp_path)) == 2
+    assert [len(part) for part in (data.train, data.valid, data.test)] == [28, 4, 8]
+    assert '2 classes, 28 pictures to train on, 4 held out, 8 to test with' in capsys.readouterr().err
+    unlabelled = load(tmp_path, valid_size=4, labelled=False)       # block KD never sees the test images
+    assert unlabelled.test.indices.tolist() == data.test.indices.tolist()
+    assert not set(data.test.indices) & set(data.train.indices)
+
+
 # ---------------------------------------------------------------- error lines
 
 def test_error_lines(folders, tars, tmp_path, capsys):
@@ -365,7 +380,7 @@ def test_error_lines(folders, tars, tmp_path, capsys):
         assert '\n' not in str(error.value)
         return str(error.value)
 
-    layouts = 'expected class folders train/ and val/, or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar'
+    layouts = f'expected {LAYOUTS}'
     assert line(tmp_path / 'gone') == f'{tmp_path}/gone: {layouts}; found no such folder'
     assert line(tmp_path) == f'{tmp_path}: {layouts}; found nothing'
     (tmp_path / 'train').mkdir()
@@ -377,11 +392,13 @@ def test_error_lines(folders, tars, tmp_path, capsys):
     assert line(tmp_path).endswith('(pictures without labels do for block KD only)')
     (tmp_path / 'val').mkdir()
     assert line(tmp_path) == f'{tmp_path}/train: expected one folder per class; found a.jpg'
-    (tmp_path / 'train/n00').mkdir()
-    assert 'train: expected pictures in class folders; found none' in line(tmp_path)
+    (tmp_path / 'train/n00').mkdir()                    # without pictures it is no class
+    assert line(tmp_path) == f'{tmp_path}/train: expected one folder per class; found a.jpg n00/'
     shutil.copytree(folders, tmp_path, dirs_exist_ok=True)
     os.rename(tmp_path / 'val/n01', tmp_path / 'val/n07')
     assert 'val: class n07 is not one of the 2 classes of' in line(tmp_path)
+    shutil.rmtree(tmp_path / 'train/n01')
+    assert line(tmp_path) == f'{tmp_path}/train: expected at least two classes; found n00/ alone'
 
     assert line(tmp_path, 'cifar11').startswith('--dataset cifar11: expected one of imagenet digits elpv CIFAR10')
     assert '--augment rand: not one of default' in line(folders, augment='rand')
@@ -549,7 +566,7 @@ def test_broken_images_are_skipped_and_counted(damaged, workers, capsys):
         assert len(sizes) == 5 and sum(sizes) == 17
     assert [len(images) for images, _ in eval_loader(data.test, 5, workers=workers)] == [4, 4]
     assert len(data.broken) == 5
-    lines = capsys.readouterr().err.splitlines()
+    _, *lines = capsys.readouterr().err.splitlines()        # the first tells of the data
     assert len(lines) == 5 and lines[-1].startswith('broken image skipped (5 so far): ')
     assert any(line.endswith('train_001.JPEG: cannot identify image file') for line in lines)
     assert any(line.endswith('train_002.JPEG: No such file or directory') for line in lines)

@@ -20,6 +20,7 @@ from ..training.distributed import Job
 from ..training.evaluate import DecodedImages, images_of
 from ..zoo import CHECKPOINTS, find_checkpoint, load_network, load_supernet, subnet_of
 from .chain import processor
+from .feeding import class_names, preprocessing
 from .measure import compare, describe
 from .runtimes import ONNX
 from .store import Entry, append_line, fingerprint, model_path, read_entries, read_model, write_model
@@ -30,11 +31,13 @@ RANDOM_IMAGES = 8           # pictures of noise for random weights
 
 
 class Subject(NamedTuple):
-    """What is exported: a torch Network in eval mode, calibration batches of images, and what both came from."""
+    """What is exported: a torch Network in eval mode, calibration batches of images, what both came from, and facts for
+    the model's metadata."""
     entry: Entry
     network: Network
     batches: list
     origin: str
+    facts: dict = {}
 
 
 def add_export_arguments(parser, runtime=ONNX):
@@ -102,12 +105,19 @@ def subject(entry, args, quant_mode, data=None):
         else:
             set_fp32_mode(network)
         fit_classes(data, network.num_classes, args.network)
-        return Subject(entry, network, batches, args.network)
+        return Subject(entry, network, batches, args.network, _feeding(entry, data))
     path = find_checkpoint(entry.supernet, quant_mode, args.checkpoint_path, args.align_sample)
     supernet = load_supernet(entry.supernet, path, quant_mode)
     fit_classes(data, supernet.num_classes, path)
     complete_scales(supernet, [entry.subnet], data, args.batch_size, Job(), args.seed)
-    return Subject(entry, calibrated_network(supernet, entry.subnet, batches, Job()).eval(), batches, path)
+    network = calibrated_network(supernet, entry.subnet, batches, Job()).eval()
+    return Subject(entry, network, batches, path, _feeding(entry, data))
+
+
+def _feeding(entry, data):
+    """What whoever feeds the model has to know."""
+    return {'preprocessing': preprocessing(data, data.image_size, entry.subnet.resolution),
+            'classes': class_names(data)}
 
 
 def images_for(entries, args):
@@ -140,12 +150,12 @@ def export(subject, folder, quant_mode, runtime=ONNX, **options):
     path = model_path(folder, entry, quant_mode, runtime.ending)
     calibration = [images for images, _ in zip(images_of(subject.batches), range(RANGE_BATCHES))] if quant_mode else []
     key = fingerprint(network, entry.supernet, entry.subnet, quant_mode, *map(_digest, calibration),
-                      *options.items())
+                      *options.items(), *subject.facts.items())
     model = read_model(path, runtime, key)
     if model is not None:
         return path, model, False
     facts = {'fingerprint': key, 'supernet': str(entry.supernet), 'subnet': str(entry.subnet),
-             'weights': subject.origin}
+             'weights': subject.origin, **subject.facts}
     if quant_mode:
         model = runtime.export_int8(network, observe(network, calibration), facts, **options)
     else:

@@ -97,3 +97,12 @@ DEMO = stage_table((24,), (24,), [
     ((48, 64, 80), span(1, 3), 2),
     ((96, 128, 160), span(1, 3), 2),
 ], stage0_depths=(1,), head=(320, 512, 10))
+
+# between DEMO and the published ones: pictures of 128 to 192 pixels on one machine without a GPU
+SMALL = stage_table((16,), (16,), [
+    ((24, 32, 40), (1, 2), 2),
+    ((32, 48, 64), span(1, 3), 2),
+    ((64, 80, 96), span(1, 3), 2),
+    ((96, 112, 128), span(1, 3), 2),
+    ((160, 192, 224), span(1, 3), 2),
+], stage0_depths=(1,), head=(640, 1024, 1000))

@@ -163,9 +163,11 @@ SUPERSPACES = {space.name: space for space in (
     Superspace('onnx', macro_arch.ONNX, _onnx_blocks(K357), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('onnx_v1', macro_arch.ONNX, _onnx_blocks(K35), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('demo', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
-               resolutions=(32, 40, 48), kd_resolutions=(32, 40, 48)),
+               resolutions=(32, 40, 48), kd_resolutions=(40, 48)),      # of 32 pixels stage3 sees 2 x 2: nothing to learn
     Superspace('demo_96', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
                resolutions=(64, 80, 96), kd_resolutions=(64, 80, 96)),      # demo for pictures with finer detail
+    Superspace('small', macro_arch.SMALL, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
+               resolutions=span(128, 192, 16), kd_resolutions=(128, 160, 192)),
 )}
 
 

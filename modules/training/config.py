@@ -39,13 +39,17 @@ def _short(value, show=repr):
     return text if len(text) <= 60 else text[:57] + '...'
 
 
-def load_config(kind, path, overrides=None, section=None):
-    """`kind` (a dataclass) from a YAML file; keys of `section` in it win over the top ones, `overrides` over all.
+def setting(default, help, least=0, **limits):
+    """A key of a configuration; least, most, below, choices: what its values may be."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: default, metadata={'help': help})
+    if not isinstance(default, (bool, str)):
+        limits = {'least': least, 'most': math.inf if isinstance(default, float) else 10 ** 9} | limits
+    return dataclasses.field(default=default, metadata={'help': help, **limits})
 
-    overrides: {key: value}, None where a flag was not given. The original's train.yaml is taken too (original.py): a
-    line names its keys that mean nothing here. Raises UserError: no such file, unknown key, or a value of another type,
-    each with the file and the key.
-    """
+
+def read_yaml(path):
+    """The keys and values of a YAML file as a dict; UserError with file and line for anything else."""
     try:
         with open(path, encoding='utf-8') as file:
             content = yaml.load(file, _Loader)
@@ -57,7 +61,17 @@ def load_config(kind, path, overrides=None, section=None):
         raise UserError(f'{where}: not YAML ({_short(reason, str)})') from None
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected keys and values, found {type(content).__name__}')
-    content = _of_the_original(path, content, kind)
+    return content
+
+
+def load_config(kind, path, overrides=None, section=None):
+    """`kind` (a dataclass) from a YAML file; keys of `section` in it win over the top ones, `overrides` over all.
+
+    overrides: {key: value}, None where a flag was not given. The original's train.yaml is taken too (original.py): a
+    line names its keys that mean nothing here. Raises UserError: no such file, unknown key, or a value of another type,
+    each with the file and the key.
+    """
+    content = _of_the_original(path, read_yaml(path), kind)
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     values = {key: value for key, value in content.items() if key not in sections}
     for name, part in sections.items():
@@ -66,9 +80,14 @@ def load_config(kind, path, overrides=None, section=None):
         checked = {key: _checked(path, f'{name}.{key}', key, value, kind) for key, value in part.items()}
         if name == section:
             values.update(checked)
-    values = {key: _checked(path, key, key, value, kind) for key, value in values.items()}
+    values = checked_values(path, values, kind)
     values.update((key, value) for key, value in (overrides or {}).items() if value is not None)
     return kind(**values)
+
+
+def checked_values(path, values, kind):
+    """{key: value} of a file as `kind`, a dataclass of setting()s, has them; UserError with file and key."""
+    return {key: _checked(path, key, key, value, kind) for key, value in values.items()}
 
 
 def _of_the_original(path, content, kind):

@@ -136,13 +136,15 @@ class ImageSet(Dataset):
 class Data:
     """train is augmented; valid was held out of it; test is another set. The latter two see the evaluation transform.
 
-    num_classes is 0 for unlabelled pictures; broken {file: reason} holds what could not be read so far.
+    num_classes is 0 for unlabelled pictures; broken {file: reason} holds what could not be read so far;
+    image_size: pixels of an image's side.
     """
     train: ImageSet
     valid: ImageSet
     test: ImageSet
     num_classes: int
     broken: dict = field(default_factory=dict)
+    image_size: int = 224
 
 
 def to_floats(pixels, mean_std):
@@ -214,7 +216,8 @@ def open_data(path, dataset='imagenet', valid_size=VALID_SIZE, augment='default'
               seed=0, normalize='imagenet', original=False):
     """Data of a data set by name; images are (3, image_size, image_size), normalised.
 
-    path: ImageNet's folder, or where torchvision's data sets lie or are downloaded to. labelled=False: any
+    path: ImageNet's folder, or where torchvision's data sets lie or are downloaded to. Class folders without train/ and
+    val/, and data sets without a test set: a fifth of the pictures are the test images. labelled=False: any
     folder of pictures does (or ImageNet's, or its tars); their labels are then 0, and where there is no val/, the
     held-out images are the test images too.
     Data sets with a name keep their labels.
@@ -239,14 +242,17 @@ def open_data(path, dataset='imagenet', valid_size=VALID_SIZE, augment='default'
     test = None
     if test_source is not None:
         test = image_set(test_source, np.arange(len(test_source)))
-    elif name != 'imagenet':            # no test set of its own: a fifth, chosen once and for all
+    elif num_classes:                   # no test set of its own: a fifth, chosen once and for all
         order = _permutation(len(source), SPLIT_SEED, 'test').numpy()
         test, indices = image_set(source, np.sort(order[:len(order) // 5])), np.sort(order[len(order) // 5:])
     held_out = _valid_size(valid_size, len(indices))
     order = _permutation(len(indices), SPLIT_SEED).numpy()
     train = image_set(source, np.sort(indices[order[held_out:]]), train=True)
     valid = image_set(source, indices[order[:held_out]])
-    return Data(train, valid, valid if test is None else test, num_classes, broken)
+    note(f'{path if name == "imagenet" else dataset}: ' + f'{num_classes} classes, ' * bool(num_classes)
+         + f'{len(train):,} pictures to train on, {held_out:,} held out'
+         + ('' if test is None else f', {len(test):,} to test with'))
+    return Data(train, valid, valid if test is None else test, num_classes, broken, image_size)
 
 
 def _check_readable(source):

@@ -22,7 +22,8 @@ from .tars import is_picture, tar_index
 SMALL = 96                      # pixels: data sets of at most this are stretched whole instead of cropped
 DEBIAN = '/usr/share/datasets'
 TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
-LAYOUTS = f'class folders train/ and val/, or {TARS[0]} and {TARS[1]}'
+LAYOUTS = f'a folder a class, in train/ and val/ or by themselves, or {TARS[0]} and {TARS[1]}'
+NO_CLASSES = ('__MACOSX',)      # what archives leave behind, beside names that begin with a dot
 # torchvision's data sets of pictures with one class each
 TORCHVISION = ('CIFAR10', 'CIFAR100', 'Flowers102', 'OxfordIIITPet', 'Food101', 'StanfordCars', 'FGVCAircraft',
                'MNIST', 'FashionMNIST', 'KMNIST', 'EMNIST', 'QMNIST', 'USPS', 'SEMEION', 'SVHN', 'STL10', 'GTSRB',
@@ -158,6 +159,8 @@ def _open_imagenet(path, labelled, min_side):
         return _open_class_folders(*folders)
     if all(map(os.path.isfile, tars)):
         return _open_tars(*tars, labelled)
+    if len(_class_names(path)) > 1:
+        return _open_class_folders(path)
     if labelled:
         hint = ' (pictures without labels do for block KD only)' * any(_walk(path))
         raise UserError(f'{path}: expected {LAYOUTS}; found {_found(path)}{hint}')
@@ -166,10 +169,25 @@ def _open_imagenet(path, labelled, min_side):
 
 def count_classes(path):
     """Classes of an ImageNet folder by its layout, without looking for its pictures; 0 where it has none."""
-    train = os.path.join(os.path.expanduser(path), 'train')
-    if os.path.isdir(train):
-        return sum(entry.is_dir() for entry in os.scandir(train))
-    return 1000 if os.path.isfile(os.path.join(os.path.expanduser(path), TARS[0])) else 0
+    path = os.path.expanduser(path)
+    train = os.path.join(path, 'train')
+    if os.path.isdir(train) or not os.path.isfile(os.path.join(path, TARS[0])):
+        names = _class_names(train if os.path.isdir(train) else path)
+        return len(names) if len(names) > 1 else 0
+    return 1000
+
+
+def _class_names(folder):
+    """Names of the folders in `folder` that hold a picture, in order; hidden ones are none."""
+    with contextlib.suppress(OSError):
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name not in NO_CLASSES
+                      and not entry.name.startswith('.') and _has_pictures(entry.path))
+    return []
+
+
+def _has_pictures(folder):
+    with os.scandir(folder) as entries:                 # stops at the first, in the folder itself mostly
+        return any(is_picture(entry.name) for entry in entries) or any(_walk(folder))
 
 
 def _walk(path):
@@ -192,21 +210,21 @@ def _open_pictures(path, min_side):
     return Pictures(path, names, np.zeros(len(names)), min_side=min_side)
 
 
-def _open_class_folders(train, val):
-    classes, sources = None, []
-    for folder in (train, val):
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        classes = classes or names
+def _open_class_folders(train, val=None):
+    """(train source, val source or None, number of classes)."""
+    classes, sources = _class_names(train), []
+    for folder in filter(None, (train, val)):
+        names = classes if folder == train else _class_names(folder)
         if not names:
             raise UserError(f'{folder}: expected one folder per class; found {_found(folder)}')
         _check_classes(folder, names, classes, train)
+        if len(classes) < 2:
+            raise UserError(f'{folder}: expected at least two classes; found {classes[0]}/ alone')
         numbers = {name: number for number, name in enumerate(classes) if name in names}
-        samples = make_dataset(folder, numbers, IMG_EXTENSIONS, allow_empty=True)
-        if not samples:
-            raise UserError(f'{folder}: expected pictures in class folders; found none in {_found(folder)}')
+        samples = make_dataset(folder, numbers, IMG_EXTENSIONS)
         files = [os.path.relpath(name, folder) for name, _ in samples]
         sources.append(Pictures(folder, files, [label for _, label in samples]))
-    return *_with_classes(sources, classes), len(classes)
+    return *_with_classes(sources, classes), *[None] * (val is None), len(classes)
 
 
 def _with_classes(sources, classes):

@@ -20,7 +20,7 @@ from ..search_space import sampling
 from .acceleration import autocast, memory_format
 from .calibrate import initialize_all_scales
 from .checkpoint import checkpoint_name, load_checkpoint, load_weights
-from .config import save_config
+from .config import save_config, setting
 from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
 from .distributed import average, broadcast, of_main
 from .evaluate import DecodedImages, evaluate_subnet
@@ -34,49 +34,42 @@ from .resumable import ResumableRun, checkpoint_to_resume, epoch_batches, steps_
 LEARNED, CHANCE = 0.9, 0.98             # of the loss of guessing: below the one it has learned, above it collapsed
 
 
-def _setting(default, help, least=0, **limits):
-    """A key of the recipe; least, most, below, choices: see training/config.py."""
-    if not isinstance(default, (bool, str)):
-        limits = {'least': least, 'most': math.inf if isinstance(default, float) else 10 ** 9} | limits
-    return field(default=default, metadata={'help': help, **limits})
-
-
 @dataclass(frozen=True)
 class SupernetRecipe:
     """How to train a supernet; the keys of supernet_training_configs/*.yaml."""
     SECTIONS = ('quant',)               # keys under `quant:` replace the others with --quant_mode
-    epochs: int = _setting(360, 'passes over the training images', least=1)
-    warmup_epochs: float = _setting(5.0, 'epochs of linear warm-up')
-    base_lr: float = _setting(0.1, 'learning rate, times max(1, images a step // 256)')
-    momentum: float = _setting(0.9, 'of SGD, Nesterov', below=1)
-    weight_decay: float = _setting(1e-5, 'not of norms, biases and LSQ+ scales')
-    label_smoothing: float = _setting(0.1, 'of the largest subnet', below=1)
-    dropout: float = _setting(0.2, 'before the last layer of the largest subnet', below=1)
-    grad_clip_value: float = _setting(1.0, 'bound of each gradient')
-    accumulate: int = _setting(1, 'parts of a batch that take turns, for small GPUs; batch norm then sees parts',
+    epochs: int = setting(360, 'passes over the training images', least=1)
+    warmup_epochs: float = setting(5.0, 'epochs of linear warm-up')
+    base_lr: float = setting(0.1, 'learning rate, times max(1, images a step // 256)')
+    momentum: float = setting(0.9, 'of SGD, Nesterov', below=1)
+    weight_decay: float = setting(1e-5, 'not of norms, biases and LSQ+ scales')
+    label_smoothing: float = setting(0.1, 'of the largest subnet', below=1)
+    dropout: float = setting(0.2, 'before the last layer of the largest subnet', below=1)
+    grad_clip_value: float = setting(1.0, 'bound of each gradient')
+    accumulate: int = setting(1, 'parts of a batch that take turns, for small GPUs; batch norm then sees parts',
                                least=1)
-    channels_last: bool = _setting(True, 'NHWC memory: faster on CPUs, not measured on GPUs')
-    num_arch_training: int = _setting(4, 'subnets a step: largest, random ones, smallest', least=1)
-    smallest_freq: int = _setting(1, 'steps between those that train the smallest subnet; in the others another random '
+    channels_last: bool = setting(True, 'NHWC memory: faster on CPUs, not measured on GPUs')
+    num_arch_training: int = setting(4, 'subnets a step: largest, random ones, smallest', least=1)
+    smallest_freq: int = setting(1, 'steps between those that train the smallest subnet; in the others another random '
                                   'one takes its place', least=1)
-    alpha_min: float = _setting(-1.0, 'smaller alpha of the adaptive alpha-divergence', least=-math.inf)
-    alpha_max: float = _setting(1.0, 'larger alpha', least=-math.inf)
-    iw_clip: float = _setting(5.0, 'bound of its importance weights')
-    batch_size_per_gpu: int = _setting(64, 'images a step and rank', least=2)
-    max_batch_size_per_gpu: int = _setting(0, 'larger batches are cut to this; 0: no limit')
-    augment: str = _setting('auto_augment_tf', 'default, auto_augment_tf or none', choices=AUGMENTATIONS)
-    valid_size: int = _setting(10000, 'training images held out for validation and the subnet search')
-    valid_freq: int = _setting(5, 'epochs between validations', least=1)
-    best_by: str = _setting('mean', 'accuracy that the best checkpoint has: mean (of max, min, random) or max',
+    alpha_min: float = setting(-1.0, 'smaller alpha of the adaptive alpha-divergence', least=-math.inf)
+    alpha_max: float = setting(1.0, 'larger alpha', least=-math.inf)
+    iw_clip: float = setting(5.0, 'bound of its importance weights')
+    batch_size_per_gpu: int = setting(64, 'images a step and rank', least=2)
+    max_batch_size_per_gpu: int = setting(0, 'larger batches are cut to this; 0: no limit')
+    augment: str = setting('auto_augment_tf', 'default, auto_augment_tf or none', choices=AUGMENTATIONS)
+    valid_size: int = setting(10000, 'training images held out for validation and the subnet search')
+    valid_freq: int = setting(5, 'epochs between validations', least=1)
+    best_by: str = setting('mean', 'accuracy that the best checkpoint has: mean (of max, min, random) or max',
                             choices=('mean', 'max'))
-    num_calib_batches: int = _setting(20, 'of batch-norm calibration', least=1)
-    checkpoint_freq: int = _setting(500, 'steps between checkpoints', least=1)
-    max_steps: int = _setting(0, 'steps of an epoch, for short runs; 0: all')
-    num_valid_images: int = _setting(0, 'of the validation, for short runs; 0: all')
-    init_steps: int = _setting(100, 'of Adam, before the training, for what --init_block_kd cannot bring: a head of '
+    num_calib_batches: int = setting(20, 'of batch-norm calibration', least=1)
+    checkpoint_freq: int = setting(500, 'steps between checkpoints', least=1)
+    max_steps: int = setting(0, 'steps of an epoch, for short runs; 0: all')
+    num_valid_images: int = setting(0, 'of the validation, for short runs; 0: all')
+    init_steps: int = setting(100, 'of Adam, before the training, for what --init_block_kd cannot bring: a head of '
                                'other classes, first blocks that begin depth-wise')
-    zero_last_gamma: bool = _setting(True, "start a block's last batch norm at 0 where it always has a shortcut")
-    seed: int = _setting(0, 'of weights, subnets, dropout and augmentation',
+    zero_last_gamma: bool = setting(True, "start a block's last batch norm at 0 where it always has a shortcut")
+    seed: int = setting(0, 'of weights, subnets, dropout and augmentation',
                          most=2 ** 32 - 1)
 
 

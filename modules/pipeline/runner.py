@@ -1,4 +1,4 @@
-"""Runs the demo's steps: says what each does and how long it may take, and goes on from the steps that are done."""
+"""Runs a pipeline's steps: says what each does and how long it may take, and goes on from the steps that are done."""
 import contextlib
 import json
 import os
@@ -17,9 +17,9 @@ POLL = 0.1                              # seconds between looks at running scrip
 
 @contextlib.contextmanager
 def alone(folder):
-    """Hold `folder` for this demo and everything it starts; UserError where another one lives.
+    """Hold `folder` for this pipeline and everything it starts; UserError where another one lives.
 
-    The lock is inherited: after a kill of the demo alone, a script that it had started keeps it until it ends.
+    The lock is inherited: after a kill of the driver alone, a script that it had started keeps it until it ends.
     """
     import fcntl
     os.makedirs(folder, exist_ok=True)
@@ -27,39 +27,69 @@ def alone(folder):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f'{folder}: another demo, or a script it started, is still running there') from None
+            raise UserError(f'{folder}: another pipeline, or a script it started, is still running there') from None
         yield lock
 
 
-def run_steps(demo, steps, lock, say=print):
+def chosen_steps(pipeline, steps):
+    """Those of `steps` that the pipeline's settings name."""
+    return [step for step in steps if step.name in pipeline.settings.steps]
+
+
+def _minutes(pipeline, step):
+    """Planned minutes of a step on the machine that the settings speak of; 0 where they do not say."""
+    return pipeline.settings.steps.get(step.name, {}).get('planned_minutes', 0)
+
+
+def _chains(pipeline, step):
+    """[[[word, …] of a command, …] of a chain, …] of a step; chains run side by side."""
+    commands = step.commands(pipeline)
+    chains = [[[str(part) for part in command] for command in chain]
+              for chain in (commands if step.side_by_side else [commands])]
+    if pipeline.settings.nproc_per_node:            # each training has all processes
+        chains = [[command for chain in chains for command in chain]]
+    return chains
+
+
+def print_steps(pipeline, steps, say=print):
+    """Print the commands of all steps, as a scheduler may take them, in their order; nothing is run."""
+    for number, step in enumerate(steps, 1):
+        minutes = _minutes(pipeline, step)
+        say(f'# {number}. {step.title}' + f' ({minutes:g} minutes planned)' * bool(minutes))
+        for chain in _chains(pipeline, step):
+            for command in chain:
+                say(f'python {shlex.join(command)}')
+
+
+def run_steps(pipeline, steps, lock, say=print):
     """Run what is not done of `steps`; returns the seconds each took.
 
     Each leaves <folder>/done/<step>.json with its commands and seconds.
     """
     all_seconds = []
-    left, speed = sum(step.minutes for step in steps), 1.0      # speed: how much slower than on two quiet cores
+    left, speed = sum(_minutes(pipeline, step) for step in steps), 1.0      # speed: times the planned minutes
     planned = taken = 0.0
     for number, step in enumerate(steps, 1):
-        record = demo.path('done', f'{step.name}.json')
-        commands = step.commands(demo)
-        chains = [[[str(part) for part in command] for command in chain]
-                  for chain in (commands if step.side_by_side else [commands])]
+        record, minutes = pipeline.path('done', f'{step.name}.json'), _minutes(pipeline, step)
+        chains = _chains(pipeline, step)
         say(f'\n[{number}/{len(steps)}] {step.title}')
         done = _read(record)
         if done is None:
-            say(f'    about {step.minutes * speed:.1f} minutes, {left * speed:.0f} to the end')
+            if left:
+                say(f'    about {minutes * speed:.1f} minutes, {left * speed:.0f} to the end')
             started = time.monotonic()
             _run(chains, lock, say)
             seconds = time.monotonic() - started
             done = {'commands': chains, 'seconds': round(seconds, 1)}
             write_text(record, json.dumps(done, indent=1) + '\n')
-            planned, taken = planned + step.minutes, taken + seconds / 60
+            planned, taken = planned + minutes, taken + seconds / 60
             speed = (1 + taken) / (1 + planned)
         elif done['commands'] != chains:
-            raise UserError(f'{record}: made with other commands; remove {demo.folder}, or give another --output_path')
+            raise UserError(f'{record}: made with other commands; remove {pipeline.folder}, or give another '
+                            '--output_path')
         else:
             say(f'    done before, in {done["seconds"] / 60:.1f} minutes')
-        left -= step.minutes
+        left -= minutes
         all_seconds.append(done['seconds'])
     return all_seconds
 
@@ -79,7 +109,7 @@ def _read(record):
 def _run(chains, lock, say):
     """Run chains of commands, each chain one by one, as many chains side by side as there are cores.
 
-    Ctrl-C reaches the demo alone, which ends the scripts: they may be killed at any moment anyway.
+    Ctrl-C reaches the driver alone, which ends the scripts: they may be killed at any moment anyway.
     """
     cores = usable_cores()
     at_once, waiting, running = min(len(chains), cores), [list(chain) for chain in chains], {}
@@ -88,7 +118,7 @@ def _run(chains, lock, say):
     def start(chain):
         if chain:
             command, *rest = chain
-            running[_start(command, lock, threads, say)] = command[0], rest
+            running[_start(command, lock, threads, say)] = _script(command), rest
 
     try:
         while waiting or running:
@@ -98,7 +128,7 @@ def _run(chains, lock, say):
             for process in ended:
                 script, rest = running.pop(process)
                 if process.returncode:
-                    raise UserError(f'{script} ended with code {process.returncode}; mend that and run the demo again, '
+                    raise UserError(f'{script} ended with code {process.returncode}; mend that and run it all again, '
                                     'it goes on from there')
                 start(rest)
             if running and not ended:
@@ -111,10 +141,13 @@ def _run(chains, lock, say):
             process.wait()
 
 
+def _script(command):
+    return next(word for word in command if word.endswith('.py'))
+
+
 def _start(command, lock, threads, say):
     """A started script in a session of its own; threads: of its arithmetic, None for one a core."""
-    script, *arguments = command
     own = {} if threads is None or 'OMP_NUM_THREADS' in os.environ else {'OMP_NUM_THREADS': threads}
     say(f'    $ {"".join(f"{key}={value} " for key, value in own.items())}python {shlex.join(command)}')
-    return subprocess.Popen([sys.executable, os.path.join(ROOT, script), *arguments], cwd=ROOT,
-                            env={**os.environ, **own}, pass_fds=[lock.fileno()], start_new_session=True)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, **own},
+                            pass_fds=[lock.fileno()], start_new_session=True)

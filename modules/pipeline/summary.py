@@ -1,6 +1,7 @@
-"""What the demo found: summary.md and summary.html with the table of deployed networks, and pictures."""
+"""What a pipeline found: summary.md and summary.html with the table of deployed networks, and pictures."""
 import base64
 import csv
+import itertools
 import os
 import re
 import shlex
@@ -13,10 +14,10 @@ from ..errors import UserError
 from ..files import write_text
 from ..pictures import new_figure, pareto_front, save_figure
 from ..search_space.encoding import subnet_config
-from .steps import BASELINES, FLOPS, FOUND
+from .steps import FLOPS, FOUND, LARGEST, SMALLEST, baseline_step
 
-COLOURS = {FOUND: '#d1495b', FLOPS: '#1f6f8b', 'largest subnet': '#edae49', 'smallest subnet': '#66a182'}
-READY_MADE = ('#777777', 's'), ('#333333', '^')          # colours and markers of the ready-made networks
+COLOURS = {FOUND: '#d1495b', FLOPS: '#1f6f8b', LARGEST: '#edae49', SMALLEST: '#66a182'}
+READY_MADE = 's^vDP*X'                     # markers of the ready-made networks
 STYLE = ('body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}'
          'table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em}code{overflow-wrap:anywhere}')
 
@@ -37,63 +38,75 @@ class Row(NamedTuple):
         return 100 * (share * (1 - share) / self.images) ** 0.5
 
 
-def write_summary(demo, steps):
+def write_summary(pipeline, steps):
     """Write summary.md, summary.html and the pictures; returns the text. steps: [(Step, seconds)]."""
-    rows = read_rows(demo)
-    _draw_front(demo, rows)
-    _draw_breakdown(demo, [row for row in rows if row.network])
-    text = _text(demo, steps, rows)
-    write_text(demo.path('summary.md'), text)
-    write_text(demo.path('summary.html'), as_html(text, demo.folder))
+    rows = read_rows(pipeline)
+    _draw_front(pipeline, rows)
+    _draw_breakdown(pipeline, [row for row in rows if row.network])
+    text = _text(pipeline, steps, rows)
+    write_text(pipeline.path('summary.md'), text)
+    write_text(pipeline.path('summary.html'), as_html(text, pipeline.folder))
     return text
 
 
-def read_rows(demo):
-    """[Row] of what the demo deployed, what was found first, then the ready-made networks."""
-    rows, networks = [], demo.deployed()
-    with open(demo.path('latency.csv'), encoding='utf-8', newline='') as f:
+def read_rows(pipeline):
+    """[Row] of what was deployed, what was found first, then the ready-made networks."""
+    rows, networks = [], pipeline.deployed()
+    with open(pipeline.path('latency.csv'), encoding='utf-8', newline='') as f:
         latencies = {row[0]: row for row in csv.reader(f)}          # of a network measured twice the last one counts
     for network in networks:
         name = '-'.join(network.entry.split(','))
         if name not in latencies:
-            raise UserError(f'{demo.path("latency.csv")}: lacks {name}')
-        with open(demo.accuracy_file(network), encoding='utf-8', newline='') as f:
+            raise UserError(f'{pipeline.path("latency.csv")}: lacks {name}')
+        with open(pipeline.accuracy_file(network), encoding='utf-8', newline='') as f:
             int8 = next(row for row in csv.DictReader(f) if row['kind'] == 'int8')
         _, fp32_ms, int8_ms, *_ = latencies[name]
         rows.append(Row(network.what, float(int8_ms), float(fp32_ms), float(int8['onnx']), int(int8['images']),
                         network))
-    for model, (what, _) in BASELINES.items():
-        with open(demo.path('baselines', model, 'result.csv'), encoding='utf-8', newline='') as f:
+    for model in pipeline.settings.baselines:
+        what = f'{model}, ready-made, {_weights(pipeline, model)}'
+        with open(pipeline.path('baselines', model, 'result.csv'), encoding='utf-8', newline='') as f:
             result = next(csv.DictReader(f))
         rows.append(Row(what, float(result['int8_ms']), float(result['fp32_ms']), float(result['int8_top1']),
                         int(result['images'])))
     return rows
 
 
-def _text(demo, steps, rows):
-    c, d = demo.window
+def _weights(pipeline, model):
+    pretrained = '--pretrained' in pipeline.settings.flags(baseline_step(model))
+    return 'pretrained' if pretrained else 'from random weights'
+
+
+def _text(pipeline, steps, rows):
+    c, d = pipeline.window
     found = rows[0]
-    lines = ['# What SpaceEvo found here', '',
-             f'`{found.network.supernet}`, searched for {c - d:.3g} to {c:.3g} ms of INT8 (predicted by '
-             f'`{demo.platform}`), and in it the network `{found.network.subnet}`:', '', *_stages(found.network), '',
-             f'| network | INT8 ms | fp32 ms | fp32 / INT8 | INT8 top-1 of {found.images:,} test images |',
-             '|---|---|---|---|---|']
+    settings = pipeline.settings
+    lines = ['# What SpaceEvo found here', '']
+    if settings.finds_nothing:
+        lines += ['**So few steps that nothing was found: this shows that everything runs, no more.**', '']
+    lines += [f'`{found.network.supernet}`, searched for {c - d:.3g} to {c:.3g} ms of INT8 (predicted by '
+              f'`{pipeline.platform}`), and in it the network `{found.network.subnet}`:', '', *_stages(found.network),
+              '', f'| network | INT8 ms | fp32 ms | fp32 / INT8 | INT8 top-1 of {found.images:,} test images |',
+              '|---|---|---|---|---|']
     lines += [f'| {row.what} | {row.int8_ms:.3f} | {row.fp32_ms:.3f} | {row.fp32_ms / row.int8_ms:.2f} | '
               f'{row.top1:.2f} ± {row.error:.2f} % |' for row in rows]
-    lines += ['', *(f'- {line}' for line in claims(demo, rows)), '',
+    lines += ['', *(f'- {line}' for line in claims(pipeline, rows)), '',
               '![accuracy over latency](front.png)', '', '![where the latency goes](breakdown.png)', '',
               '## How it was measured', '',
               f'- Device: {processor()}; ONNX Runtime, one thread, one image, medians.'
-              + (' INT8 weights have 7 bits (`--reduce_range`): this processor has no VNNI.' if demo.narrow else ''),
-              f'- Pictures: {demo.data.dataset} ({demo.data.why}), {demo.image_size} pixels and less. ± is the '
-              'standard error that the number of test images gives; another seed moves an accuracy by more.',
-              f'- Seed {demo.seed}. All subnets were fine-tuned alike for {demo.scale.finish_steps} steps. FLOPs '
-              f'searched for {demo.budget:g} MFLOPs, the median of random subnets in the latency window.',
-              f'- Ready-made networks: timm, INT8 by ONNX Runtime\'s own quantiser, {demo.scale.baseline_steps} steps '
-              f'from random weights, {demo.scale.pretrained_steps} from ImageNet\'s.', '',
-              '| step | minutes |', '|---|---|', *(f'| {step.title} | {seconds / 60:.1f} |' for step, seconds in steps),
+              + (' INT8 weights have 7 bits (`--reduce_range`): no VNNI here.' if pipeline.narrow else ''),
+              f'- Pictures: {pipeline.data.dataset} ({pipeline.data.why}), {pipeline.data.images:,} to train on, '
+              f'{pipeline.image_size} pixels and less. ± is the standard error that the number of test images gives; '
+              'another seed moves an accuracy by more.',
+              f'- Seed {settings.seed}. All subnets were fine-tuned alike.']
+    if settings.compare_flops:
+        lines.append(f'- FLOPs searched for {pipeline.budget:g} MFLOPs, the median of random subnets in the latency '
+                     'window.')
+    lines += ['- Ready-made networks: timm, INT8 by ONNX Runtime\'s own quantiser.'] * bool(settings.baselines)
+    lines += ['', '| step | minutes |', '|---|---|',
+              *(f'| {step.title} | {seconds / 60:.1f} |' for step, seconds in steps),
               f'| all | {sum(seconds for _, seconds in steps) / 60:.1f} |', '', '## To go on', '', '```',
-              *_commands(demo, found.network), '```', '', 'Encodings:', '',
+              *_commands(pipeline, found.network), '```', '', 'Encodings:', '',
               *(f'- {row.what}: `{row.network.supernet}` `{row.network.subnet}`' for row in rows if row.network), '']
     return '\n'.join(lines)
 
@@ -111,60 +124,61 @@ def _stages(network):
     return lines
 
 
-def claims(demo, rows):
+def claims(pipeline, rows):
     """Lines that say what the numbers show, whatever it is."""
     found, lines = rows[0], []
     for row in rows[1:]:
         gain, error = found.top1 - row.top1, (found.error ** 2 + row.error ** 2) ** 0.5
         sure = 'more than two standard errors' if abs(gain) > 2 * error else 'within two standard errors'
-        lines.append(f'What was found against the {row.what.removeprefix("the ")}: {gain:+.2f} ± {error:.2f} points '
+        lines.append(f'What was found against the {row.what}: {gain:+.2f} ± {error:.2f} points '
                      f'({sure}), at {found.int8_ms / row.int8_ms:.2f} times its INT8 latency.')
-    if demo.flops_space == demo.found_space:
+    if pipeline.settings.compare_flops and pipeline.flops_space == pipeline.found_space:
         lines.append('FLOPs choose the same space here.')
     better = [row.what for row in rows[1:] if row.int8_ms < found.int8_ms and row.top1 > found.top1]
     lines.append(f'Quicker and more accurate than what was found: {", ".join(better) or "none"}.')
     return lines
 
 
-def _commands(demo, network):
+def _commands(pipeline, network):
     """Shell lines that take what was found further."""
-    data = shlex.join(map(str, demo.data.flags))
-    file = shlex.quote(demo.finished(network))
+    data = shlex.join(map(str, pipeline.data.flags))
+    file = shlex.quote(pipeline.finished(network))
     return [f'python onnx_tools/eval_onnx.py --network {file} --quant_mode {data}'
-            + ' --reduce_range' * bool(demo.narrow),
-            f'python downstream_cls.py --superspace {demo.space} --supernet_choice {network.supernet.choice} '
-            f"--subnet_name '{network.subnet}' --align_sample --distill --num_epochs 5 --batch_size 32 "
-            f'--checkpoint_path {shlex.quote(demo.path("supernet_training"))} {data}']
+            + ' --reduce_range' * bool(pipeline.narrow),
+            f'python downstream_cls.py --superspace {pipeline.space} --supernet_choice {network.supernet.choice} '
+            f"--subnet_name '{network.subnet}' {' '.join(pipeline.align)} --distill --num_epochs 5 "
+            f'--batch_size {pipeline.settings.batch_size} '
+            f'--checkpoint_path {shlex.quote(pipeline.path("supernet_training"))} {data}']
 
 
-def _draw_front(demo, rows):
+def _draw_front(pipeline, rows):
     """Measured accuracy over measured latency, and the searches' Pareto fronts before fine-tuning."""
     figure, axes = new_figure(figsize=(8, 6), layout='constrained')
-    for space, what in ((demo.found_space, FOUND), (demo.flops_space, FLOPS)):
-        if what == FLOPS and space == demo.found_space:
+    for space, what in ((pipeline.found_space, FOUND), (pipeline.flops_space, FLOPS)):
+        if what == FLOPS and space == pipeline.found_space:
             continue
-        with open(os.path.join(demo.results(space), 'scored.csv'), encoding='utf-8', newline='') as f:
+        with open(os.path.join(pipeline.results(space), 'scored.csv'), encoding='utf-8', newline='') as f:
             points = [(float(row['ms']), float(row['top1'])) for row in csv.DictReader(f)]
         axes.plot(*zip(*pareto_front(points, tuple)), color=COLOURS[what], linewidth=1, drawstyle='steps-post',
                   alpha=0.6, label=f'{what}: front of the search (predicted ms, held out, before fine-tuning)')
-    looks = iter(READY_MADE)
+    looks = itertools.cycle(READY_MADE)
     for row in rows:
-        colour, marker = (COLOURS[row.what], 'o') if row.network else next(looks)
+        colour, marker = (COLOURS[row.what], 'o') if row.network else ('#444444', next(looks))
         axes.errorbar(row.int8_ms, row.top1, yerr=row.error, fmt=marker, markersize=8, capsize=3, color=colour,
                       label=row.what)
     axes.set(xlabel=f'INT8 latency (ms), {processor()}', ylabel='INT8 top-1 on test images (%)', xscale='log')
     axes.grid(alpha=0.3, which='both')
     figure.legend(fontsize=8, loc='outside lower center', ncols=2)
-    save_figure(figure, demo.path('front.png'))
+    save_figure(figure, pipeline.path('front.png'))
 
 
-def _draw_breakdown(demo, rows):
+def _draw_breakdown(pipeline, rows):
     """Predicted latency of each subnet, stacked by stage."""
     configs = [subnet_config(row.network.supernet, row.network.subnet) for row in rows]
     stages = list(dict.fromkeys(block.stage for config in configs for block in config.blocks))
     shares = np.zeros((len(rows), len(stages)))
     for i, config in enumerate(configs):
-        for block, ms in zip(config.blocks, demo.predictor.predict_blocks(config.blocks)):
+        for block, ms in zip(config.blocks, pipeline.predictor.predict_blocks(config.blocks)):
             shares[i, stages.index(block.stage)] += ms
     figure, axes = new_figure(figsize=(8, 3), layout='constrained')
     left = np.zeros(len(rows))
@@ -173,9 +187,9 @@ def _draw_breakdown(demo, rows):
         left += shares[:, j]
     axes.set_yticks(range(len(rows)), [row.what for row in rows])
     axes.invert_yaxis()
-    axes.set(xlabel=f'predicted INT8 latency (ms), {demo.platform}', title='Where the latency goes')
+    axes.set(xlabel=f'predicted INT8 latency (ms), {pipeline.platform}', title='Where the latency goes')
     axes.legend(fontsize=8)
-    save_figure(figure, demo.path('breakdown.png'))
+    save_figure(figure, pipeline.path('breakdown.png'))
 
 
 def as_html(text, folder):

@@ -1,4 +1,4 @@
-"""The demo: all of it, shortened; killed at twenty random moments it ends with the same results."""
+"""pipeline.py: all of it, shortened; killed at twenty random moments it ends with the same results."""
 import contextlib
 import csv
 import os
@@ -12,17 +12,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from modules.demo import runner
-from modules.demo.data import DemoData, choose_data, keep_data
-from modules.demo.runner import alone, run_steps
-from modules.demo.steps import BASELINES, FLOPS, FOUND, STEPS, Demo, Step, supernets
-from modules.demo.summary import Row, claims
 from modules.errors import UserError
+from modules.pipeline import runner
+from modules.pipeline.data import PipelineData, choose_data, keep_data
+from modules.pipeline.runner import alone, chosen_steps, print_steps, run_steps
+from modules.pipeline.settings import Settings, load_settings
+from modules.pipeline.steps import FLOPS, FOUND, LARGEST, SMALLEST, STEPS, Pipeline, Step, supernets
+from modules.pipeline.summary import Row, claims
 from modules.search_space.encoding import parse_supernet
 
 from .conftest import ROOT
+from .documented import load_script, parse_command
 
-FLAGS = ('--quick', '--platform', 'onnx_lut', '--dataset', 'digits')
+FLAGS = ('--config-file', os.path.join(ROOT, 'pipelines', 'demo_quick.yaml'), '--platform', 'onnx_lut', '--dataset',
+         'digits')
+DIGITS = PipelineData('digits', 'dataset', '', 1000, 250)
 KILLS, LONGEST = 20, 30                 # seconds between a start and a kill, at most
 
 
@@ -43,7 +47,7 @@ def _heed_interrupts():
 
 def _start(folder, **options):
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, os.path.join(ROOT, 'demo.py'), *FLAGS, '--output_path', str(folder)],
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, 'pipeline.py'), *FLAGS, '--output_path', str(folder)],
                             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             start_new_session=True, preexec_fn=_heed_interrupts, **options)
 
@@ -56,7 +60,7 @@ def _finish(folder):
 
 
 def _results(folder):
-    """What a demo found: every number but measured times, with the folder's name taken out."""
+    """What a pipeline found: every number but measured times, with the folder's name taken out."""
     files = {}
     for root, _, names in os.walk(folder):
         for name in names:
@@ -72,7 +76,7 @@ def _results(folder):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    """(folder, output) of an unbroken demo."""
+    """(folder, output) of an unbroken pipeline."""
     folder = tmp_path_factory.mktemp('demo') / 'whole'
     return folder, _finish(folder)
 
@@ -85,8 +89,8 @@ def test_every_step_runs_and_is_summed_up(whole):
     assert 'minutes, ' in output
     text = (folder / 'summary.md').read_text()
     rows = {line.split(' | ')[0].removeprefix('| '): line.split(' | ') for line in text.splitlines() if ' ± ' in line}
-    assert [*rows][0] == FOUND and set(rows) >= {'largest subnet', 'smallest subnet',
-                                                 *(what for what, _ in BASELINES.values())}
+    assert [*rows][0] == FOUND and set(rows) >= {LARGEST, SMALLEST} and len(rows) in (5, 6)
+    assert 'shows that everything runs, no more' in text and 'efficientnet-lite0, ready-made, pretrained' in rows
     with open(next((folder / 'accuracy').iterdir()), newline='') as f:
         accuracy = [row['onnx'] for row in csv.DictReader(f) if row['kind'] == 'int8']
     assert f'{float(accuracy[0]):.2f} ±' in text and len(list((folder / 'accuracy').iterdir())) >= 3
@@ -97,7 +101,7 @@ def test_every_step_runs_and_is_summed_up(whole):
 
 
 @pytest.mark.slow
-def test_a_second_demo_does_nothing_anew(whole):
+def test_a_second_run_does_nothing_again(whole):
     folder, _ = whole
     before = {path: path.stat().st_mtime_ns for path in folder.rglob('*.pth')}
     output = _finish(folder)
@@ -126,7 +130,7 @@ def test_twenty_kills_change_nothing(whole, tmp_path):
 
 
 class Spaces:
-    found_space, flops_space = 'demo-000-011', 'demo-111-011'
+    found_space, flops_space, settings = 'demo-000-011', 'demo-111-011', Settings()
 
 
 def test_claims_say_what_the_numbers_show():
@@ -139,38 +143,90 @@ def test_claims_say_what_the_numbers_show():
 
 
 def test_the_first_data_set_that_can_be_had_is_kept(tmp_path, monkeypatch):
-    had = {'elpv'}
+    had, names = {'elpv'}, ['CIFAR10', 'elpv', 'imagenet']
 
     def open_data(path, name, valid_size):
         if name not in had:
             raise UserError(f'{name}: no network')
-        return SimpleNamespace(train=range(1800))
-    monkeypatch.setattr('modules.demo.data.open_data', open_data)
+        return SimpleNamespace(train=range(1800), valid=range(min(valid_size, 450)))
+    monkeypatch.setattr('modules.pipeline.data.open_data', open_data)
     record = str(tmp_path / 'data.json')
-    data = choose_data('pictures', None, record)
-    assert (data.dataset, data.images) == ('elpv', 1800) and data.space == 'demo_96'
-    assert 'no CIFAR-10, by torchvision: CIFAR10' in data.why
+    data = choose_data('pictures', names, 500, record)
+    assert data[:2] == ('elpv', 'pictures') and data[3:] == (1800, 450)
+    assert 'no CIFAR-10, by torchvision: CIFAR10' in data.why and data.flags[-1] == 450
     keep_data(data, record)
     had.update(('CIFAR10', 'imagenet'))
-    assert choose_data('pictures', None, record) == data
-    assert choose_data('pictures').dataset == 'CIFAR10' and choose_data('mine', 'imagenet').path == 'mine'
+    assert choose_data('pictures', names, 500, record) == data
+    assert choose_data('pictures', names, 500).dataset == 'CIFAR10'
+    assert choose_data('mine', ['imagenet'], 500, record).path == 'mine'
     had.clear()
     with pytest.raises(UserError, match='cats: no network'):
-        choose_data('pictures', 'cats')
+        choose_data('pictures', ['cats'], 500)
     with pytest.raises(UserError, match='no pictures to be had'):
-        choose_data('pictures')
+        choose_data('pictures', names, 500)
+
+
+def _pipeline(folder, images=1000, **settings):
+    settings = {'platform': 'onnx_lut', 'steps': {'one': {}}} | settings
+    return Pipeline(str(folder), DIGITS._replace(images=images), Settings(**settings))
 
 
 @pytest.mark.parametrize('images, expected', [(45000, [1, 300]), (1800, [5, 56]), (10, [300, 1])])
 def test_few_pictures_are_seen_in_several_epochs(images, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(Demo, 'spaces', [parse_supernet('demo-000-011')])
-    (fp32, _), = supernets(Demo(str(tmp_path), DemoData('digits', 'dataset', '', images), platform='onnx_lut'))
+    monkeypatch.setattr(Pipeline, 'spaces', [parse_supernet('demo-000-011')])
+    (fp32, _), = supernets(_pipeline(tmp_path, images, steps={'supernets': {'train_steps': 300}}))
     assert [fp32[fp32.index(flag) + 1] for flag in ('--epochs', '--max_steps')] == expected
 
 
+def _shipped(name, **overrides):
+    return load_settings(os.path.join(ROOT, 'pipelines', f'{name}.yaml'), overrides)
+
+
+@pytest.mark.parametrize('name', sorted(path[:-5] for path in os.listdir(os.path.join(ROOT, 'pipelines'))))
+def test_dry_runs_print_commands_that_their_scripts_take(name, tmp_path, monkeypatch):
+    pipeline = Pipeline(str(tmp_path), DIGITS, _shipped(name), dry=True)
+    lines = []
+    print_steps(pipeline, chosen_steps(pipeline, STEPS), lines.append)
+    commands = [line for line in lines if not line.startswith('#')]
+    assert len(commands) >= 12 and len(lines) - len(commands) == len(chosen_steps(pipeline, STEPS))
+    assert any('--supernet_choice FOUND_SPACE' in line for line in commands)
+    scripts = {}
+    for line in commands:
+        command = parse_command(re.sub(r'\b(LATENCY|DELTA|MFLOPS)\b', '1', line))
+        if command.script not in scripts:
+            scripts[command.script] = load_script(command.script)
+        monkeypatch.setattr(sys, 'argv', [command.script, *command.words])
+        scripts[command.script].get_args()
+
+
+def test_a_window_without_subnets_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r'--latency 99: random networks of demo take 0\.\d+ to [\d.]+ ms on onnx_lut'):
+        _ = _pipeline(tmp_path, latency=99.0).window
+    c, d = _pipeline(tmp_path, latency=0.25, latency_width=0.2).window
+    assert (c, d) == (0.25, 0.05)
+
+
+@pytest.mark.parametrize('text, problem', [
+    ('steps: {lunch: {}}', 'steps: unknown lunch'), ('steps: [1]', 'steps: expected names'), ('speed: 9', 'unknown'),
+    ('latency: fast', 'is not of type float'), ('steps: {teacher: 3}', 'teacher: expected flags')])
+def test_a_wrong_key_is_one_line(text, problem, tmp_path):
+    (tmp_path / 'mine.yaml').write_text(text)
+    with pytest.raises(UserError, match=problem):
+        load_settings(str(tmp_path / 'mine.yaml'), {})
+
+
+def test_processes_of_gpus_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(Pipeline, 'spaces', [parse_supernet('demo-000-011'), parse_supernet('demo-111-011')])
+    step = next(step for step in STEPS if step.name == 'supernets')
+    pipeline = _pipeline(tmp_path, nproc_per_node=4, steps={'supernets': {'amp': True}})
+    (chain,) = runner._chains(pipeline, step)
+    launched = ['-m', 'torch.distributed.run', '--nproc_per_node', '4', 'train_supernet.py']
+    assert len(chain) == 4 and all(command[:5] == launched for command in chain)
+    assert [c.count('--amp') for c in chain] == [1, 0, 1, 0]
+
+
 def _one_step(folder, code, side_by_side=False):
-    demo = Demo(str(folder), DemoData('digits', 'dataset', '', 1000), platform='onnx_lut')
-    return demo, (Step('one', 'a step', 1, lambda demo: code, side_by_side),)
+    return _pipeline(folder), (Step('one', 'a step', lambda pipeline: code, side_by_side),)
 
 
 MEET = '''import pathlib, sys, time
@@ -209,24 +265,24 @@ def test_a_chain_that_fails_ends_the_others(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} & {'a', 'b', 'c', 'a waited in vain', 'done'} == {'a', 'b'}
 
 
-def test_a_script_that_fails_ends_the_demo(tmp_path):
-    demo, steps = _one_step(tmp_path, [['train_supernet.py', '--supernet_choice', 'demo-999-111']])
+def test_a_script_that_fails_ends_it_all(tmp_path):
+    pipeline, steps = _one_step(tmp_path, [['train_supernet.py', '--supernet_choice', 'demo-999-111']])
     with alone(str(tmp_path)) as lock, pytest.raises(UserError, match='train_supernet.py ended with code 2'):
-        run_steps(demo, steps, lock, lambda line: None)
+        run_steps(pipeline, steps, lock, lambda line: None)
     assert not (tmp_path / 'done').exists()
 
 
 def test_other_commands_than_before_are_refused(tmp_path):
     said = []
     with alone(str(tmp_path)) as lock:
-        demo, steps = _one_step(tmp_path, [['search_block_kd.py', '--help']])
-        assert run_steps(demo, steps, lock, said.append)[0] > 0
+        pipeline, steps = _one_step(tmp_path, [['search_block_kd.py', '--help']])
+        assert run_steps(pipeline, steps, lock, said.append)[0] > 0
         with pytest.raises(UserError, match='made with other commands'):
             run_steps(*_one_step(tmp_path, [['search_block_kd.py', '--version']]), lock, said.append)
 
 
-def test_two_demos_do_not_mix(tmp_path):
-    with alone(str(tmp_path)), pytest.raises(UserError, match='another demo'), alone(str(tmp_path)):
+def test_two_pipelines_do_not_mix(tmp_path):
+    with alone(str(tmp_path)), pytest.raises(UserError, match='another pipeline'), alone(str(tmp_path)):
         pass
 
 

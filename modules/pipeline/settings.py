@@ -1,0 +1,63 @@
+"""What a pipeline does: a YAML file with what is searched for, and the scripts' own flags, by step."""
+from dataclasses import dataclass, field
+
+from ..errors import UserError
+from ..training.config import checked_values, read_yaml, setting
+
+OWN_FLAGS = ('superspace_of', 'datasets', 'baselines', 'steps')      # keys that are no flags of pipeline.py
+SECTIONS = ('teacher', 'block_kd', 'block_kd_lsq', 'predictor', 'block_lut', 'space_search', 'supernets',
+            'supernets_lsq', 'subnet_search', 'finish', 'baselines', 'accuracy', 'latency')
+STEP_KEYS = 'planned_minutes', 'train_steps'    # of a step, beside the flags of its script
+
+
+@dataclass(frozen=True)
+class Settings:
+    """steps: {name of a step: {'planned_minutes': …, 'train_steps': of training, flag of its script: value, …}}."""
+    superspace: str = setting('demo', 'hyperspace that is searched')
+    superspace_of: dict = setting({}, '{data set: hyperspace}, where it is not superspace')
+    teacher_arch: str = setting('efficientnet-lite0', 'teacher of block KD')
+    datasets: list = setting(['imagenet'], 'the first of these that can be had; imagenet: class folders')
+    dataset_path: str = setting('dataset', 'folder of the data set')
+    valid_size: int = setting(5000, 'training images held out for the subnet search, at most a fifth', least=1)
+    platform: str = setting('', 'latency platform; default: this machine is measured')
+    measured_name: str = setting('demo_host', 'platform that this machine is registered as')
+    latency: float = setting(0.0, 'INT8 ms that a network may take; 0: by latency_quantile', least=0)
+    latency_quantile: float = setting(0.8, 'of the latencies of random subnets of random spaces', least=0, most=1)
+    latency_width: float = setting(0.15, 'share of the latency that the window searched takes', least=0, below=1)
+    latency_loss_t: float = setting(0.1, 'of the space search', least=0)
+    latency_loss_a: float = setting(0.01, 'of the space search', least=0)
+    align_sample: bool = setting(True, 'all blocks of a stage share k, w, e')
+    compare_flops: bool = setting(True, 'search, train and deploy by FLOPs too')
+    baselines: list = setting([], 'ready-made networks to compare with: names of timm')
+    finds_nothing: bool = setting(False, 'so few steps that results mean nothing; the summary says so')
+    init_block_kd: bool = setting(True, 'supernets start from the blocks of block KD')
+    batch_size: int = setting(32, 'images a step, a process', least=1)
+    nproc_per_node: int = setting(0, 'processes of each training; 0: none but side by side on CPU cores', least=0)
+    seed: int = setting(0, 'of the searches, the supernets and the fine-tuning', least=0)
+    steps: dict = field(default_factory=dict)
+
+    def flags(self, step, *without):
+        """The script's flags in the section of a step, as words; keys `without` are left out."""
+        words = []
+        for key, value in self.steps.get(step, {}).items():
+            if key not in (*STEP_KEYS, *without) and value is not False:
+                values = [] if value is True else value if isinstance(value, list) else [value]
+                words += [f'--{key}', *values]
+        return words
+
+
+def load_settings(path, overrides):
+    """Settings of a YAML file; overrides: {key: value or None}. UserError for what is not known, with file and key."""
+    content = read_yaml(path)
+    steps = content.pop('steps', {})
+    values = checked_values(path, content, Settings)
+    if not isinstance(steps, dict):
+        raise UserError(f'{path}: steps: expected names and flags')
+    known = [*SECTIONS, *(f'baseline {model}' for model in values.get('baselines', ()))]
+    for name, section in steps.items():
+        if name not in known:
+            raise UserError(f'{path}: steps: unknown {name}; known: {", ".join(known)}')
+        if not isinstance(section, dict):
+            raise UserError(f'{path}: steps: {name}: expected flags and values')
+    values.update((key, value) for key, value in overrides.items() if value is not None)
+    return Settings(steps=steps, **values)

@@ -1,0 +1,340 @@
+"""The steps of a pipeline: which scripts run, with which flags. Later commands depend on what earlier steps found."""
+import csv
+import os
+import random
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from ..files import write_text
+from ..latency import LatencyPredictor
+from ..latency.predictor import MFLOPS
+from ..latency.validation import check_name
+from ..search_space.encoding import parse_subnet, parse_supernet, subnet_config
+from ..search_space.sampling import max_subnet, min_subnet, sample_subnet, sample_supernet
+from ..search_space.superspace import get_superspace
+from ..training.sources import plain_name
+from ..zoo import folder_name
+from .settings import Settings
+
+DRAWN = 300                             # random subnets of random spaces, to choose the latency window by
+FOUND, FLOPS, LARGEST, SMALLEST = 'found by INT8 latency', 'found by FLOPs', 'largest subnet', 'smallest subnet'
+DISTRIBUTED = ('lsq_finetune_teacher.py', 'train_block_kd.py', 'lsq_block_kd.py', 'eval_block_kd.py',
+               'train_supernet.py', 'search_subnet.py', 'downstream_cls.py')
+
+
+class Unknown(str):
+    """What a dry run prints for a result that is not there yet, in commands and folder names."""
+    choice = property(str)
+
+    def __format__(self, spec):
+        return str(self)
+
+
+class Deployed(NamedTuple):
+    """A subnet that is finished, deployed and measured; what: what it is to a reader."""
+    what: str
+    supernet: object
+    subnet: object
+
+    @property
+    def entry(self):
+        """Its line of input.csv."""
+        return f'{self.supernet.superspace.name},{self.supernet.choice},{self.subnet}'
+
+    @property
+    def name(self):
+        """Of its folders and files."""
+        if isinstance(self.subnet, Unknown):
+            return f'{self.supernet}_{self.subnet}'
+        return folder_name(str(self.subnet), self.supernet, self.subnet)
+
+
+class Pipeline:
+    """One pipeline in `folder`, and what it chooses from the results of its steps.
+
+    data: data.PipelineData. reduce_range: INT8 models with weights of 7 bits. dry: results that are not there yet are
+    Unknown, instead of an error.
+    """
+
+    def __init__(self, folder, data, settings=None, reduce_range=False, dry=False):
+        self.folder, self.data, self.dry = folder, data, dry
+        self.settings = settings = settings or Settings()
+        self.measured, self.platform = not settings.platform, settings.platform or settings.measured_name
+        self.space = settings.superspace_of.get(data.dataset, settings.superspace)
+        self.image_size = max(get_superspace(self.space).resolutions)
+        self.narrow = ['--reduce_range'] * reduce_range
+        self.align = ['--align_sample'] * settings.align_sample
+
+    def path(self, *names):
+        return os.path.join(self.folder, *names)
+
+    def check(self):
+        """UserError for a platform that does not predict the space's blocks, or a name that is another's."""
+        if self.measured:
+            ours = self.platform == Settings().measured_name or os.path.isdir(self.path('predictor', self.platform))
+            check_name(self.platform, force=ours)
+        elif not self.window[0] > 0:            # predicts subnets of all sorts, which may fail
+            raise UserError(f'{self.platform}: predicts {self.window[0]} ms for networks of {self.space}')
+
+    def known(self, what, find):
+        """find(), the result of an earlier step; in a dry run before it Unknown(what)."""
+        if not self.dry:
+            return find()
+        try:
+            return find()
+        except (UserError, OSError):
+            return Unknown(what)
+
+    @cached_property
+    def predictor(self):
+        return LatencyPredictor(self.platform)
+
+    def predict(self, supernet, subnet):
+        """Predicted INT8 latency in ms."""
+        return self.predictor.predict_subnet(subnet_config(supernet, subnet))
+
+    @cached_property
+    def drawn(self):
+        """[(ms, MFLOPs)] of random subnets of random spaces, the same for every seed."""
+        rng, mflops, drawn = random.Random('window'), LatencyPredictor(MFLOPS), []
+        for _ in range(DRAWN):
+            supernet = sample_supernet(self.space, rng)
+            subnet = sample_subnet(supernet, rng, self.settings.align_sample)
+            drawn.append((self.predict(supernet, subnet), mflops.predict_subnet(subnet_config(supernet, subnet))))
+        return drawn
+
+    @cached_property
+    def window(self):
+        """(c, d) in ms: subnets of c - d to c are searched for. UserError where no random subnet is there."""
+        c = self.settings.latency
+        width = self.settings.latency_width
+        if self.dry and c and not os.path.isdir(os.path.join('data', 'latency', self.platform)):
+            return c, float(f'{width * c:.2g}')
+        latencies = self.known('LATENCY', lambda: [ms for ms, _ in self.drawn])
+        if isinstance(latencies, Unknown):
+            return latencies, Unknown('DELTA')
+        if not c:
+            c = float(f'{np.quantile(latencies, self.settings.latency_quantile):.3g}')
+        if not any(c - width * c <= ms <= c for ms in latencies):
+            raise UserError(f'--latency {c:g}: random networks of {self.space} take {min(latencies):.2g} to '
+                            f'{max(latencies):.2g} ms on {self.platform}')
+        return c, float(f'{width * c:.2g}')
+
+    @property
+    def budget(self):
+        """MFLOPs that one would search by without a predictor: the median of random subnets of the window."""
+        def find():
+            c, d = self.window
+            return float(f'{np.median([mflops for ms, mflops in self.drawn if c - d <= ms <= c]):.3g}')
+        return Unknown('MFLOPS') if isinstance(self.window[0], Unknown) else self.known('MFLOPS', find)
+
+    def search_folder(self, constraint):
+        s = self.settings
+        return self.path('block_kd', 'search', self.space,
+                         f'c{constraint:g}_t{s.latency_loss_t:g}_a{s.latency_loss_a:g}')
+
+    def _first(self, constraint):
+        """The Supernet that a space search put first."""
+        with open(os.path.join(self.search_folder(constraint), 'top50.csv'), encoding='utf-8', newline='') as f:
+            return parse_supernet(next(csv.DictReader(f))['supernet'])
+
+    @property
+    def found_space(self):
+        """By the INT8 latency of the device."""
+        return self.known('FOUND_SPACE', lambda: self._first(self.window[0]))
+
+    @property
+    def flops_space(self):
+        """By FLOPs; may be the same. Without compare_flops it is."""
+        if not self.settings.compare_flops:
+            return self.found_space
+        return self.known('FLOPS_SPACE', lambda: self._first(self.budget))
+
+    @property
+    def spaces(self):
+        """The Supernets that are trained and searched, the one found first."""
+        return list(dict.fromkeys([self.found_space, self.flops_space]))
+
+    def results(self, supernet):
+        """Folder of a subnet search."""
+        return self.path('search_subnet', f'{supernet}-align{int(self.settings.align_sample)}')
+
+    def best_subnet(self, supernet):
+        """Subnet that a subnet search put first; UserError where there is none of the window."""
+        c, d = self.window
+        with open(os.path.join(self.results(supernet), f'best_c{c:g}_d{d:g}.csv'), encoding='utf-8', newline='') as f:
+            return parse_subnet(next(csv.DictReader(f))['subnet'], supernet)
+
+    def deployed(self):
+        """[Deployed], what was found first, each network once."""
+        found, flops = self.found_space, self.flops_space
+        networks = [(FOUND, found, self.known('FOUND_SUBNET', lambda: self.best_subnet(found))),
+                    (LARGEST, found, self.known('max', lambda: max_subnet(found))),
+                    (SMALLEST, found, self.known('min', lambda: min_subnet(found)))]
+        if flops != found:
+            networks.insert(1, (FLOPS, flops, self.known('FLOPS_SUBNET', lambda: self.best_subnet(flops))))
+        return list({network[1:]: Deployed(*network) for network in reversed(networks)}.values())[::-1]
+
+    def finished(self, network):
+        """The file of a Deployed after fine-tuning."""
+        return self.path('finished', network.name, plain_name(self.data.dataset), 'lsq.pth')
+
+    def accuracy_file(self, network):
+        return self.path('accuracy', f'{network.name}.csv')
+
+    # commands
+
+    def script(self, name, step, *connections, without=()):
+        """A command: a script with the flags that connect it to the other steps, then those of the settings."""
+        own = self.settings.flags(step, *without)
+        command = [name, *connections, *own]
+        if self.settings.nproc_per_node and name in DISTRIBUTED:
+            command = ['-m', 'torch.distributed.run', '--nproc_per_node', self.settings.nproc_per_node, *command]
+        return command
+
+    def length(self, step, epochs='--num_epochs'):
+        """Flags of `train_steps` steps of a batch, in several epochs where the pictures are few; none where the
+        section says epochs itself."""
+        steps = self.settings.steps.get(step, {}).get('train_steps')
+        if steps is None:
+            return []
+        epoch = max(1, self.data.images // self.settings.batch_size)
+        return [epochs, max(1, round(steps / epoch)), '--max_steps', min(steps, epoch)]
+
+    @property
+    def teacher_checkpoint(self):
+        return self.path('block_kd', 'teacher_checkpoint', self.settings.teacher_arch.replace('-', '_'),
+                         'checkpoint.pth')
+
+
+class Step(NamedTuple):
+    """A step; commands(pipeline): [[script, argument, …], …], or with side_by_side [commands, …] of which each goes its
+    own way. A step that the settings do not name is left out."""
+    name: str
+    title: str
+    commands: callable
+    side_by_side: bool = False
+
+
+def teacher(p):
+    return [p.script('lsq_finetune_teacher.py', 'teacher', '--teacher_arch', p.settings.teacher_arch, '--output_path',
+                     p.path('block_kd', 'teacher_checkpoint'), '--image_size', p.image_size, '--resume',
+                     *p.data.flags)]
+
+
+def _block_kd(p, script, step, *more):
+    """A chain for each stage where processes run side by side, else one command."""
+    stages = get_superspace(p.space).searchable_stages
+    chains = [stages] if p.settings.nproc_per_node else [[stage] for stage in stages]
+    return [[p.script(script, step, '--superspace', p.space, '--teacher_arch', p.settings.teacher_arch,
+                      '--output_path', p.path('block_kd', p.space), '--inplace_distill_from_teacher', '--resume',
+                      '--train_batch_size', p.settings.batch_size, *p.length(step), *more, *p.data.flags,
+                      '--stage_list', *chain)] for chain in [*chains[:-1], [*chains[-1], 'stem']]]
+
+
+def block_kd(p):
+    return _block_kd(p, 'train_block_kd.py', 'block_kd')
+
+
+def block_kd_lsq(p):
+    return _block_kd(p, 'lsq_block_kd.py', 'block_kd_lsq', '--teacher_checkpoint_path', p.teacher_checkpoint)
+
+
+def predictor(p):
+    if not p.measured:
+        return []
+    return [p.script('onnx_tools/build_predictor.py', 'predictor', '--platform', p.platform, '--superspace', p.space,
+                     '--output', p.path('predictor'), '--resume', '--force', *p.narrow)]
+
+
+def block_lut(p):
+    return [p.script('eval_block_kd.py', 'block_lut', '--superspace', p.space, '--platform', p.platform,
+                     '--teacher_arch', p.settings.teacher_arch, '--checkpoint_path', p.path('block_kd'),
+                     '--output_path', p.path('block_kd', 'lut'), '--teacher_checkpoint_path', p.teacher_checkpoint,
+                     *p.data.flags)]
+
+
+def space_search(p):
+    s = p.settings
+    by_latency, by_flops = (p.platform, p.window[0]), (MFLOPS, p.budget)
+    return [p.script('search_block_kd.py', 'space_search', '--superspace', p.space, '--latency_constraint', constraint,
+                     '--platform', platform, '--latency_loss_t', s.latency_loss_t, '--latency_loss_a',
+                     s.latency_loss_a, '--lut_path', p.path('block_kd', 'lut'),
+                     '--output_dir', p.path('block_kd', 'search'), '--seed', s.seed, '--resume')
+            for platform, constraint in [by_latency, by_flops][:1 + s.compare_flops]]
+
+
+def _supernet(p, space, step, *more, without=()):
+    return p.script('train_supernet.py', step, '--superspace', p.space, '--supernet_choice', space.choice, *p.align,
+                    '--output_path', p.path('supernet_training'), '--batch_size_per_gpu', p.settings.batch_size,
+                    *p.length(step, '--epochs'), '--seed', p.settings.seed, '--resume', *more, *p.data.flags,
+                    without=without)
+
+
+def supernets(p):
+    start = ['--init_block_kd', p.path('block_kd', p.space)] if p.settings.init_block_kd else []
+    return [[_supernet(p, space, 'supernets', *start), _supernet(p, space, 'supernets_lsq', '--quant_mode')]
+            for space in p.spaces]
+
+
+def subnet_search(p):
+    c, d = p.window
+    return [[p.script('search_subnet.py', 'subnet_search', '--superspace', p.space, '--supernet_choice', space.choice,
+                      *p.align, '--latency_constraint', c, '--latency_delta', d, '--platform', p.platform,
+                      '--checkpoint_path', p.path('supernet_training'), '--output_path', p.path('search_subnet'),
+                      '--seed', p.settings.seed, '--resume', *p.data.flags)] for space in p.spaces]
+
+
+def finish(p):
+    return [[p.script('downstream_cls.py', 'finish', '--superspace', p.space, '--supernet_choice',
+                      network.supernet.choice, '--subnet_name', network.subnet, *p.align, '--keep_head', '--distill',
+                      '--checkpoint_path', p.path('supernet_training'), '--output_path', p.path('finished'),
+                      '--batch_size', p.settings.batch_size, *p.length('finish'), '--seed', p.settings.seed,
+                      '--resume', *p.data.flags)] for network in p.deployed()]
+
+
+def baseline_step(model):
+    """Name of the settings' section of a ready-made network."""
+    return f'baseline {model}'
+
+
+def baselines(p):
+    return [[p.script('onnx_tools/baseline.py', step, '--model', model, '--image_size', p.image_size, '--batch_size',
+                      p.settings.batch_size, *p.length(step), '--output', p.path('baselines'), '--seed',
+                      p.settings.seed, '--resume', *p.narrow, *p.data.flags)]
+            for model in p.settings.baselines for step in [baseline_step(model)]]
+
+
+def accuracy(p):
+    return [[p.script('onnx_tools/eval_onnx.py', 'accuracy', '--network', p.finished(network), '--quant_mode',
+                      '--model_path', p.path('models'), '--output', p.accuracy_file(network), *p.narrow,
+                      *p.data.flags)] for network in p.deployed()]
+
+
+def latency(p):
+    if not p.dry:
+        write_text(p.path('input.csv'), ''.join(f'{network.entry}\n' for network in p.deployed()))
+    return [p.script('onnx_tools/benchmark.py', 'latency', '--input', p.path('input.csv'), '--model_path',
+                     p.path('models'), '--output', p.path('latency.csv'), *p.narrow)]
+
+
+STEPS = (
+    Step('teacher', 'quantise the pretrained teacher with LSQ+', teacher),
+    Step('block_kd', 'block KD: stem and each block type of each stage learn to copy the teacher, in fp32', block_kd,
+         side_by_side=True),
+    Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', block_kd_lsq, side_by_side=True),
+    Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', predictor),
+    Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', block_lut),
+    Step('space_search', 'space search: block types and widths by Q-T score', space_search),
+    Step('supernets', 'train what was found as weight-sharing supernets, fp32 then LSQ+', supernets,
+         side_by_side=True),
+    Step('subnet_search', 'search each supernet for the best subnets of the INT8 latency window', subnet_search,
+         side_by_side=True),
+    Step('finish', 'fine-tune what was found, in INT8', finish, side_by_side=True),
+    Step('baselines', 'train ready-made networks to compare with', baselines, side_by_side=True),
+    Step('accuracy', 'export to INT8 ONNX, accuracy in ONNX Runtime', accuracy, side_by_side=True),
+    Step('latency', 'latency in ONNX Runtime', latency),
+)
