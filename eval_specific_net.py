@@ -17,6 +17,7 @@ from modules.latency import open_predictor
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_subnet, find_supernet, named_subnets, named_supernets
 from modules.subnet_report import (
+    add_confusion,
     add_evaluation_arguments,
     calibrated_network,
     evaluate_all,
@@ -36,6 +37,7 @@ def get_args():
     p.add_argument('--save_network', metavar='FILE', help='write the calibrated SEQnet, for modules.zoo.load_network')
     p.add_argument('--output_path', default='./checkpoints/eval_specific_net', help='folder of the CSV')
     add_evaluation_arguments(p)
+    add_confusion(p)
     return p.parse_args()
 
 
@@ -48,10 +50,10 @@ def main(args):
     predictor = open_predictor(args, supernet.superspace)
     latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
     path = find_checkpoint(supernet, args.quant_mode, args.checkpoint_path, name=published)
-    with evaluation(args.model_name, supernet, path, subnets, args) as (model, images, job):
+    with evaluation(args.model_name, supernet, path, subnets, args) as (model, images, names, job):
         evaluate_all(model, subnets, images, job, latencies,
                      os.path.join(args.output_path, f'{args.model_name}_{precision(args.quant_mode)}.csv'),
-                     evaluate_static if args.model_name in named_subnets() else evaluate_subnet)
+                     names, evaluate_static if args.model_name in named_subnets() else evaluate_subnet, args.confusion)
         if args.save_network:
             subnet, = subnets.values()
             network = calibrated_network(model, subnet, images[0], job)

@@ -24,7 +24,7 @@ from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_supernet
 from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
-from modules.subnet_report import add_evaluation_arguments, evaluate_all, evaluation
+from modules.subnet_report import add_confusion, add_evaluation_arguments, evaluate_all, evaluation
 from modules.training.checkpoint import precision
 from modules.training.data import VALID_SIZE
 from modules.training.distributed import distributed_job
@@ -44,6 +44,7 @@ def get_args():
     p.add_argument('--num_samples', type=positive(int), default=1000, help='random subnets of the distribution')
     p.add_argument('--output_path', default='./checkpoints/eval_supernet', help='folder of picture and CSV')
     add_evaluation_arguments(p)
+    add_confusion(p)
     p.set_defaults(valid_size=None)
     args = p.parse_args()
     args.held_out, args.valid_size = bool(args.valid_size), VALID_SIZE if args.valid_size is None else args.valid_size
@@ -77,9 +78,10 @@ def print_accuracy(supernet, predictor, folder, args):
     subnets = {choice: choose_subnet(supernet, choice) for choice in args.subnet_choice or EXTREMES}
     latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
     path = find_checkpoint(supernet, args.quant_mode, args.resume, args.align_sample)
-    with evaluation(supernet, supernet, path, subnets, args, args.held_out) as (model, images, job):
+    with evaluation(supernet, supernet, path, subnets, args, args.held_out) as (model, images, names, job):
         evaluate_all(model, subnets, images, job, latencies,
-                     os.path.join(folder, f'accuracy_{precision(args.quant_mode)}.csv'))
+                     os.path.join(folder, f'accuracy_{precision(args.quant_mode)}.csv'), names,
+                     confusion=args.confusion)
 
 
 def print_breakdowns(supernet, choices, predictor):

@@ -11,6 +11,7 @@ A killed search goes on with --resume. docs/space_search.md has the method.
 import glob
 import os
 import random
+import shlex
 
 import numpy as np
 
@@ -29,8 +30,9 @@ from modules.block_kd.searcher import (
 from modules.errors import UserError
 from modules.evolution import History
 from modules.latency import add_platform_arguments
+from modules.latency.predictor import MFLOPS
 from modules.search_space.named import find_supernet
-from modules.training.log import progress, run_log, spare_tensorflow
+from modules.training.log import add_scalars, light_curves, progress, run_log
 
 LOG_EVERY = 500
 
@@ -71,10 +73,8 @@ def score_choices(searcher, supernets, folder):
     print(path)
 
 
-def search(searcher, folder, seed, total, population_size, parent_sample_size, resume):
+def search(searcher, folder, seed, total, population_size, parent_sample_size, resume, plugins=()):
     """The space search; writes everything named in the module's docstring."""
-    spare_tensorflow()
-    from tensorboard.summary import Writer
     total = min(total, num_spaces(searcher.superspace))
     settings = searcher.settings | {'seed': seed, 'population_size': population_size,
                                     'parent_sample_size': parent_sample_size}
@@ -87,7 +87,7 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
             for name in ('events.out.tfevents.*', 'top50.csv', '*.png'):
                 for path in glob.glob(os.path.join(glob.escape(folder), name)):
                     os.remove(path)
-        events = Writer(folder)
+        events = light_curves(folder)
 
         say(f'{searcher.superspace.name}: {total} spaces, {known} of them scored before; {settings}')
         for supernet, numbers in search_spaces(searcher, history, random.Random(seed), total, population_size,
@@ -100,8 +100,7 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
                 mean = float(np.mean(scores[-population_size:]))
                 bar.set_postfix(best=f'{best:.5f}', mean=f'{mean:.5f}', refresh=False)
                 if count > known:
-                    events.add_scalar('score/best', best, step=count)
-                    events.add_scalar('score/mean', mean, step=count)
+                    add_scalars(events, count, {'score/best': best, 'score/mean': mean})
                 if count % LOG_EVERY == 0 or count == total:
                     say(f'{count:6d} spaces  best {best:.6f}  mean of the population {mean:.6f}')
         events.close()
@@ -118,8 +117,18 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
     print('\n'.join(['', f'The best space of {len(found)}: {ranked[0]}, score {best:.5f}', *describe(ranked[0]),
                      'Pictures, tables and TensorBoard log:',
                      *(f'  {file}' for file in files),
-                     'Next: train it as a supernet, or look at its latencies:',
-                     f'  python eval_supernet.py --supernet_choice {ranked[0]} --mode lat']))
+                     'Next: look at its latencies, and train it as a supernet (from block KD: --init_block_kd):',
+                     *next_commands(ranked[0], searcher.latency.predictor.platform, plugins)]))
+
+
+def next_commands(supernet, platform, plugins=()):
+    """Shell lines that go on with a space; plugins: files of --plugin."""
+    flags = ''.join(f' --plugin {shlex.quote(path)}' for path in plugins or ())
+    flags += f' --superspace {supernet.superspace.name} --supernet_choice {supernet.choice}'
+    where = '' if platform == MFLOPS else f' --platform {shlex.quote(platform)}'
+    return [f'  python eval_supernet.py{flags} --mode lat{where}',
+            f'  python train_supernet.py --config-file supernet_training_configs/train.yaml{flags} '
+            '--dataset_path dataset --resume']
 
 
 def main(args):
@@ -137,7 +146,7 @@ def main(args):
         score_choices(searcher, list(supernets.values()), folder)
     else:
         search(searcher, folder, args.seed, args.num_spaces, args.population_size, args.parent_sample_size,
-               args.resume)
+               args.resume, args.plugin)
 
 
 if __name__ == '__main__':

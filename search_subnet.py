@@ -33,6 +33,7 @@ from modules.subnet_search import (
     note_trained_images,
     score_subnets,
     search_windows,
+    trained_valid_size,
 )
 from modules.training.checkpoint import precision
 from modules.training.data import calibration_batches, eval_loader
@@ -67,7 +68,7 @@ def get_args():
     p.add_argument('--resume', action='store_true', help='go on with the history in the output directory')
     add_evaluation_arguments(p)
     p.add_argument('--fp32', action='store_true', help='search by fp32 accuracy, of checkpoint.pth')
-    p.set_defaults(quant_mode=True, valid_size=10000)
+    p.set_defaults(quant_mode=True, valid_size=None)        # the supernet's, published: 10000
     args = p.parse_args()
     args.quant_mode = not args.fp32
     return args
@@ -83,6 +84,8 @@ def main(args):
     windows = [Window(c - args.latency_delta, c) for c in sorted(set(args.latency_constraint))]
     starts = {window: initial_population(space, window, recipe.population_size,
                                          random.Random(f'{args.seed} start {window}')) for window in windows}
+    if args.valid_size is None:
+        args.valid_size = trained_valid_size(path) or 10000
     model, data = open_supernet(supernet, path, args)
     if not len(data.valid):
         raise UserError(f'--valid_size {args.valid_size}: no held-out images to search with')

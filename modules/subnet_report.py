@@ -10,7 +10,7 @@ from .modeling.complexity import config_complexity
 from .modeling.ops.lsq_plus import quantise_weights_once, quantised_ops
 from .training.calibrate import calibrate, initialize_all_scales, kept_statistics
 from .training.checkpoint import precision
-from .training.classes import fit_classes
+from .training.classes import by_class, class_names, fit_classes, write_confusion
 from .training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from .training.distributed import add_distributed_arguments, distributed_job
 from .training.evaluate import DecodedImages, accuracy, evaluate_subnet, images_of, kept_subnet
@@ -33,6 +33,12 @@ def add_evaluation_arguments(parser):
     parser.add_argument('--seed', type=SEED, default=0, help='of the calibration images')
     add_data_arguments(parser, trains=False)
     add_distributed_arguments(parser)
+
+
+def add_confusion(parser):
+    """--confusion of what evaluates networks."""
+    parser.add_argument('--confusion', metavar='FILE', help='CSV: images by true and by answered class, of the last '
+                        'network')
 
 
 class _Watched:
@@ -95,7 +101,7 @@ def open_supernet(supernet, path, args):
 
 @contextlib.contextmanager
 def evaluation(title, supernet, path, subnets, args, held_out=False):
-    """Yields (model, images, job) for evaluate_all() of {name: Subnet}, a line with `title` once printed.
+    """Yields (model, images, class names, job) for evaluate_all() of {name: Subnet}, a line with `title` once printed.
 
     path: the supernet's checkpoint; args: of a script with add_evaluation_arguments(); held_out: on the images held
     out of the training images instead of the test images.
@@ -111,7 +117,7 @@ def evaluation(title, supernet, path, subnets, args, held_out=False):
         images = evaluation_images(data, job, args.batch_size, args.num_calib_batches, args.num_eval_images,
                                    len(subnets), args.cache_gb, args.seed, args.num_workers)
         complete_scales(model, list(subnets.values()), data, args.batch_size, job, args.seed)
-        yield model, images, job
+        yield model, images, class_names(data), job
 
 
 def calibrated_network(supernet, subnet, calibration, job):
@@ -122,28 +128,33 @@ def calibrated_network(supernet, subnet, calibration, job):
         return supernet.get_active_subnet()
 
 
-def evaluate_static(supernet, subnet, calibration, test, job):
+def evaluate_static(supernet, subnet, calibration, test, job, table=None):
     """evaluate_subnet() by the extracted static network, which is what is deployed."""
-    return accuracy(quantise_weights_once(calibrated_network(supernet, subnet, calibration, job)), test, job)
+    return accuracy(quantise_weights_once(calibrated_network(supernet, subnet, calibration, job)), test, job,
+                    table)
 
 
-def evaluate_all(supernet, subnets, images, job, milliseconds, path, measure=evaluate_subnet):
+def evaluate_all(supernet, subnets, images, job, milliseconds, path, names, measure=evaluate_subnet, confusion=None):
     """Accuracy of each of {name: Subnet}, printed and in a CSV at `path`; returns [Accuracy, …].
 
-    images: of evaluation_images(); milliseconds: {name: predicted latency}.
+    images: of evaluation_images(); milliseconds: {name: predicted latency}; names: of the classes; confusion: file of
+    the last subnet's confusion table.
     """
     rows, results = [], []
     for name, subnet in subnets.items():
-        result = measure(supernet, subnet, *images, job)
+        table = []
+        result = measure(supernet, subnet, *images, job, table)
         with kept_subnet(supernet):
             supernet.set_active_subnet(subnet)
             mflops, mparams = config_complexity(supernet.get_active_subnet_config().blocks)
         rows.append([subnet, *(f'{value:.4f}' for value in (*result[:3], mflops, mparams, milliseconds[name]))])
         results.append(result)
         if job.is_main:
-            print(f'{name}: {result}\n  {mflops:.1f} MFLOPs  {mparams:.2f} Mparams  '
+            print(f'{name}: {result}\n  {by_class(*table, names)}\n  {mflops:.1f} MFLOPs  {mparams:.2f} Mparams  '
                   f'{milliseconds[name]:.2f} ms predicted', flush=True)
             write_csv(path, COLUMNS, rows)
+            if confusion:
+                write_confusion(confusion, *table, names)
     if job.is_main:
         print(path)
     return results

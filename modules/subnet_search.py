@@ -295,11 +295,16 @@ def search_windows(space, starts, score, recipe, seed, job, say):
     return found
 
 
-def note_trained_images(path, num_valid):
-    """Say so where the checkpoint at `path` was trained on some of the first `num_valid` held-out images."""
+def trained_valid_size(path):
+    """The --valid_size that the checkpoint at `path` was trained with, None where it does not say."""
     checkpoint = load_checkpoint(path)
     settings = checkpoint.get('settings') if isinstance(checkpoint, dict) else None
-    held_out = settings.get('valid_size') if isinstance(settings, dict) else None
+    return settings.get('valid_size') if isinstance(settings, dict) else None
+
+
+def note_trained_images(path, num_valid):
+    """Say so where the checkpoint at `path` was trained on some of the first `num_valid` held-out images."""
+    held_out = trained_valid_size(path)
     if held_out is not None and held_out < num_valid:
         note(f'{path}: trained with --valid_size {held_out}, so it has seen {num_valid - held_out} of the {num_valid} '
              f'images that are held out here; give --valid_size {held_out}')

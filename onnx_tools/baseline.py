@@ -67,7 +67,7 @@ def main(args):
     times = {kind: latency.median for kind, latency in latencies(sessions, runs=args.runs).items()}
     int8 = min((kind for kind in models if kind != 'fp32'), key=times.get)
     test = eval_loader(data.test, args.batch_size, workers=args.num_workers, limit_images=args.num_eval_images)
-    fp32_top1, int8_top1, *_, images = compare(network, lambda x: run_session(sessions[int8], x), test, resize)
+    fp32_top1, int8_top1, *_, images, _ = compare(network, lambda x: run_session(sessions[int8], x), test, resize)
     write_model(os.path.join(folder, 'fp32.onnx'), models['fp32'].SerializeToString())
     write_model(os.path.join(folder, 'int8.onnx'), models[int8].SerializeToString())
     row = [args.model, args.image_size, f'{fp32_top1:.2f}', f'{int8_top1:.2f}', images, f'{times["fp32"]:.4f}',

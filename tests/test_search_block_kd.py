@@ -2,9 +2,11 @@
 import csv
 import os
 import random
+import sys
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import search_block_kd
 from modules import evolution
@@ -21,6 +23,7 @@ from modules.search_space.superspace import get_superspace
 
 from .checkpoints import call, fails
 from .conftest import REFERENCE, needs_reference
+from .documented import load_script, parse_command
 from .launching import run_script
 from .test_lut import SHIPPED, make_lut
 
@@ -219,7 +222,13 @@ def test_search_commands(tmp_path, monkeypatch, capsys, superspace, constraints,
     for name, extreme in (('min_latency_ms', min_subnet), ('max_latency_ms', max_subnet)):
         assert rows[0][name] == f'{predictor.predict_subnet(subnet_config(best, extreme(best))):.4f}'
     assert 'best' in out and '60/60' in err and (folder / 'search.log').read_text().count('\n') >= 3
-    assert any(name.startswith('events.out.tfevents') for name in os.listdir(folder))
+    curves = EventAccumulator(str(folder)).Reload()
+    assert set(curves.Tags()['scalars']) == {'score/best', 'score/mean'}
+    assert curves.Scalars('score/best')[-1].value == pytest.approx(scores[0], rel=1e-4)
+    commands = [parse_command(line.strip()) for line in out.splitlines()[-2:]]
+    for command in commands:
+        monkeypatch.setattr(sys, 'argv', [command.script, *command.words])
+        load_script(command.script).get_args()
     assert not [name for name in os.listdir(folder) if '.tmp' in name]
 
 

@@ -23,14 +23,6 @@ def preprocessing(data, image_size, resolution):
             'interpolation': 'bicubic', 'channels': 'RGB', 'mean': list(mean), 'std': list(std)}
 
 
-def class_names(data):
-    """Names of the classes of `data` in their order, numbers where it knows no names."""
-    source = data.test.source
-    names = getattr(source, 'classes', None) or getattr(getattr(source, 'dataset', None), 'classes', None) or ()
-    known = len(names) == data.num_classes and all(isinstance(name, str) for name in names)
-    return list(names) if known else [str(number) for number in range(data.num_classes)]
-
-
 def prepare(picture, facts):
     """(1, 3, r, r) float32 of a PIL image by a model's metadata."""
     how = facts['preprocessing']

@@ -11,16 +11,16 @@ from ..modeling.network import Network
 from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
 from ..modeling.ops.op import resize
 from ..optional import need, version_of
-from ..subnet_report import calibrated_network, complete_scales
+from ..subnet_report import add_confusion, calibrated_network, complete_scales
 from ..training.calibrate import calibrate
 from ..training.checkpoint import precision
-from ..training.classes import fit_classes
+from ..training.classes import by_class, class_names, fit_classes, write_confusion
 from ..training.data import add_data_arguments, calibration_batches, eval_loader, open_data, seed_of
 from ..training.distributed import Job
 from ..training.evaluate import DecodedImages, images_of
 from ..zoo import CHECKPOINTS, find_checkpoint, load_network, load_supernet, subnet_of
 from .chain import processor
-from .feeding import class_names, preprocessing
+from .feeding import preprocessing
 from .measure import compare, describe
 from .runtimes import ONNX
 from .store import Entry, append_line, fingerprint, model_path, read_entries, read_model, write_model
@@ -187,6 +187,7 @@ def add_evaluation_arguments(parser, runtime):
     parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
     parser.add_argument('--threads', type=positive(int), default=1, help=f'of {runtime.name}')
     parser.add_argument('--output', metavar='FILE', help='CSV of the results')
+    add_confusion(parser)
 
 
 def evaluate(args, runtime, open_model):
@@ -206,9 +207,12 @@ def evaluate(args, runtime, open_model):
             source = subject(entry, args, quant_mode, data)
             path, model, _ = export(source, args.model_path, quant_mode, runtime, **_options(args, quant_mode))
             test = eval_loader(data.test, args.batch_size, workers=args.num_workers, limit_images=args.num_eval_images)
-            *figures, images = compare(source.network, open_model(model), test, resize)
+            *figures, images, table = compare(source.network, open_model(model), test, resize)
             kind = precision(quant_mode)
-            print(f'  {kind}: {describe(runtime.name, *figures, images)}\n        {path}', flush=True)
+            print(f'  {kind}: {describe(runtime.name, *figures, images)}\n        {by_class(table, class_names(data))}'
+                  f'\n        {path}', flush=True)
+            if args.confusion:                  # of the last model, INT8 where there is one
+                write_confusion(args.confusion, table, class_names(data))
             rows.append([entry.supernet, entry.subnet, kind, *(f'{figure:.4f}' for figure in figures), images])
             if args.output:
                 write_csv(args.output, ('supernet', 'subnet', 'kind', 'torch', runtime.ending, 'agree', 'error',

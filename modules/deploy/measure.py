@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..training.evaluate import confusion_table
 
 
 class Latency(NamedTuple):
@@ -45,7 +46,8 @@ def compare(network, run, batches, resize):
     """A torch Network and run(images (N, 3, r, r)) -> logits on batches (images, labels).
 
     (percent right by torch, by run(), percent of images of the same first class, rms of the difference of the logits
-    over their standard deviation, number of images); resize(images, size): to the network's resolution.
+    over their standard deviation, number of images, confusion table (C, C) of run()); resize(images, size): to the
+    network's resolution.
     """
     ours, theirs, labels = [], [], []
     network.eval()
@@ -58,9 +60,10 @@ def compare(network, run, batches, resize):
         raise UserError('no images to evaluate on')
     ours, theirs, labels = map(np.concatenate, (ours, theirs, labels))
     first, second = ours.argmax(1), theirs.argmax(1)
+    confusion = confusion_table(*map(torch.as_tensor, (labels, second)), ours.shape[1]).numpy()
     error = np.sqrt(np.mean((ours - theirs) ** 2)) / max(ours.std(), 1e-12)
     return (*(100 * float(np.mean(right)) for right in (first == labels, second == labels, first == second)),
-            float(error), len(labels))
+            float(error), len(labels), confusion)
 
 
 def describe(runtime, torch, exported, agree, error, images):

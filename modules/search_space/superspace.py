@@ -163,7 +163,7 @@ SUPERSPACES = {space.name: space for space in (
     Superspace('onnx', macro_arch.ONNX, _onnx_blocks(K357), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('onnx_v1', macro_arch.ONNX, _onnx_blocks(K35), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('demo', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
-               resolutions=(32, 40, 48), kd_resolutions=(40, 48)),      # of 32 pixels stage3 sees 2 x 2: nothing to learn
+               resolutions=(32, 40, 48), kd_resolutions=(40, 48)),      # of 32, stage3 has 2 x 2 to learn from
     Superspace('demo_96', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
                resolutions=(64, 80, 96), kd_resolutions=(64, 80, 96)),      # demo for pictures with finer detail
     Superspace('small', macro_arch.SMALL, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,

@@ -23,7 +23,8 @@ WEIGHTS = ('state_dict', 'model')           # where checkpoints keep their weigh
 _HYPERPARAMETERS = ('params', 'lr', 'weight_decay', 'momentum', 'dampening', 'betas', 'eps')      # in every torch
 _DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
            torch.float32, torch.float64)
-_LATER_SETTINGS = {'accumulate': 1, 'smallest_freq': 1}     # older checkpoints do not name them: what they were
+# settings that older checkpoints do not name: what they were
+_LATER_SETTINGS = {'accumulate': 1, 'smallest_freq': 1, 'class_weights': 'none'}
 _SHOWN = 3                                  # keys that an error message names
 
 

@@ -1,13 +1,17 @@
-"""Do a checkpoint's classes and a data set's fit? Parts of ImageNet do, by the names of their folders."""
+"""Classes: do a checkpoint's and a data set's fit? Parts of ImageNet do. Their names, and what each one costs."""
 import copy
 import dataclasses
 
 import numpy as np
+import torch
 
 from ..errors import UserError
+from ..files import write_csv
 from .log import note
 
 IMAGENET = 1000
+CLASS_WEIGHTS = 'none', 'balanced'
+SHOWN = 20                      # classes whose accuracies are printed; of more the worst ones
 
 
 class _Renumbered:
@@ -55,3 +59,47 @@ def _renumbered(data, numbers):
 
     return dataclasses.replace(data, train=renumbered(data.train), valid=renumbered(data.valid),
                                test=renumbered(data.test), num_classes=IMAGENET)
+
+
+def class_names(data):
+    """Names of the classes of `data` in their order, numbers where it knows no names."""
+    source = data.test.source
+    names = getattr(source, 'classes', None) or getattr(getattr(source, 'dataset', None), 'classes', None) or ()
+    known = len(names) == data.num_classes and all(isinstance(name, str) for name in names)
+    return list(names) if known else [str(number) for number in range(data.num_classes)]
+
+
+def by_class(table, names):
+    """A line with the accuracy of each class, or of the worst of many, of a confusion table (C, C)."""
+    images = table.sum(1)
+    shares = sorted((100 * table[i, i] / images[i], i) for i in range(len(table)) if images[i])
+    shown = shares[:SHOWN] if len(shares) > SHOWN else sorted(shares, key=lambda share: share[1])
+    names = names if len(names) == len(table) else [str(i) for i in range(len(table))]
+    what = 'by class' if len(shown) == len(shares) else f'the worst {SHOWN} of {len(shares)} classes'
+    return f'{what}: ' + ', '.join(f'{names[i]} {share:.1f}%' for share, i in shown)
+
+
+def write_confusion(path, table, names):
+    """CSV of a confusion table: a row a true class, a column an answered class, counts of images."""
+    names = names if len(names) == len(table) else [str(i) for i in range(len(table))]
+    write_csv(path, ('true \\ answered', *names), [(name, *row) for name, row in zip(names, table.tolist())])
+
+
+def loss_weights(kind, images, num_classes, device):
+    """(num_classes,) weights of the loss by class, of an ImageSet: N / (C n_c), as scikit-learn's `balanced`; None for
+    `none`."""
+    if kind == 'none':
+        return None
+    counts = np.bincount(_labels(images), minlength=num_classes)
+    if not counts.all():
+        raise UserError(f'--class_weights balanced: no training picture of {int((counts == 0).sum())} of the '
+                        f'{num_classes} classes')
+    return torch.tensor(counts.sum() / (num_classes * counts), dtype=torch.float32, device=device)
+
+
+def _labels(images):
+    labels = getattr(images.source, 'labels', None)
+    if labels is None:
+        labels = [images.source[int(index)][1] for index in images.indices]
+        return np.asarray(labels)
+    return np.asarray(labels)[images.indices]

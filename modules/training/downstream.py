@@ -18,6 +18,7 @@ from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
 from .acceleration import choose_quantisers, memory_format
 from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from .checkpoint import load_weights
+from .classes import CLASS_WEIGHTS, loss_weights
 from .data import calibration_batches, eval_loader, seed_of
 from .distributed import average, broadcast
 from .evaluate import accuracy, images_of
@@ -51,6 +52,7 @@ class DownstreamRecipe:
     batch_size: int = 128                   # images a step and rank
     momentum: float = 0.9
     label_smoothing: float = 0.1
+    class_weights: str = 'none'             # balanced: rare classes count as much as frequent ones
     grad_clip_norm: float = 1.0
     only_train_head: bool = False
     num_calib_batches: int = 20             # of the batch-norm calibration before the first step
@@ -79,6 +81,8 @@ def add_recipe_arguments(p):
     p.add_argument('--batch_size', '--train_batch_size', type=positive(int), default=128, help='images a step and rank')
     p.add_argument('--momentum', type=SHARE, default=0.9, help='of SGD, Nesterov')
     p.add_argument('--label_smoothing', type=SHARE, default=0.1, help='of the labels')
+    p.add_argument('--class_weights', choices=CLASS_WEIGHTS, default='none',
+                   help='balanced: rare classes count as much as frequent ones')
     p.add_argument('--grad_clip_norm', type=positive(float), default=1.0, help='bound of the gradient norm')
     p.add_argument('--drop_rate', type=SHARE, default=0.0, help='dropout before the head')
     p.add_argument('--num_calib_batches', type=positive(int), default=20, help='of batch-norm calibration at first')
@@ -93,10 +97,11 @@ def add_recipe_arguments(p):
 def recipe_of(args):
     """The DownstreamRecipe of add_recipe_arguments(), with keep_head and distill of the script."""
     learning_rate, weight_decay = find_recipe(args.dataset, args.learning_rate, args.weight_decay, args.keep_head)
-    return DownstreamRecipe(learning_rate, weight_decay, args.num_epochs, args.warmup_epochs, args.batch_size,
-                            args.momentum, args.label_smoothing, args.grad_clip_norm, args.only_train_head,
-                            args.num_calib_batches, args.eval_freq, args.checkpoint_freq, args.max_steps,
-                            args.num_eval_images, args.seed, not args.no_channels_last, args.distill or None)
+    same = {field.name: getattr(args, field.name) for field in dataclasses.fields(DownstreamRecipe)
+            if hasattr(args, field.name)}
+    return DownstreamRecipe(**same | {'learning_rate': learning_rate, 'weight_decay': weight_decay,
+                                      'epochs': args.num_epochs, 'channels_last': not args.no_channels_last,
+                                      'distill': args.distill or None})
 
 
 @dataclass(kw_only=True)
@@ -107,6 +112,7 @@ class FineTuning(ResumableRun):
     network: nn.Module
     identity: dict                          # what the network is; see finetune()
     teacher: nn.Module | None = None
+    weights: torch.Tensor | None = None     # of the loss, by class
     best: float = -1.0
     results: dict = field(default_factory=dict)         # Accuracy as a dict: 'valid' of the last one, 'test'
 
@@ -147,6 +153,7 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
     if tuning.done:
         note(f'{path}: already fine-tuned')
         return tuning.results['test']
+    tuning.weights = loss_weights(recipe.class_weights, data.train, data.num_classes, job.device)
     tuning.teacher = _teacher(teacher, data, recipe, workers, job)
     valid = eval_loader(data.valid if len(data.valid) else data.test, recipe.batch_size, job.rank, job.world_size,
                         workers, limit_images=recipe.num_eval_images).to(job.device)
@@ -224,13 +231,13 @@ def _teacher(network, data, recipe, workers, job):
     return network.eval().requires_grad_(False)
 
 
-def mixed_loss(logits, labels, answers=None, distill=None, label_smoothing=0.0):
+def mixed_loss(logits, labels, answers=None, distill=None, label_smoothing=0.0, weights=None):
     """Mean loss of a batch, scalar: cross-entropy with the labels (N,), and a share of KL(teacher || student) for it.
 
     logits: the student's (N, classes); distill: the share, of the teacher's logits `answers` (N, classes), at
-    temperature 1; no gradient reaches them.
+    temperature 1; no gradient reaches them; weights: of the cross-entropy by class, (classes,).
     """
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    loss = F.cross_entropy(logits.float(), labels, weights, label_smoothing=label_smoothing)
     if not distill:
         return loss
     return (1 - distill) * loss + distill * alpha_divergence(logits, answers, alpha=1).mean()
@@ -247,7 +254,7 @@ def _take_step(tuning, images, labels, recipe, epoch, steps, job, writer):
         logits = network(images)
     with torch.no_grad():
         answers = None if tuning.teacher is None else tuning.teacher(images)
-    loss = mixed_loss(logits, labels, answers, recipe.distill, recipe.label_smoothing)
+    loss = mixed_loss(logits, labels, answers, recipe.distill, recipe.label_smoothing, tuning.weights)
     parameters = [p for group in tuning.optimizer.param_groups for p in group['params']]
     gradients = GradientAverage(parameters, job)
     gradients.backward(loss)

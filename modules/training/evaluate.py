@@ -2,6 +2,7 @@
 import contextlib
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -12,14 +13,16 @@ from .distributed import sum_over_ranks
 
 
 class Accuracy(NamedTuple):
-    """Percent of `images` whose label is the first, or among the first five; loss: mean cross-entropy."""
+    """Percent of `images` whose label is the first, or among the first five, of `classes`; loss: mean cross-entropy."""
     top1: float
     top5: float
     loss: float
     images: int
+    classes: int = 1000
 
     def __str__(self):
-        return f'top-1 {self.top1:.2f}%  top-5 {self.top5:.2f}%  loss {self.loss:.4f}  ({self.images} images)'
+        top5 = f'  top-5 {self.top5:.2f}%' * (self.classes >= 10)       # says nothing of a few
+        return f'top-1 {self.top1:.2f}%{top5}  loss {self.loss:.4f}  ({self.images} images)'
 
 
 class DecodedImages:
@@ -53,12 +56,14 @@ def images_of(batches, device=None):
 
 
 @torch.no_grad()
-def accuracy(model, batches, job):
+def accuracy(model, batches, job, table=None):
     """Accuracy of a model (in eval mode afterwards) on batches (images, labels), each rank its own share.
 
-    Counts are summed over ranks, so it is exact whatever the shares.
+    Counts are summed over ranks, so it is exact whatever the shares. table: a list that gets the confusion table:
+    (C, C) images by true and answered class.
     """
     model.eval()
+    confusion = 0
     top1 = top5 = images = 0
     loss = 0.0
     for x, labels in batches:
@@ -67,10 +72,19 @@ def accuracy(model, batches, job):
         top1, top5 = top1 + ranked[:, 0].sum(), top5 + ranked.sum()
         loss = loss + F.cross_entropy(logits, labels, reduction='sum').double()
         images += len(labels)
+        if table is not None:
+            confusion = confusion + confusion_table(labels, logits.argmax(1), logits.shape[1])
     top1, top5, loss, images = sum_over_ranks([float(value) for value in (top1, top5, loss, images)], job)
     if not images:
         raise UserError('no images to evaluate on')
-    return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, round(images))
+    if table is not None:
+        table.append(np.reshape(sum_over_ranks(confusion.flatten().tolist(), job), confusion.shape).astype(int))
+    return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, round(images), logits.shape[1])
+
+
+def confusion_table(labels, answers, classes):
+    """(C, C) counts: row by true class, column by answered class."""
+    return torch.bincount(labels * classes + answers, minlength=classes * classes).view(classes, classes)
 
 
 @contextlib.contextmanager
@@ -83,12 +97,12 @@ def kept_subnet(supernet):
         supernet.set_active_subnet(subnet)
 
 
-def evaluate_subnet(supernet, subnet, calibration, test, job):
+def evaluate_subnet(supernet, subnet, calibration, test, job, table=None):
     """Accuracy of a subnet (string or Subnet) with batch-norm statistics of its own; the supernet stays as it was.
 
-    calibration, test: this rank's shares, batches (images, labels), such as DecodedImages.
+    calibration, test: this rank's shares, batches (images, labels), such as DecodedImages; table: as for accuracy().
     """
     with kept_subnet(supernet), kept_statistics(supernet):
         supernet.set_active_subnet(subnet)
         calibrate(supernet, images_of(calibration, job.device), job)
-        return accuracy(supernet, test, job)
+        return accuracy(supernet, test, job, table)

@@ -1,6 +1,7 @@
 """Progress of long jobs: a bar on a terminal, a line now and then in a log file, curves for TensorBoard."""
 import contextlib
 import functools
+import os
 import sys
 import time
 import types
@@ -54,4 +55,20 @@ def curves(folder, first_step=0, enabled=True):
     return SummaryWriter(folder, purge_step=first_step or None)
 
 
-__all__ = ['LOG_INTERVAL', 'curves', 'note', 'progress', 'run_log', 'spare_tensorflow']
+def light_curves(folder):
+    """TensorBoard's writer of a folder for add_scalars(), without torch."""
+    spare_tensorflow()
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    os.makedirs(folder, exist_ok=True)
+    return EventFileWriter(folder)
+
+
+def add_scalars(writer, step, values):
+    """Add {tag: value} to light_curves(), as the scalars that torch's SummaryWriter writes."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+    writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+
+__all__ = ['LOG_INTERVAL', 'add_scalars', 'curves', 'light_curves', 'note', 'progress', 'run_log', 'spare_tensorflow']

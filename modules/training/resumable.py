@@ -98,11 +98,15 @@ class ResumableRun:
 def checkpoint_to_resume(path, resume, job, read=load_checkpoint):
     """What is in the checkpoint of a run that goes on, None where it begins; the same on every rank, as rank 0 sees it.
 
+    Without `resume` one that is there is kept as x_old.pth.
     UserError: none can be written there, or what is there is no state of a run of ours: it would be written over.
     """
     def found():
         check_file(path)
-        if not (resume and os.path.isfile(path)):
+        if not os.path.isfile(path):
+            return None
+        if not resume:
+            note(f'{path}: of an earlier run, kept as {set_aside(path)}')
             return None
         checkpoint = read(path)
         if not (isinstance(checkpoint, Mapping) and 'optimizer' in checkpoint and {'step', 'epoch'} & set(checkpoint)):

@@ -20,6 +20,7 @@ from ..search_space import sampling
 from .acceleration import autocast, memory_format
 from .calibrate import initialize_all_scales
 from .checkpoint import checkpoint_name, load_checkpoint, load_weights
+from .classes import CLASS_WEIGHTS, loss_weights
 from .config import save_config, setting
 from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
 from .distributed import average, broadcast, of_main
@@ -44,6 +45,7 @@ class SupernetRecipe:
     momentum: float = setting(0.9, 'of SGD, Nesterov', below=1)
     weight_decay: float = setting(1e-5, 'not of norms, biases and LSQ+ scales')
     label_smoothing: float = setting(0.1, 'of the largest subnet', below=1)
+    class_weights: str = setting('none', 'balanced: rare classes count as much as frequent ones', choices=CLASS_WEIGHTS)
     dropout: float = setting(0.2, 'before the last layer of the largest subnet', below=1)
     grad_clip_value: float = setting(1.0, 'bound of each gradient')
     accumulate: int = setting(1, 'parts of a batch that take turns, for small GPUs; batch norm then sees parts',
@@ -85,6 +87,7 @@ class Training(ResumableRun):
     loss_sum: float = 0.0               # of the largest subnet, this epoch
     loss_count: int = 0
     results: dict = field(default_factory=dict)     # {'max': Accuracy as a dict, …} of the last validation
+    weights: torch.Tensor | None = None             # of the labels' loss, by class
 
     def content(self):
         return {'state_dict': self.supernet.state_dict()}
@@ -113,6 +116,7 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
         note(f'{training.path}: already trained')
         return training.results
     calibration, valid = _images(data, recipe, job, workers)
+    training.weights = loss_weights(recipe.class_weights, data.train, supernet.num_classes, job.device)
     if job.is_main:
         save_config(recipe, folder, 'lsq.yaml' if quant else 'checkpoint.yaml')
     kind = 'lsq' if quant else 'fp32'
@@ -216,6 +220,7 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
         share, rng = len(part) / len(images), random.Random(f'{recipe.seed} {epoch} {step}')
         losses = losses + share * torch.stack(sandwich(supernet, part, of_part, recipe, rng, align_sample, amp,
                                                        smallest=step % recipe.smallest_freq == 0, share=share,
+                                                       weights=training.weights,
                                                        last=gradients.backward if i + 1 == len(parts) else None))
     losses = average(losses, job)
     if not all(map(math.isfinite, losses)):
@@ -236,11 +241,11 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
 
 
 def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False, smallest=True, share=1.0,
-             last=None):
+             last=None, weights=None):
     """Backward of the largest, random and the smallest subnet, gradients summed; returns their losses (tensors).
 
     share: the part of the losses whose gradients are taken, where these images are a part of a step's; last(loss) is
-    called instead of loss.backward() for the last subnet.
+    called instead of loss.backward() for the last subnet; weights: of the labels' loss by class, (classes,).
 
     The largest learns from the labels, with dropout; the others from its answers. rng: random.Random that draws
     the random subnets, the same on every rank; smallest: whether the last is the smallest, else it is random too.
@@ -258,7 +263,7 @@ def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=Fals
             logits = supernet(images)
         if i == 0:
             answers = logits.detach()
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+            loss = F.cross_entropy(logits.float(), labels, weights, label_smoothing=recipe.label_smoothing)
         else:
             loss = adaptive_alpha_loss(logits, answers, recipe.alpha_min, recipe.alpha_max, recipe.iw_clip)
         backward = last if last and i + 1 == recipe.num_arch_training else torch.Tensor.backward
