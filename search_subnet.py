@@ -25,7 +25,6 @@ from modules.subnet_search import (
     SearchRecipe,
     SharedHistory,
     SubnetSpace,
-    Window,
     best_members,
     initial_population,
     initialise_scales,
@@ -34,6 +33,7 @@ from modules.subnet_search import (
     score_subnets,
     search_windows,
     trained_valid_size,
+    window_below,
 )
 from modules.training.checkpoint import precision
 from modules.training.data import calibration_batches, eval_loader
@@ -50,7 +50,8 @@ def get_args():
     p.add_argument('--supernet_choice', required=True, help='supernet, such as 121122-133333 or spaceevo@vnni')
     p.add_argument('--latency_constraint', type=positive(float), nargs='+', required=True,
                    help='c in ms: largest latency, one search each; they share what is scored')
-    p.add_argument('--latency_delta', type=positive(float), default=5.0, help='d in ms: smallest latency is c - d')
+    p.add_argument('--latency_delta', type=positive(float), default=5.0,
+                   help='d in ms: smallest latency is c - d; where that is negative, two thirds of c')
     p.add_argument('--checkpoint_path', default=CHECKPOINTS,
                    help='root of the checkpoints, <root>/<supernet>-align0/lsq.pth, or a checkpoint file')
     p.add_argument('--output_path', default='./checkpoints/search_subnet', help='folder of the results')
@@ -81,7 +82,7 @@ def main(args):
     space = SubnetSpace(supernet, predictor, args.arch_mutate_prob, args.resolution_mutate_prob, args.align_sample)
     recipe = SearchRecipe(args.population_size, args.num_rounds, args.num_mutations, args.num_crossovers,
                           args.parent_size)
-    windows = [Window(c - args.latency_delta, c) for c in sorted(set(args.latency_constraint))]
+    windows = [window_below(c, args.latency_delta) for c in sorted(set(args.latency_constraint))]
     starts = {window: initial_population(space, window, recipe.population_size,
                                          random.Random(f'{args.seed} start {window}')) for window in windows}
     if args.valid_size is None:

@@ -24,6 +24,7 @@ from modules.block_kd.trainer import (
 )
 from modules.cli import SEED, not_negative, parser, positive, run
 from modules.errors import UserError
+from modules.search_space.macro_arch import SEARCHABLE_STAGES
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
 from modules.training.acceleration import use_amp
 from modules.training.data import add_data_arguments, open_data
@@ -44,8 +45,8 @@ def get_parser(docstring=__doc__, num_epochs=5, learning_rates=LEARNING_RATES, s
     p.add_argument('--hw_list', nargs='+', type=positive(int), help="image resolutions; default: the superspace's")
     p.add_argument('--num_epochs', type=positive(int), default=num_epochs, help='passes over the training images')
     p.add_argument('--train_batch_size', type=positive(int), default=64, help='images a step and rank')
-    p.add_argument('--learning_rate_list', nargs=6, type=positive(float), default=list(learning_rates),
-                   help='learning rate of stage1 .. stage6')
+    p.add_argument('--learning_rate_list', nargs='+', type=positive(float), default=list(learning_rates),
+                   help='learning rate of stage1, stage2, …: as many as the superspace has, or six')
     p.add_argument('--stem_learning_rate', type=positive(float), default=stem_rate, help='of first_conv and stage0')
     p.add_argument('--head_learning_rate', type=positive(float), default=head_rate,
                    help='of final_expand, feature_mix and logits')
@@ -98,6 +99,9 @@ def train(args, job, teacher, quant=False, from_scratch=False):
     if not len(data.valid):
         raise UserError('no held-out images to evaluate on: give a --valid_size, or more pictures')
     debug = args.debug_batches if args.debug else None
+    if len(args.learning_rate_list) not in (len(space.searchable_stages), len(SEARCHABLE_STAGES)):
+        raise UserError(f'--learning_rate_list: {len(args.learning_rate_list)} values, expected '
+                        f'{len(space.searchable_stages)}, for {" ".join(space.searchable_stages)}')
     rates = dict(zip(parts_of(space), (args.stem_learning_rate, *args.learning_rate_list[:len(space.searchable_stages)],
                                        args.head_learning_rate)))
     recipe = Recipe(args.num_epochs, args.train_batch_size, rates, args.lr_step_size,

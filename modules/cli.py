@@ -128,6 +128,9 @@ SHARE = within(float, 0, 1, open_end=True)          # of momentum, dropout, …:
 SEED = within(int, 0, 2 ** 32 - 1)
 
 
+INTERRUPTED = 130               # exit code after Ctrl-C
+
+
 def run(main, get_args):
     """main(get_args()); a UserError, an OSError or a lack of memory is one line on stderr and exit code 2.
 
@@ -136,6 +139,7 @@ def run(main, get_args):
     for stream in (sys.stdout, sys.stderr):             # a file's name may hold what an encoding has not
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
+    args = None
     try:
         args = get_args()
         for name, value in getattr(args, '__dict__', {}).items():
@@ -148,13 +152,15 @@ def run(main, get_args):
         code = exit_code(error)
         if code is None:
             raise
+        if code == INTERRUPTED and is_main_process() and hasattr(args, 'resume'):
+            print('\nstopped; with --resume the same command goes on from its last checkpoint', file=sys.stderr)
         sys.exit(code)
 
 
 def exit_code(error):
     """Print the line of an error that is no bug and give its exit code; None, without a line, for a bug."""
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return INTERRUPTED
     if isinstance(error, MemoryError):
         error = f'not enough memory: {one_line(error)}'
     elif type(error).__name__ == 'OutOfMemoryError':    # torch's, of a GPU; this module does without torch

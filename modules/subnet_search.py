@@ -45,6 +45,14 @@ class Window(NamedTuple):
         return f'{self.low:g} to {self.high:g} ms'
 
 
+def window_below(c, d):
+    """The Window from c - d to c ms, or from two thirds of c, where d is more than c."""
+    if d > c:
+        note(f'--latency_delta {d:g} is more than {c:g} ms: a third is taken')
+        d = float(f'{c / 3:.2g}')
+    return Window(c - d, c)
+
+
 class Member(NamedTuple):
     """A scored subnet; scores as COLUMNS. round: of the search, 0 for its random start, None of an earlier search."""
     subnet: Subnet

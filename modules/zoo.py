@@ -53,7 +53,9 @@ def find_checkpoint(supernet, quant_mode, root=CHECKPOINTS, align_sample=False, 
         if os.path.isfile(path):
             return path
     shown = name or (f'{names[0]} ({supernet})' if names else str(supernet))
-    raise UserError(f'no checkpoint of {shown}: expected {" or ".join(paths)}')
+    other = os.path.join(checkpoint_folder(root, supernet, not align_sample), checkpoint_name(quant_mode))
+    hint = f'; there is {other}: {"leave out" if align_sample else "give"} --align_sample' * os.path.isfile(other)
+    raise UserError(f'no checkpoint of {shown}: expected {" or ".join(paths)}{hint}')
 
 
 def load_supernet(supernet, path, quant_mode=False):

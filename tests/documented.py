@@ -9,6 +9,7 @@ from typing import NamedTuple
 from .conftest import ROOT
 
 PAGES = [os.path.join(ROOT, 'README.md'), *sorted(glob.glob(os.path.join(ROOT, '*', '*.md')))]
+LOGS = sorted(glob.glob(os.path.join(ROOT, 'docs', 'log', '*.md')))     # of the past: their links are checked only
 STARTS = ('python ', 'torchrun ', 'pip ', 'make ', 'apt-get ', 'nn-meter ', 'adb ', 'taskset ', 'git ')
 BEFORE = re.compile(r'(?:taskset -c \d+ )?(?:torchrun|python -m torch\.distributed\.(?:launch|run)|python)'
                     r'(?: --nproc_per_node[= ]\d+)? ')
@@ -76,6 +77,8 @@ PARSED = {
     'benchmarks/onnx_blocks.py': 'measures for minutes',
     'benchmarks/demo_spaces.py': 'trains for minutes, after a demo',
     'pipeline.py': 'tests/test_pipeline.py',
+    'onnx_tools/predict.py': 'tests/test_predict.py',
+    'tflite_tools/predict.py': 'the same code',
 }
 IGNORED = {'-m modules.latency.fitting': 'needs ../shared/reference',
            '-m modules.block_kd.synthetic_lut': 'needs ../shared/reference',

@@ -27,7 +27,7 @@ from modules.zoo import save_network
 
 from .checkpoints import call, published_root, random_supernet, write_supernet
 from .conftest import ROOT
-from .documented import IGNORED, KD, PAGES, PARSED, SHORTER, TEACHER, commands, load_script, others, parse_command
+from .documented import IGNORED, KD, LOGS, PAGES, PARSED, SHORTER, TEACHER, commands, load_script, others, parse_command
 from .launching import launch, run_script
 from .test_eval_specific_net import write_pictures
 
@@ -183,7 +183,7 @@ def _headings(path):
             for title in re.findall('^#+ (.*)$', text, re.MULTILINE)}
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: os.path.relpath(page, ROOT))
+@pytest.mark.parametrize('page', [*PAGES, *LOGS], ids=lambda page: os.path.relpath(page, ROOT))
 def test_links_lead_somewhere(page):
     with open(page, encoding='utf-8') as f:
         links = re.findall(r'\]\(([^)\s]+)\)', f.read())

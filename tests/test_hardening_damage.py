@@ -15,12 +15,12 @@ import torch
 from modules import zoo
 from modules.block_kd.teacher import build_teacher
 from modules.cli import load_plugin
-from modules.demo.runner import _read
 from modules.errors import UserError
 from modules.files import check_file
 from modules.latency.kernel_model import LatencyError
 from modules.latency.tables import DATA, load_platform, read_table
 from modules.modeling.network import Network
+from modules.pipeline.runner import _read
 from modules.training.checkpoint import load_weights, model_state, restore
 from modules.training.data import open_data
 from modules.training.tars import tar_index

@@ -1,16 +1,19 @@
-"""Malformed input of what makes platforms, of TFLite's scripts and of the demo: one line, code 2, nothing written."""
+"""Malformed input of what makes platforms, TFLite models and of pipeline.py: one line, code 2, nothing written."""
 import json
+import os
 
 import pytest
 
 from modules.latency.profiling import FIELDS
 
+from .conftest import ROOT
 from .hardening import every, refused, world
 
 BUILD = ['--platform', 'my_host', '--data', '{in}/platforms', '--output', '{out}']
 IMPORT = ['--platform', 'my_host', '--data', '{in}/platforms', '--table', '{in}/good.json']
 EXPORT = ['--platform', 'onnx_lut', '--superspace', 'demo', '--output', '{out}/lut.json']
-DEMO = ['--quick', '--dataset', 'digits', '--output_path', '{out}/demo']
+PIPELINE = ['--config-file', os.path.join(ROOT, 'pipelines', 'demo_quick.yaml'), '--dataset', 'digits', '--output_path',
+            '{out}/demo']
 MODELS = ['--input', '{in}/input.csv', '--model_path', '{out}']
 BUILDERS = 'onnx_tools.build_predictor', 'tflite_tools.build_predictor'
 NAMES = '', '.', '..', 'a/b', '../x', '/x', 'x.json', '.hidden', 'there', 'a' * 300
@@ -26,9 +29,10 @@ FLAGS = {
     'onnx_tools.import_lut': (IMPORT, {'epochs': ('0', '-1', 'x', '1.5'), 'table': ('nowhere.json', '/', '')}),
     'onnx_tools.export_lut': (EXPORT, {'platform': ('nowhere', 'nowhere.json', '..', ''), 'superspace': ('x', ''),
                                        'output': ('lut.csv', '/', '{in}/input.csv/lut.json')}),
-    'demo': (DEMO, {'dataset': ('cats', ''), 'seed': ('-1', 'x', '1.5'), 'output_path': ('{in}/input.csv',),
-                    'platform': ('nowhere', 'nowhere.json', '..', 'tflite27_cpu_int8/'),
-                    'measured_name': NAMES[:-2] + ('onnx_lut', 'tflite27_cpu_int8')}),
+    'pipeline': (PIPELINE, {'dataset': ('cats', ''), 'seed': ('-1', 'x', '1.5'), 'output_path': ('{in}/input.csv',),
+                            'platform': ('nowhere', 'nowhere.json', '..', 'tflite27_cpu_int8/'),
+                            'latency': ('-1', 'nan', 'fast'), 'config-file': ('nowhere.yaml', '{in}/input.csv'),
+                            'measured_name': NAMES[:-2] + ('onnx_lut', 'tflite27_cpu_int8')}),
     'tflite_tools.export_tflite': (MODELS, {'batch_size': ('0', 'x'), 'num_calib_batches': ('0', '1.5'),
                                             'network': ('nowhere.pth',), 'seed': ('x',), 'dataset': ('cats',)}),
     'tflite_tools.eval_tflite': (MODELS, {'num_eval_images': ('0', 'nan'), 'threads': ('0',), 'num_workers': ('-1',),

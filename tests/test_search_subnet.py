@@ -25,6 +25,8 @@ from modules.subnet_search import (
     note_trained_images,
     score_subnets,
     search_windows,
+    trained_valid_size,
+    window_below,
 )
 from modules.training.calibrate import initialize_all_scales
 from modules.training.distributed import Job
@@ -35,6 +37,19 @@ from .launching import run_script
 RECIPE = SearchRecipe(population_size=20, num_rounds=4, num_mutations=5, num_crossovers=5)
 WINDOW = Window(0.9, 1.1)
 pytestmark = pytest.mark.usefixtures('one_thread')             # as the scripts below run
+
+
+def test_a_delta_larger_than_the_constraint_is_a_third(capsys):
+    assert window_below(15, 5) == Window(10, 15) and window_below(5, 5) == Window(0, 5)
+    low, high = window_below(0.3, 5)
+    assert high == 0.3 and low == pytest.approx(0.2) and 'a third is taken' in capsys.readouterr().err
+
+
+def test_the_held_out_images_are_the_supernets(tmp_path):
+    torch.save({'settings': {'valid_size': 321}}, tmp_path / 'a.pth')
+    torch.save({'state_dict': {}}, tmp_path / 'b.pth')
+    assert trained_valid_size(str(tmp_path / 'a.pth')) == 321 and trained_valid_size(str(tmp_path / 'b.pth')) is None
+
 
 
 @pytest.fixture(scope='module')

@@ -19,6 +19,7 @@ Where this differs from `nn-meter predict`: a kernel without a predictor is an e
 leaves it out silently, swish always); and global-avgpool gets its real input size.
 Source: nn-Meter 2.0 (MobiSys 2021).
 """
+import os
 import pickle
 import re
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..modeling.complexity import block_sizes
 from ..search_space.encoding import BlockConfig
 from .kernel_model import LatencyError
 from .kernels import block_kernels
+from .tables import DATA
 
 REGISTRY = '~/.nn_meter/config/predictors.yaml'
 INSTALL = 'pip install -r requirements-nn-meter.txt'
@@ -87,8 +89,9 @@ def load(platform, trust_pickles=False):
     local = sorted(name for name, entry in registered.items() if entry.get('package_location'))
     how_to = f'nn-meter register --predictor meta.yaml ({INSTALL})'
     if platform not in registered:
-        raise LatencyError(f'{platform}: not registered with nn-Meter ({Path(REGISTRY).expanduser()} has '
-                           f'{" ".join(local) or "none"}); to register a folder of predictors: {how_to}')
+        known = sorted(name for name in os.listdir(DATA) if os.path.isdir(os.path.join(DATA, name)))
+        raise LatencyError(f'{platform}: no such platform; there are {" ".join([*known, *local])}, those measured by '
+                           f'build_predictor.py, and what is registered with nn-Meter: {how_to}')
     if platform not in local:
         raise LatencyError(f'{platform}: built into nn-Meter, which downloads it when it is used; '
                            f'only a local folder can be used here: {how_to}')
