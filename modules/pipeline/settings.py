@@ -28,6 +28,7 @@ class Settings:
     latency_loss_a: float = setting(0.01, 'of the space search', least=0)
     align_sample: bool = setting(True, 'all blocks of a stage share k, w, e')
     compare_flops: bool = setting(True, 'search, train and deploy by FLOPs too')
+    compare_types: str = setting('', 'a space by hand to compare with: block types by stage, such as 111')
     baselines: list = setting([], 'ready-made networks to compare with: names of timm')
     finds_nothing: bool = setting(False, 'so few steps that results mean nothing; the summary says so')
     init_block_kd: bool = setting(True, 'supernets start from the blocks of block KD')

@@ -21,6 +21,7 @@ from .settings import Settings
 
 DRAWN = 300                             # random subnets of random spaces, to choose the latency window by
 FOUND, FLOPS, LARGEST, SMALLEST = 'found by INT8 latency', 'found by FLOPs', 'largest subnet', 'smallest subnet'
+BY_HAND = 'best of a space by hand'
 DISTRIBUTED = ('lsq_finetune_teacher.py', 'train_block_kd.py', 'lsq_block_kd.py', 'eval_block_kd.py',
                'train_supernet.py', 'search_subnet.py', 'downstream_cls.py')
 
@@ -154,9 +155,23 @@ class Pipeline:
         return self.known('FLOPS_SPACE', lambda: self._first(self.budget))
 
     @property
+    def hand_space(self):
+        """Of the spaces with the block types that one would take by hand, compare_types, the one of the best score by
+        latency; without any the one found."""
+        def find():
+            path = os.path.join(self.search_folder(self.window[0]), 'history.csv')
+            with open(path, encoding='utf-8', newline='') as f:
+                scores = {row['encoding']: float(row['score']) for row in csv.DictReader(f)
+                          if row['encoding'].startswith(f'{self.space}-{self.settings.compare_types}-')}
+            if not scores:
+                raise UserError(f'{path}: no space of the types {self.settings.compare_types}')
+            return parse_supernet(max(scores, key=scores.get))
+        return self.known('HAND_SPACE', find) if self.settings.compare_types else self.found_space
+
+    @property
     def spaces(self):
         """The Supernets that are trained and searched, the one found first."""
-        return list(dict.fromkeys([self.found_space, self.flops_space]))
+        return list(dict.fromkeys([self.found_space, self.flops_space, self.hand_space]))
 
     def results(self, supernet):
         """Folder of a subnet search."""
@@ -170,12 +185,12 @@ class Pipeline:
 
     def deployed(self):
         """[Deployed], what was found first, each network once."""
-        found, flops = self.found_space, self.flops_space
+        found, others = self.found_space, ((FLOPS, self.flops_space), (BY_HAND, self.hand_space))
         networks = [(FOUND, found, self.known('FOUND_SUBNET', lambda: self.best_subnet(found))),
+                    *((what, space, self.known(f'{space}_SUBNET', lambda space=space: self.best_subnet(space)))
+                      for what, space in others if space != found),
                     (LARGEST, found, self.known('max', lambda: max_subnet(found))),
                     (SMALLEST, found, self.known('min', lambda: min_subnet(found)))]
-        if flops != found:
-            networks.insert(1, (FLOPS, flops, self.known('FLOPS_SUBNET', lambda: self.best_subnet(flops))))
         return list({network[1:]: Deployed(*network) for network in reversed(networks)}.values())[::-1]
 
     def finished(self, network):

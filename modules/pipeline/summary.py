@@ -14,9 +14,9 @@ from ..errors import UserError
 from ..files import write_text
 from ..pictures import new_figure, pareto_front, save_figure
 from ..search_space.encoding import subnet_config
-from .steps import FLOPS, FOUND, LARGEST, SMALLEST, baseline_step
+from .steps import BY_HAND, FLOPS, FOUND, LARGEST, SMALLEST, baseline_step
 
-COLOURS = {FOUND: '#d1495b', FLOPS: '#1f6f8b', LARGEST: '#edae49', SMALLEST: '#66a182'}
+COLOURS = {FOUND: '#d1495b', FLOPS: '#1f6f8b', BY_HAND: '#7b4fa3', LARGEST: '#edae49', SMALLEST: '#66a182'}
 READY_MADE = 's^vDP*X'                     # markers of the ready-made networks
 STYLE = ('body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}'
          'table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em}code{overflow-wrap:anywhere}')
@@ -72,6 +72,12 @@ def read_rows(pipeline):
     return rows
 
 
+def _types(pipeline):
+    types = [block_type.name for stage, (_, block_type, _) in pipeline.hand_space.choices.items()
+             if stage in pipeline.hand_space.superspace.searchable_stages]
+    return ', '.join(dict.fromkeys(types))
+
+
 def _weights(pipeline, model):
     pretrained = '--pretrained' in pipeline.settings.flags(baseline_step(model))
     return 'pretrained' if pretrained else 'from random weights'
@@ -102,6 +108,9 @@ def _text(pipeline, steps, rows):
     if settings.compare_flops:
         lines.append(f'- FLOPs searched for {pipeline.budget:g} MFLOPs, the median of random subnets in the latency '
                      'window.')
+    if settings.compare_types:
+        lines.append(f'- The space by hand: block types {settings.compare_types} ({_types(pipeline)}), with the width '
+                     'windows that the search scores best, trained and searched as the one found.')
     lines += ['- Ready-made networks: timm, INT8 by ONNX Runtime\'s own quantiser.'] * bool(settings.baselines)
     lines += ['', '| step | minutes |', '|---|---|',
               *(f'| {step.title} | {seconds / 60:.1f} |' for step, seconds in steps),
@@ -154,9 +163,8 @@ def _commands(pipeline, network):
 def _draw_front(pipeline, rows):
     """Measured accuracy over measured latency, and the searches' Pareto fronts before fine-tuning."""
     figure, axes = new_figure(figsize=(8, 6), layout='constrained')
-    for space, what in ((pipeline.found_space, FOUND), (pipeline.flops_space, FLOPS)):
-        if what == FLOPS and space == pipeline.found_space:
-            continue
+    fronts = {pipeline.hand_space: BY_HAND, pipeline.flops_space: FLOPS, pipeline.found_space: FOUND}
+    for space, what in fronts.items():
         with open(os.path.join(pipeline.results(space), 'scored.csv'), encoding='utf-8', newline='') as f:
             points = [(float(row['ms']), float(row['top1'])) for row in csv.DictReader(f)]
         axes.plot(*zip(*pareto_front(points, tuple)), color=COLOURS[what], linewidth=1, drawstyle='steps-post',
