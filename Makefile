@@ -35,7 +35,7 @@ $(VENV)/demo.done: requirements-demo.txt requirements.txt requirements-onnx.txt 
 	touch $@
 
 $(VENV)/dev.done: requirements-dev.txt requirements-demo.txt requirements.txt requirements-nn-meter.txt \
-  requirements-onnx.txt requirements-tflite.txt | $(VENV)/bin/python
+  requirements-onnx.txt requirements-openvino.txt requirements-tflite.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

@@ -6,6 +6,7 @@ import os
 from .errors import UserError
 
 LISTS = {'onnx': 'requirements-onnx.txt', 'onnxruntime': 'requirements-onnx.txt',
+         'openvino': 'requirements-openvino.txt',
          **dict.fromkeys(('tensorflow', 'ai_edge_litert', 'flatbuffers'), 'requirements-tflite.txt')}
 
 

@@ -1,7 +1,8 @@
-"""Latency of exported subnets in ONNX Runtime on one thread, fp32 and INT8.
+"""Latency of exported subnets in ONNX Runtime, or OpenVINO, on one thread, fp32 and INT8.
 
     python onnx_tools/benchmark.py
     python onnx_tools/benchmark.py --input my_subnets.csv --warmup 20 --runs 50
+    python onnx_tools/benchmark.py --runtime openvino
 
 Exports what is missing below --model_path (with random weights: latency does not depend on them), takes --warmup
 untimed and --runs timed runs of one image of each model, the two in turns, and appends
@@ -14,22 +15,25 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_benchmark_arguments, benchmark
-from modules.deploy.onnx_run import latencies, open_session
-from modules.deploy.runtimes import ONNX
+from modules.deploy.jobs import add_benchmark_arguments, add_runtime, benchmark
+from modules.deploy.onnx_run import latencies, open_runtime
+from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
 
 
 def get_args():
     p = parser(__doc__)
     add_benchmark_arguments(p, ONNX)
+    add_runtime(p)
     return p.parse_args()
 
 
 def main(args):
+    runtime, open_model = ONNX_RUNTIMES[args.runtime], open_runtime(args.runtime)
+
     def measure(paths):
-        sessions = {kind: open_session(path, args.threads) for kind, path in paths.items()}
+        sessions = {kind: open_model(path, args.threads) for kind, path in paths.items()}
         return latencies(sessions, args.warmup, args.runs)
-    benchmark(args, ONNX, ONNX.packages, measure)
+    benchmark(args, runtime, runtime.packages, measure)
 
 
 if __name__ == '__main__':

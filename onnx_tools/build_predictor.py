@@ -3,6 +3,7 @@
     python onnx_tools/build_predictor.py --platform my_host
     python onnx_tools/build_predictor.py --platform my_host --superspace demo --minutes 5
     python onnx_tools/build_predictor.py --platform my_host --resume
+    python onnx_tools/build_predictor.py --platform my_host_openvino --runtime openvino
     python onnx_tools/build_predictor.py --platform my_host_7bit --reduce_range        # x86 without VNNI
 
 Measures INT8 models of single blocks and of whole random networks on one pinned core, blocks of a kind the more the
@@ -17,7 +18,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_reduce_range
+from modules.deploy.jobs import add_reduce_range, add_runtime
 from modules.deploy.ort_device import OrtDevice
 from modules.latency.jobs import add_build_arguments, add_host_arguments, build, run_on_one_core
 
@@ -27,12 +28,13 @@ def get_args():
     add_build_arguments(p)
     add_host_arguments(p, 'ONNX Runtime')
     add_reduce_range(p)
+    add_runtime(p)
     return p.parse_args()
 
 
 def main(args):
     run_on_one_core(args)
-    build(args, lambda: OrtDevice(args.threads, args.reduce_range))
+    build(args, lambda: OrtDevice(args.threads, args.reduce_range, args.runtime))
 
 
 if __name__ == '__main__':

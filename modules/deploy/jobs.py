@@ -22,7 +22,7 @@ from ..zoo import CHECKPOINTS, find_checkpoint, load_network, load_supernet, sub
 from .chain import processor
 from .feeding import preprocessing
 from .measure import compare, describe
-from .runtimes import ONNX
+from .runtimes import ONNX, ONNX_RUNTIMES
 from .store import Entry, append_line, fingerprint, model_path, read_entries, read_model, write_model
 from .trace import observe
 
@@ -64,6 +64,11 @@ def add_reduce_range(parser):
     """--reduce_range of what writes INT8 ONNX models."""
     parser.add_argument('--reduce_range', action='store_true', help='INT8 weights of 7 bits: quicker on x86 without '
                         'VNNI, where ONNX Runtime sums those of 8 bits in a slow mode')
+
+
+def add_runtime(parser):
+    """--runtime of what runs ONNX models."""
+    parser.add_argument('--runtime', choices=list(ONNX_RUNTIMES), default='onnxruntime', help='what runs the models')
 
 
 def entries_of(args):

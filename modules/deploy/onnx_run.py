@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import UserError
 from .graph import IMAGE, IR_VERSION, OPSET, metadata, need
 from .measure import in_turns
+from .openvino_run import OpenVinoSession
 from .trace import op_inputs
 
 EXACT_SUMS = 'session.x64quantprecision', '1'       # sums of uint8 x int8 in 32 bits; with VNNI half as fast as without
@@ -65,6 +66,11 @@ def open_session(model, threads=1, profile=None):
         return ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
     except Exception as error:                  # ONNX Runtime raises classes of its own
         raise UserError(f'{name}: ONNX Runtime cannot open it ({str(error)[:120]})') from None
+
+
+def open_runtime(name):
+    """open(model, threads) of `onnxruntime` or `openvino`, which gives a session."""
+    return OpenVinoSession if name == 'openvino' else open_session
 
 
 def run_session(session, images):

@@ -1,4 +1,4 @@
-"""ONNX Runtime as a device of modules/latency/profiling.py: INT8 models of single blocks, chains and networks.
+"""ONNX Runtime, or OpenVINO, as a device of modules/latency/profiling.py: INT8 models of blocks, chains and networks.
 
 A block that is not the first of a network reads uint8 codes and one that is not the last writes them, as inside a
 network: no float map is quantised or written that would not be there.
@@ -10,23 +10,27 @@ from ..optional import need, version_of
 from .chain import is_first, is_last, processor, random_chain, timed, write_chain
 from .graph import IMAGE, IR_VERSION, OPSET, Graph
 from .int8 import Codes, Int8Exporter
-from .onnx_run import open_session
+from .onnx_run import open_runtime
+from .runtimes import ONNX_RUNTIMES
 
 
 class OrtDevice:
-    """This host with ONNX Runtime on `threads` threads; reduce_range: models with weights of 7 bits."""
+    """This host with a runtime of ONNX_RUNTIMES on `threads` threads; reduce_range: models with weights of 7 bits."""
 
-    def __init__(self, threads=1, reduce_range=False):
+    def __init__(self, threads=1, reduce_range=False, runtime='onnxruntime'):
         need('onnx')
-        self.threads, self.reduce_range, self.version = threads, reduce_range, version_of('onnxruntime')
+        self.threads, self.reduce_range = threads, reduce_range
+        self.runtime, self.version = runtime, version_of(ONNX_RUNTIMES[runtime].packages[-1])
 
     def __str__(self):
-        return f'{processor()}, ONNX Runtime {self.version}, {self.threads} thread{"s" * (self.threads > 1)}' + \
+        name, plural = ONNX_RUNTIMES[self.runtime].name, 's' * (self.threads > 1)
+        return f'{processor()}, {name} {self.version}, {self.threads} thread{plural}' + \
             ', 7-bit weights' * self.reduce_range
 
     def prepare(self, blocks):
         """run(count) -> [ms] of the INT8 model of Blocks in a row, random weights; of an empty model for none."""
-        session = open_session(chain_model(blocks, self.reduce_range) if blocks else empty_model(), self.threads)
+        open_model = open_runtime(self.runtime)
+        session = open_model(chain_model(blocks, self.reduce_range) if blocks else empty_model(), self.threads)
         given, rng = session.get_inputs()[0], np.random.default_rng(0)
         shape = (1, *given.shape[1:])
         feed = {given.name: rng.integers(0, 256, shape, np.uint8) if 'uint8' in given.type

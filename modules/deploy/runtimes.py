@@ -38,5 +38,7 @@ def _load_onnx(data):
 
 ONNX = Runtime('ONNX Runtime', 'onnx', ('onnx',), ('onnx', 'onnxruntime'), onnx_fp32.export_fp32,
                onnx_int8.export_int8, metadata, lambda model: model.SerializeToString(), _load_onnx)
+OPENVINO = ONNX._replace(name='OpenVINO', packages=('onnx', 'openvino'))         # the same files
+ONNX_RUNTIMES = {'onnxruntime': ONNX, 'openvino': OPENVINO}
 TFLITE = Runtime('TFLite', 'tflite', ('tensorflow', 'ai_edge_litert'), ('tensorflow', 'ai_edge_litert'),
                  tflite.export_tflite_fp32, tflite.export_tflite_int8, tflite.facts, bytes, bytes)
