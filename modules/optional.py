@@ -23,7 +23,8 @@ def need(name):
 
 def version_of(name):
     """The version of an installed module."""
-    return getattr(need(name), '__version__', None) or importlib.metadata.version(name)
+    version = getattr(need(name), '__version__', None) or importlib.metadata.version(name)
+    return version.partition('-')[0]            # OpenVINO adds its build
 
 
 def _prepare_tensorflow():

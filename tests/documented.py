@@ -77,6 +77,7 @@ PARSED = {
     'benchmarks/onnx_blocks.py': 'measures for minutes',
     'benchmarks/demo_spaces.py': 'trains for minutes, after a demo',
     'pipeline.py': 'tests/test_pipeline.py',
+    'onnx_tools/compare_baselines.py': 'measures for minutes',
     'onnx_tools/predict.py': 'tests/test_predict.py',
     'tflite_tools/predict.py': 'the same code',
 }

@@ -1,0 +1,132 @@
+"""INT8 latency of the SEQnets beside ready-made networks on this host: is a searched network better than what you have?
+
+    python onnx_tools/compare_baselines.py --reduce_range                 # x86 without VNNI
+    python onnx_tools/compare_baselines.py --runtimes onnxruntime openvino --platform epyc_zen3_ort1.32_1t
+
+Ready-made networks of timm become INT8 by ONNX Runtime's static quantiser (of convolutions and matrix products, or of
+every operator it knows, whichever takes less time here), SEQnets by our exporter; all with random weights, on which
+latency does not depend. One thread, one image, medians, all models of a row in turns. Accuracies are published float
+ones, where there is one (PUBLISHED below has the sources); those of SEQnets stay empty until someone has checkpoints.
+--platform: what that platform predicts for the SEQnets, beside. Writes baselines.csv, table.md and picture.png.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+from modules.cli import parser, positive, run
+from modules.deploy.chain import processor
+from modules.deploy.jobs import add_reduce_range, random_subject
+from modules.deploy.onnx_fp32 import export_fp32
+from modules.deploy.onnx_int8 import export_int8
+from modules.deploy.onnx_run import latencies, open_runtime
+from modules.deploy.ort_static import CONVOLUTIONS, quantize_static
+from modules.deploy.ready_made import export_ready_made, ready_made
+from modules.deploy.runtimes import ONNX_RUNTIMES
+from modules.deploy.store import Entry
+from modules.deploy.trace import observe
+from modules.errors import UserError
+from modules.files import write_csv, write_text
+from modules.latency import LatencyPredictor
+from modules.optional import need, version_of
+from modules.pictures import new_figure, save_figure
+from modules.search_space.encoding import subnet_config
+from modules.search_space.named import find_subnet, named_subnets
+from modules.training.data import seed_of
+
+# {timm's name: (pixels, published ImageNet top-1 in %)}: of torchvision's first weights (its Weights.meta) for ResNets,
+# MobileNetV2 and V3; of the authors' tables for EfficientNet-lite0 (TensorFlow's repository) and MobileNetV4 (paper)
+PUBLISHED = {'mobilenetv2_100': (224, 71.88), 'mobilenetv3_small_100': (224, 67.67),
+             'mobilenetv3_large_100': (224, 74.04), 'mobilenetv4_conv_small': (224, 73.8),
+             'tf_efficientnet_lite0': (224, 75.1), 'resnet18': (224, 69.76), 'resnet50': (224, 76.13)}
+IMAGES = 8                              # of noise, for the ranges of the static quantiser
+
+
+def get_args():
+    p = parser(__doc__)
+    p.add_argument('--models', nargs='*', default=list(PUBLISHED), help='ready-made networks: names of timm')
+    p.add_argument('--networks', nargs='*', default=list(named_subnets()), help='published SEQnets')
+    p.add_argument('--runtimes', nargs='+', choices=list(ONNX_RUNTIMES), default=['onnxruntime'], help='what runs them')
+    p.add_argument('--platform', help='latency platform whose predictions are shown beside')
+    p.add_argument('--warmup', type=positive(int), default=20, help='untimed runs of each model')
+    p.add_argument('--runs', type=positive(int), default=60, help='timed runs of each model')
+    p.add_argument('--output', default=os.path.join('checkpoints', 'compare_baselines'), help='folder of the table')
+    add_reduce_range(p)
+    return p.parse_args()
+
+
+def main(args):
+    need('onnx'), need('onnxruntime')
+    for name in args.networks:
+        if name not in named_subnets():
+            raise UserError(f'--networks {name}: published are {" ".join(named_subnets())}')
+    predictor = LatencyPredictor(args.platform) if args.platform else None
+    header = ['network', 'pixels', 'published top-1 %', *(f'{kind} ms, {runtime}' for runtime in args.runtimes
+                                                          for kind in ('fp32', 'INT8'))]
+    header += [f'{args.platform} ms'] * bool(predictor)
+    versions = ', '.join(f'{ONNX_RUNTIMES[name].name} {version_of(ONNX_RUNTIMES[name].packages[-1])}'
+                         for name in args.runtimes)
+    print(f'{processor()}; {versions}; one thread\n' + _line(header) + '\n' + '|' + '---|' * len(header), flush=True)
+    rows = []
+    for name in [*args.models, *args.networks]:
+        models, pixels = _searched(name, args) if name in named_subnets() else _ready_made(name, args)
+        _, top1 = PUBLISHED.get(name, (pixels, ''))
+        row = [name, pixels, top1]
+        for runtime in args.runtimes:
+            sessions = {kind: open_runtime(runtime)(model, 1) for kind, model in models.items()}
+            times = {kind: latency.median for kind, latency in latencies(sessions, args.warmup, args.runs).items()}
+            row += [f'{times.pop("fp32"):.3f}', f'{min(times.values()):.3f}']
+        if predictor:
+            row.append(f'{predictor.predict_subnet(subnet_config(*find_subnet(name))):.3f}'
+                       if name in named_subnets() else '')
+        rows.append(row)
+        print(_line(row), flush=True)
+    write_csv(os.path.join(args.output, 'baselines.csv'), header, rows)
+    write_text(os.path.join(args.output, 'table.md'), '\n'.join(
+        [_line(header), '|' + '---|' * len(header), *map(_line, rows)]) + '\n')
+    _draw(rows, header, os.path.join(args.output, 'picture.png'))
+
+
+def _line(cells):
+    return f'| {" | ".join(map(str, cells))} |'
+
+
+def _ready_made(name, args):
+    """({kind: ModelProto}, pixels) of a network of timm with random weights."""
+    pixels, _ = PUBLISHED.get(name, (224, ''))
+    torch.manual_seed(seed_of(0, name))
+    fp32 = export_ready_made(ready_made(name, 1000, pixels))
+    batches = [torch.randn(IMAGES, 3, pixels, pixels)]
+    return {'fp32': fp32, **{str(ops): quantize_static(fp32, batches, ops, args.reduce_range)
+                             for ops in (CONVOLUTIONS, None)}}, pixels
+
+
+def _searched(name, args):
+    """The same of a published network, by our exporter."""
+    entry = Entry(*find_subnet(name))
+    int8 = random_subject(entry, True)
+    ranges = observe(int8.network, [images for images, _ in int8.batches])
+    return {'fp32': export_fp32(random_subject(entry, False).network),
+            'int8': export_int8(int8.network, ranges, reduce_range=args.reduce_range)}, entry.subnet.resolution
+
+
+def _draw(rows, header, path):
+    """Bars of the INT8 latencies."""
+    columns = [i for i, name in enumerate(header) if name.startswith('INT8')]
+    figure, axes = new_figure(figsize=(1.5 + 0.6 * len(rows), 4.5), layout='constrained')
+    for i, column in enumerate(columns):
+        width = 0.8 / len(columns)
+        axes.bar([j + width * i for j in range(len(rows))], [float(row[column]) for row in rows], width,
+                 label=header[column])
+    axes.set_xticks([j + 0.4 * (len(columns) - 1) / len(columns) for j in range(len(rows))],
+                    [f'{row[0]}\n{row[2]} %' if row[2] else row[0] for row in rows], rotation=60, fontsize=8)
+    axes.set_ylabel('INT8 latency (ms), one thread')
+    axes.legend()
+    save_figure(figure, path)
+    print(path)
+
+
+if __name__ == '__main__':
+    run(main, get_args)
