@@ -7,7 +7,7 @@
 Exports what is missing below --model_path (with random weights: latency does not depend on them), takes --warmup
 untimed and --runs timed runs of one image of each model, the two in turns, and appends
 `<superspace>-<choice>-<subnet>,<fp32 ms>,<int8 ms>,<speed-up>,<device>,<runtime>` (medians) to latency.csv beside the
-models. Keep the machine idle, and pin the process where others run: taskset -c 1 python onnx_tools/benchmark.py.
+models. It stays on one core (--core); keep the machine idle.
 """
 import os
 import sys

@@ -1,6 +1,7 @@
 """Supernet checkpoints as published: foreign objects, `module.` prefixes, numpy scalars. And calls of scripts."""
 import atexit
 import functools
+import os
 import pathlib
 import shutil
 import sys
@@ -57,10 +58,14 @@ def published_root():
 def call(script, monkeypatch, *args):
     """main() of an imported script as its command line would; its SystemExit code, 0 without one."""
     monkeypatch.setattr(sys, 'argv', [script.__name__ + '.py', *map(str, args)])
+    affinity, threads = os.sched_getaffinity(0), torch.get_num_threads()
     try:
         run(script.main, script.get_args)
     except SystemExit as end:
         return end.code
+    finally:                                        # what measures stays on one core
+        os.sched_setaffinity(0, affinity)
+        torch.set_num_threads(threads)
     return 0
 
 

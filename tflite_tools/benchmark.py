@@ -8,8 +8,8 @@ Exports what is missing below --model_path (with random weights: latency does no
 untimed and --runs timed runs of one image of each model, and appends
 `<superspace>-<choice>-<subnet>,<fp32 ms>,<int8 ms>,<speed-up>,<device>,<runtime>` (medians; of a phone means) to
 latency.csv beside the models. With --adb or --serial each model is pushed to the phone and timed there by
-`taskset <mask> <benchmark_binary>`. Without, the models run on this machine, in turns, by ai-edge-litert: keep it idle,
-and pin the process where others run: taskset -c 1 python tflite_tools/benchmark.py.
+`taskset <mask> <benchmark_binary>`. Without, the models run on this machine, in turns, by ai-edge-litert, on one
+core (--core): keep it idle.
 """
 import os
 import sys

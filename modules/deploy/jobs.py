@@ -7,6 +7,7 @@ import torch
 from ..cli import SEED, positive
 from ..errors import UserError
 from ..files import check_file, write_csv
+from ..latency.jobs import add_host_arguments, run_on_one_core
 from ..modeling.network import Network
 from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
 from ..modeling.ops.op import resize
@@ -230,7 +231,7 @@ def add_benchmark_arguments(parser, runtime):
                         'lines')
     parser.add_argument('--model_path', default=runtime.models, help='folder of the models')
     parser.add_argument('--output', metavar='FILE', help='csv to append to; default: <model_path>/latency.csv')
-    parser.add_argument('--threads', type=positive(int), default=1, help=f'of {runtime.name}')
+    add_host_arguments(parser, runtime.name)
     if runtime is ONNX:
         add_reduce_range(parser)
     parser.add_argument('--warmup', type=positive(int), default=100, help='untimed runs of each model')
@@ -247,6 +248,8 @@ def benchmark(args, runtime, packages, measure, place=None):
     check_file(output)
     for package in packages:
         need(package)
+    if place is None:
+        run_on_one_core(args)
     place = place or (processor(), f'{runtime.name} {version_of(runtime.packages[-1])}')
     print(f'on {place[0]}: {place[1]}', flush=True)
     for entry in entries:
