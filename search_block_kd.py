@@ -51,8 +51,8 @@ def get_args():
     parser.add_argument('--supernet_choices', nargs='+', metavar='CHOICE',
                         help='score these spaces only, e.g. 111111_000000 or spaceevo@vnni')
     parser.add_argument('--estimator', choices=list(ESTIMATORS), default='exact',
-                        help='exact: expectation of the score without drawing; sample: from draws all spaces '
-                             'share; independent: 100,000 draws of its own for every space (slow)')
+                        help='exact: expectation of the score without drawing; independent: 100,000 draws for '
+                             'every space, as published (slow)')
     parser.add_argument('--num_spaces', type=cli.positive(int), default=5000, help='spaces to score')
     parser.add_argument('--population_size', type=cli.positive(int), default=500, help='spaces alive at a time')
     parser.add_argument('--parent_sample_size', type=cli.positive(int), default=125,

@@ -20,7 +20,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from modules import cli  # noqa: E402
-from modules.block_kd.score import ExactEstimator, IndependentEstimator, SampleEstimator  # noqa: E402
+from modules.block_kd.score import ExactEstimator, IndependentEstimator  # noqa: E402
 from modules.block_kd.searcher import BlockKDSearcher, lut_ids  # noqa: E402
 from modules.search_space.sampling import sample_supernet  # noqa: E402
 
@@ -28,12 +28,12 @@ SEARCHES = (('onnxw', (10,)), ('mobilew', (15, 20)))
 COMPARED = {'onnxw': (8, 10, 15, 20), 'mobilew': (10, 15, 20, 25)}
 
 
-def full_search(superspace, constraints, lut_path, estimator):
+def full_search(superspace, constraints, lut_path):
     """(wall seconds, peak MiB, best line) of search_block_kd.py as a user runs it."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, os.path.join(ROOT, 'search_block_kd.py'), '--superspace', superspace,
                    '--latency_constraint', *map(str, constraints), '--latency_loss_t', '0.08',
-                   '--lut_path', lut_path, '--output_dir', folder, '--estimator', estimator]
+                   '--lut_path', lut_path, '--output_dir', folder]
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         lines = process.stdout.read().replace('\r', '\n').split('\n')
@@ -59,7 +59,6 @@ def compare(superspace, lut_path, num_spaces, num_seeds):
     rng = random.Random(0)
     supernets = [sample_supernet(superspace, rng) for _ in range(num_spaces)]
     families = {'exact': [ExactEstimator(tables, constraints)],
-                'sample': [SampleEstimator(tables, constraints, seed) for seed in range(num_seeds)],
                 'independent': [IndependentEstimator(tables, constraints, seed) for seed in range(num_seeds)]}
     results, seconds = {}, {}
     for name, estimators in families.items():
@@ -71,8 +70,6 @@ def compare(superspace, lut_path, num_spaces, num_seeds):
         results[name] = []
         for supernet in supernets:
             results[name].append(statistics(estimators, supernet))
-            for estimator in estimators:
-                getattr(estimator, 'drawn', {}).clear()                 # bounds the memory of many seeds
     for i, constraint in enumerate(constraints):
         for tight in (True, False):
             rows = [row for row in range(num_spaces) if (1e-5 <= results['independent'][row][i][0] < 1e-3) == tight
@@ -86,8 +83,7 @@ def compare(superspace, lut_path, num_spaces, num_seeds):
             noise = scatter['independent'] / num_seeds ** 0.5
             print(f'| {superspace} | {constraint} | {"< 0.1 %" if tight else ">= 0.1 %"} | {len(rows)} '
                   f'| {off["exact"].mean():+.3%} | {abs(off["exact"]).max():.3%} '
-                  f'| {off["sample"].mean():+.3%} | {abs(off["sample"]).max():.3%} | {noise:.3%} '
-                  f'| {scatter["sample"]:.3%} | {scatter["independent"]:.3%} |', flush=True)
+                  f'| {noise:.3%} | {scatter["independent"]:.3%} |', flush=True)
     return seconds
 
 
@@ -103,22 +99,20 @@ def get_args():
 
 def main(args):
     if not args.skip_search:
-        print('| space | constraints (ms) | estimator | wall (s) | peak memory (MiB) | result |\n'
-              '|---|---|---|---|---|---|')
+        print('| space | constraints (ms) | wall (s) | peak memory (MiB) | result |\n|---|---|---|---|---|')
         for superspace, constraints in SEARCHES:
-            for estimator in ('exact', 'sample'):
-                wall, peak, best = full_search(superspace, constraints, args.lut_path, estimator)
-                print(f'| {superspace} | {" + ".join(map(str, constraints))} | {estimator} | {wall:.1f} | {peak:.0f} '
-                      f'| {best} |', flush=True)
+            wall, peak, best = full_search(superspace, constraints, args.lut_path)
+            print(f'| {superspace} | {" + ".join(map(str, constraints))} | {wall:.1f} | {peak:.0f} | {best} |',
+                  flush=True)
     if not args.skip_compare:
         print('\nL against the definition: mean and largest error over the spaces, the part of it that is the '
               "definition's own noise, scatter between seeds (standard deviation over mean)\n\n"
-              '| space | ms | p | spaces | exact: mean | max | sample: mean | max | noise of the comparison '
-              '| scatter: sample | independent |\n|---|---|---|---|---|---|---|---|---|---|---|')
+              '| space | ms | p | spaces | mean | max | noise of the comparison | scatter of the definition |\n'
+              '|---|---|---|---|---|---|---|---|')
         seconds = {name: compare(name, args.lut_path, args.spaces, args.seeds) for name in COMPARED}
-        print('\n| CPU ms a space (4 constraints) | exact | sample | independent |\n|---|---|---|---|')
+        print('\n| CPU ms a space (4 constraints) | exact | independent |\n|---|---|---|')
         for name, values in seconds.items():
-            print(f'| {name} | ' + ' | '.join(f'{values[key] * 1e3:.1f}' for key in ('exact', 'sample', 'independent'))
+            print(f'| {name} | ' + ' | '.join(f'{values[key] * 1e3:.1f}' for key in ('exact', 'independent'))
                   + ' |')
 
 

@@ -94,55 +94,6 @@ class IndependentEstimator:
         return [tail_of_draws(latency, loss, c, self.num_best) for c in self.constraints]
 
 
-class SampleEstimator:
-    """The expectation of the definition estimated from draws that all spaces share.
-
-    Per file one vector of latencies and one of losses in random order, in which every row comes equally often
-    (Latin hypercube); the first part belongs to the first resolution and so on. A space is six vectors added, so
-    spaces with stages in common differ less by chance. `oversampling` times n subnets are drawn, and L is
-    the expected mean of the k lowest of n of them: less scatter between seeds than n independent draws have.
-    """
-
-    def __init__(self, tables, constraints, seed=0, num_subnets=NUM_SUBNETS, num_best=NUM_BEST, oversampling=2):
-        self.tables, self.constraints = tables, tuple(constraints)
-        self.num_subnets, self.draws = num_subnets, oversampling * num_subnets
-        self.curve = _expected_count(num_best, num_subnets)
-        self.most = int(oversampling * (num_best + 10 * num_best ** 0.5 + 50))      # ranks above this never count
-        self.bounds = np.linspace(0, self.draws, len(tables.resolutions) + 1).round().astype(int)
-        self.fixed = np.repeat(np.float32(tables.fixed), np.diff(self.bounds))
-        self.seed, self.drawn = seed, {}
-
-    def _vectors(self, lut_id):
-        """(latency, loss) of a file's rows, each (n,) float32, made when first needed."""
-        if lut_id not in self.drawn:
-            rng = _generator(self.seed, lut_id)
-            vectors = np.empty((2, self.bounds[-1]), np.float32)
-            for rows, start, stop in zip(self.tables.rows[lut_id], self.bounds, self.bounds[1:]):
-                pick = np.resize(rng.permutation(len(rows[0])), stop - start)
-                rng.shuffle(pick)
-                vectors[0, start:stop], vectors[1, start:stop] = rows[0][pick], rows[1][pick]
-            self.drawn[lut_id] = vectors
-        return self.drawn[lut_id]
-
-    def tails(self, lut_ids):
-        latency, loss = self.fixed.copy(), np.zeros_like(self.fixed)
-        for lut_id in lut_ids:
-            row_latency, row_loss = self._vectors(lut_id)
-            latency += row_latency
-            loss += row_loss
-        return [self._tail(loss[latency <= constraint]) for constraint in self.constraints]
-
-    def _tail(self, feasible):
-        """Tail from the losses of the feasible draws."""
-        if not len(feasible):
-            return Tail(0.0, float('inf'), 0.0)
-        p = len(feasible) / self.draws
-        best = feasible if len(feasible) <= self.most else np.partition(feasible, self.most - 1)[:self.most]
-        taken = np.interp(np.arange(1, len(best) + 1) * (self.num_subnets / self.draws), *self.curve)
-        loss = float(np.sum(np.diff(taken, prepend=0) * np.sort(best)) / taken[-1])
-        return Tail(p, loss, float(-np.expm1(-p * self.num_subnets)))
-
-
 class ExactEstimator:
     """The expectation of the definition over its draws, without drawing: two-dimensional FFT of the LUTs.
 

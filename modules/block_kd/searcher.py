@@ -14,9 +14,9 @@ from ..search_space.encoding import Supernet, parse_supernet, stage_config, subn
 from ..search_space.macro_arch import IMAGE_CHANNELS, SEARCHABLE_STAGES
 from ..search_space.superspace import get_superspace
 from .lut import read_luts
-from .score import ExactEstimator, IndependentEstimator, SampleEstimator, Tables
+from .score import ExactEstimator, IndependentEstimator, Tables
 
-ESTIMATORS = {'exact': ExactEstimator, 'sample': SampleEstimator, 'independent': IndependentEstimator}
+ESTIMATORS = {'exact': ExactEstimator, 'independent': IndependentEstimator}
 
 
 class SpaceScore(NamedTuple):
