@@ -202,8 +202,8 @@ def test_dry_runs_print_commands_that_their_scripts_take(name, tmp_path, monkeyp
 def test_a_window_without_subnets_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r'--latency 99: random networks of demo take 0\.\d+ to [\d.]+ ms on onnx_lut'):
         _ = _pipeline(tmp_path, latency=99.0).window
-    c, d = _pipeline(tmp_path, latency=0.25, latency_width=0.2).window
-    assert (c, d) == (0.25, 0.05)
+    c, d = _pipeline(tmp_path, latency=1.5, latency_width=0.2).window
+    assert (c, d) == (1.5, 0.3)
 
 
 @pytest.mark.parametrize('text, problem', [
