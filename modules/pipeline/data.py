@@ -38,7 +38,7 @@ def choose_data(path, datasets, valid_size, record=None):
             return kept
     problems = []
     for name in datasets:
-        what = WHAT.get(name, name)
+        what = WHAT.get(name, f'class folders in {path}' if name == 'imagenet' else name)
         try:
             data = open_data(path, name, valid_size)
         except UserError as error:

@@ -235,6 +235,7 @@ class Step(NamedTuple):
 
 
 def teacher(p):
+    _ = p.window                            # a latency that no network has ends here, not after hours of block KD
     return [p.script('lsq_finetune_teacher.py', 'teacher', '--teacher_arch', p.settings.teacher_arch, '--output_path',
                      p.path('block_kd', 'teacher_checkpoint'), '--image_size', p.image_size, '--resume',
                      *p.data.flags)]
@@ -337,11 +338,11 @@ def latency(p):
 
 
 STEPS = (
+    Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', predictor),
     Step('teacher', 'quantise the pretrained teacher with LSQ+', teacher),
     Step('block_kd', 'block KD: stem and each block type of each stage learn to copy the teacher, in fp32', block_kd,
          side_by_side=True),
     Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', block_kd_lsq, side_by_side=True),
-    Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', predictor),
     Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', block_lut),
     Step('space_search', 'space search: block types and widths by Q-T score', space_search),
     Step('supernets', 'train what was found as weight-sharing supernets, fp32 then LSQ+', supernets,
