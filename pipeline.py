@@ -1,7 +1,7 @@
 """The whole of SpaceEvo with one command: from a pretrained teacher to INT8 networks measured on this machine.
 
     python pipeline.py --config-file pipelines/demo.yaml
-    python pipeline.py --config-file pipelines/laptop.yaml --dataset_path my_pictures --latency 2
+    python pipeline.py --config-file pipelines/laptop.yaml --dataset_path my_pictures --latency 5
     python pipeline.py --config-file pipelines/cluster.yaml --dataset_path imagenet --nproc_per_node 8 --dry_run
 
 Runs the scripts that users run, some side by side: block KD and its LSQ+, a latency predictor of this machine, block
@@ -9,8 +9,8 @@ LUTs, the space search, supernets, subnet searches, fine-tuning of what was foun
 ready-made networks. The YAML file says what is searched for, and under each step the flags of its script.
 Ctrl-C is harmless: the same command goes on. Ends with <output_path>/summary.md and summary.html.
 
---dataset_path is a folder of your own with train/ and val/, a folder a class (docs/your_pictures.md), or where
-torchvision's data sets lie. --dry_run prints every command, with capital letters for what is not known yet.
+--dataset_path is a folder of your own with a folder a class (docs/your_pictures.md), or where torchvision's data sets
+lie. --dry_run prints every command, with capital letters for what is not known yet.
 """
 import os
 import signal
@@ -43,10 +43,12 @@ def main(args):
     name = os.path.splitext(os.path.basename(args.config_file))[0]
     folder, dataset_path = map(_from_root, (args.output_path or os.path.join(ROOT, 'checkpoints', name),
                                             args.dataset_path or os.path.join(ROOT, settings.dataset_path)))
+    plugins = [os.path.abspath(path) for path in args.plugin or ()]
     os.chdir(ROOT)
     record = os.path.join(folder, 'data.json')
     data = choose_data(dataset_path, [args.dataset] if args.dataset else settings.datasets, settings.valid_size, record)
-    pipeline = Pipeline(folder, data, settings, reduce_range=not sums_are_exact(), dry=args.dry_run)
+    pipeline = Pipeline(folder, data, settings, reduce_range=not sums_are_exact(), dry=args.dry_run,
+                        plugins=plugins)
     steps = chosen_steps(pipeline, STEPS)
     if args.dry_run:
         return print_steps(pipeline, steps)

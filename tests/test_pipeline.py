@@ -295,3 +295,10 @@ def test_ctrl_c_is_harmless(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     output = process.communicate()[0]
     assert process.returncode == 130 and 'the same command goes on' in output and 'Traceback' not in output, output
+
+
+def test_plugins_reach_every_script(tmp_path):
+    pipeline = Pipeline(str(tmp_path), DIGITS, _shipped('demo'), dry=True, plugins=['/my space.py'])
+    lines = []
+    print_steps(pipeline, chosen_steps(pipeline, STEPS), lines.append)
+    assert all("--plugin '/my space.py'" in line for line in lines if line.startswith('python '))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from ..errors import UserError
 from ..training.config import checked_values, read_yaml, setting
 
-OWN_FLAGS = ('superspace_of', 'datasets', 'baselines', 'steps')      # keys that are no flags of pipeline.py
+OWN_FLAGS = ('superspace_of', 'datasets', 'baselines', 'finds_nothing', 'steps')      # keys that are no flags
 SECTIONS = ('teacher', 'block_kd', 'block_kd_lsq', 'predictor', 'block_lut', 'space_search', 'supernets',
             'supernets_lsq', 'subnet_search', 'finish', 'baselines', 'accuracy', 'latency')
 STEP_KEYS = 'planned_minutes', 'train_steps'    # of a step, beside the flags of its script
@@ -22,7 +22,7 @@ class Settings:
     platform: str = setting('', 'latency platform; default: this machine is measured')
     measured_name: str = setting('demo_host', 'platform that this machine is registered as')
     latency: float = setting(0.0, 'INT8 ms that a network may take; 0: by latency_quantile', least=0)
-    latency_quantile: float = setting(0.8, 'of the latencies of random subnets of random spaces', least=0, most=1)
+    latency_quantile: float = setting(0.5, 'of the latencies of random subnets of random spaces', least=0, most=1)
     latency_width: float = setting(0.15, 'share of the latency that the window searched takes', least=0, below=1)
     latency_loss_t: float = setting(0.1, 'of the space search', least=0)
     latency_loss_a: float = setting(0.01, 'of the space search', least=0)

@@ -56,12 +56,14 @@ class Deployed(NamedTuple):
 class Pipeline:
     """One pipeline in `folder`, and what it chooses from the results of its steps.
 
-    data: data.PipelineData. reduce_range: INT8 models with weights of 7 bits. dry: results that are not there yet are
+    data: data.PipelineData. reduce_range: INT8 models with weights of 7 bits. plugins: paths for --plugin of each
+    script. dry: results that are not there yet are
     Unknown, instead of an error.
     """
 
-    def __init__(self, folder, data, settings=None, reduce_range=False, dry=False):
+    def __init__(self, folder, data, settings=None, reduce_range=False, dry=False, plugins=()):
         self.folder, self.data, self.dry = folder, data, dry
+        self.plugins = [word for path in plugins or () for word in ('--plugin', path)]
         self.settings = settings = settings or Settings()
         self.measured, self.platform = not settings.platform, settings.platform or settings.measured_name
         self.space = settings.superspace_of.get(data.dataset, settings.superspace)
@@ -205,7 +207,7 @@ class Pipeline:
     def script(self, name, step, *connections, without=()):
         """A command: a script with the flags that connect it to the other steps, then those of the settings."""
         own = self.settings.flags(step, *without)
-        command = [name, *connections, *own]
+        command = [name, *self.plugins, *connections, *own]
         if self.settings.nproc_per_node and name in DISTRIBUTED:
             command = ['-m', 'torch.distributed.run', '--nproc_per_node', self.settings.nproc_per_node, *command]
         return command

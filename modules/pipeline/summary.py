@@ -152,6 +152,7 @@ def _commands(pipeline, network):
     """Shell lines that take what was found further."""
     data = shlex.join(map(str, pipeline.data.flags))
     file = shlex.quote(pipeline.finished(network))
+    data += ''.join(f' {shlex.quote(word)}' for word in pipeline.plugins)
     return [f'python onnx_tools/eval_onnx.py --network {file} --quant_mode {data}'
             + ' --reduce_range' * bool(pipeline.narrow),
             f'python downstream_cls.py --superspace {pipeline.space} --supernet_choice {network.supernet.choice} '
