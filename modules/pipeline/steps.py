@@ -57,8 +57,7 @@ class Pipeline:
     """One pipeline in `folder`, and what it chooses from the results of its steps.
 
     data: data.PipelineData. reduce_range: INT8 models with weights of 7 bits. plugins: paths for --plugin of each
-    script. dry: results that are not there yet are
-    Unknown, instead of an error.
+    script. dry: results that are not there yet are Unknown, instead of an error.
     """
 
     def __init__(self, folder, data, settings=None, reduce_range=False, dry=False, plugins=()):
