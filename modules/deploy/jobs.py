@@ -190,6 +190,7 @@ def add_evaluation_arguments(parser, runtime):
     """Those of the export, and which images."""
     add_export_arguments(parser, runtime)
     parser.add_argument('--quant_mode', action='store_true', help='INT8 models too')
+    parser.add_argument('--only_int8', action='store_true', help='INT8 models, not those of fp32')
     parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
     parser.add_argument('--threads', type=positive(int), default=1, help=f'of {runtime.name}')
     parser.add_argument('--output', metavar='FILE', help='CSV of the results')
@@ -206,10 +207,11 @@ def evaluate(args, runtime, open_model):
     for package in runtime.packages:
         need(package)
     data = images_for(entries, args)
-    _check_weights(entries, args, args.quant_mode)
+    _check_weights(entries, args, args.quant_mode or args.only_int8)
+    kinds = (True,) if args.only_int8 else (False, True)[:1 + args.quant_mode]
     for entry in entries:
         print(f'{entry.supernet} {entry.subnet}')
-        for quant_mode in (False, True)[:1 + args.quant_mode]:
+        for quant_mode in kinds:
             source = subject(entry, args, quant_mode, data)
             path, model, _ = export(source, args.model_path, quant_mode, runtime, **_options(args, quant_mode))
             test = eval_loader(data.test, args.batch_size, workers=args.num_workers, limit_images=args.num_eval_images)

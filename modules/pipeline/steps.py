@@ -326,7 +326,7 @@ def baselines(p):
 
 
 def accuracy(p):
-    return [[p.script('onnx_tools/eval_onnx.py', 'accuracy', '--network', p.finished(network), '--quant_mode',
+    return [[p.script('onnx_tools/eval_onnx.py', 'accuracy', '--network', p.finished(network), '--only_int8',
                       '--model_path', p.path('models'), '--output', p.accuracy_file(network), *p.narrow,
                       *p.data.flags)] for network in p.deployed()]
 
