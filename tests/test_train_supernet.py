@@ -26,6 +26,7 @@ from modules.training.distributed import Job
 from modules.training.evaluate import DecodedImages, accuracy, evaluate_subnet
 from modules.training.losses import adaptive_alpha_loss, alpha_divergence
 from modules.training.optim import parameter_groups, warmup_cosine
+from modules.training.resumable import checkpoint_to_resume
 from modules.training.supernet_trainer import SupernetRecipe, sandwich, train_supernet
 
 from .checkpoints import fails
@@ -374,3 +375,11 @@ def test_freed_memory_is_kept():
         pytest.skip('not glibc')
     kept, given_back = map(int, done.stdout.split())
     assert 10 * kept < given_back
+
+
+def test_a_checkpoint_of_an_earlier_run_is_kept(tmp_path, capsys):
+    path = tmp_path / 'checkpoint.pth'
+    path.write_bytes(b'weeks of training')
+    assert checkpoint_to_resume(str(path), False, Job()) is None
+    assert (tmp_path / 'checkpoint_old.pth').read_bytes() == b'weeks of training' and not path.exists()
+    assert 'kept as' in capsys.readouterr().err

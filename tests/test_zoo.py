@@ -130,7 +130,8 @@ def test_checkpoints_are_found_where_they_may_lie(demo):
     (demo / f'{DEMO}-align1').mkdir()
     (demo / 'spaceevo@demo' / 'lsq.pth').rename(demo / f'{DEMO}-align1' / 'lsq.pth')
     assert find(True, str(demo), align_sample=True) == f'{DEMO}-align1/lsq.pth'
-    with pytest.raises(UserError, match=r'expected \S+@demo/lsq.pth or \S+-align0/lsq.pth or'):
+    with pytest.raises(UserError, match=r'expected \S+@demo/lsq.pth or \S+-align0/lsq.pth or .*; there is '
+                                        r'\S+-align1/lsq.pth: give --align_sample$'):
         find(True, str(demo))
 
 
