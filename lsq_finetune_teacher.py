@@ -10,21 +10,23 @@ a short run moves away from the pretrained network with it: give --learning_rate
 import copy
 import math
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from modules.block_kd.teacher import DEFAULT_ARCH, DEFAULT_ROOT, build_teacher, default_checkpoint
+from modules.block_kd.teacher import DEFAULT_ARCH, DEFAULT_ROOT, Teacher, build_teacher, default_checkpoint
 from modules.cli import SEED, SHARE, not_negative, parser, positive, run, within
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import set_quant_mode
 from modules.training import distributed
 from modules.training.acceleration import choose_quantisers
-from modules.training.checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
-from modules.training.data import add_data_arguments, eval_loader, open_data, train_loader
+from modules.training.checkpoint import load_weights, save_checkpoint
+from modules.training.data import add_data_arguments, eval_loader, open_data
 from modules.training.gradients import GradientAverage
-from modules.training.log import note, progress
+from modules.training.log import note
 from modules.training.optim import cosine, parameter_groups, set_learning_rate
+from modules.training.resumable import ResumableRun, Schedule, checkpoint_to_resume, steps_per_epoch, train
 
 
 def get_args():
@@ -80,57 +82,54 @@ def main(args):
         report(teacher, original, data.test, args, job)
 
 
+@dataclass(kw_only=True)
+class TeacherTraining(ResumableRun):
+    """An int8 teacher in training."""
+    ADVICE = 'a smaller --learning_rate'
+    teacher: Teacher
+
+    def content(self):
+        return self.teacher.checkpoint()
+
+
 def finetune(teacher, original, data, path, args, job):
-    """SGD on labels, or on the original's logits; every checkpoint_freq steps its state is written to `path`."""
-    optimizer = torch.optim.SGD(parameter_groups(teacher, args.weight_decay), args.learning_rate, args.momentum)
-    loader_args = args.train_batch_size, args.seed, job, args.num_workers
-    per_epoch = len(epoch_from(data.train, 0, 0, *loader_args))
-    total = min(args.num_epochs * per_epoch, args.max_steps or math.inf)
+    """SGD on labels, or on the original's logits; its state is written to `path` now and then."""
+    steps = steps_per_epoch(data, args.train_batch_size, args.seed, job)
+    total = min(args.num_epochs * steps, args.max_steps or math.inf)
+    choose_quantisers(args.compile, True, total, job.device)
     names = ('learning_rate', 'momentum', 'weight_decay', 'image_size', 'from_teacher', 'augment', 'seed')
     settings = {name: getattr(args, name) for name in names} | {
-        'images': len(data.train), 'images a step': args.train_batch_size * job.world_size, 'steps': total}
-    step = resume(teacher, optimizer, settings, path, job) if args.resume else 0
-    distributed.check_same(f'the step of {path}', step, job)
-    choose_quantisers(args.compile, True, total, job.device)
-    bar = progress(total, f'int8 {teacher.arch}', step, job.is_main)
-    while step < total:
-        for images, labels in epoch_from(data.train, step // per_epoch, step % per_epoch, *loader_args):
-            target = labels.to(job.device, non_blocking=True)
-            if args.from_teacher:
-                target = original(images).softmax(1)
-            loss = F.cross_entropy(teacher(images), target)
-            mean_loss, = distributed.average(loss.detach()[None], job)
-            if not math.isfinite(mean_loss):
-                raise UserError(f'loss {mean_loss} at step {step} of {total}: try a smaller --learning_rate')
-            set_learning_rate(optimizer, cosine(args.learning_rate, step, total))
-            optimizer.zero_grad()
-            gradients = GradientAverage(teacher.parameters(), job)
-            gradients.backward(loss)
-            gradients.finish()
-            optimizer.step()
-            step += 1
-            bar.set_postfix(loss=mean_loss, refresh=False)
-            bar.update()
-            if job.is_main and step % args.checkpoint_freq == 0:
-                save_checkpoint(path, teacher.checkpoint(step=step, settings=settings,
-                                                         optimizer=optimizer.state_dict()))
-            if step == total:
-                break
-    bar.close()
+        'images': len(data.train), 'images a step': args.train_batch_size * job.world_size, 'steps': total,
+        'steps an epoch': steps}
+    resumed = checkpoint_to_resume(path, args.resume, job)
+    if resumed is not None:
+        load_weights(teacher, resumed, f'{path}: not the weights of the teacher')
+    training = TeacherTraining(path=path, teacher=teacher, settings=settings, optimizer=torch.optim.SGD(
+        parameter_groups(teacher, args.weight_decay), args.learning_rate, args.momentum))
+    if resumed is not None:
+        training.resume(resumed, total, job)
+    training.check_ranks(job)
 
+    def take_step(_, images, labels, epoch, writer):
+        target = original(images).softmax(1) if args.from_teacher else labels
+        loss = F.cross_entropy(teacher(images), target)
+        mean_loss, = distributed.average(loss.detach()[None], job)
+        if not math.isfinite(mean_loss):
+            raise training.failure(f'step {training.step}: the loss is not finite')
+        training.prove(job)
+        set_learning_rate(training.optimizer, cosine(args.learning_rate, training.step, total))
+        training.optimizer.zero_grad()
+        gradients = GradientAverage(teacher.parameters(), job)
+        gradients.backward(loss)
+        gradients.finish()
+        training.optimizer.step()
+        if writer and training.step % 20 == 0:
+            writer.add_scalar('loss', mean_loss, training.step)
+        return {'loss': f'{mean_loss:.3f}'}
 
-def epoch_from(images, epoch, step, batch_size, seed, job, workers):
-    """Loader of this rank's part of an epoch, from `step` on."""
-    return train_loader(images, batch_size, epoch, seed, job.rank, job.world_size, workers, step).to(job.device)
-
-
-def resume(teacher, optimizer, settings, path, job):
-    """Load the state at `path`; returns the steps taken, 0 without one. Other settings are an error."""
-    state = distributed.of_main(lambda: load_checkpoint(path) if os.path.isfile(path) else None, job)
-    if state is None:
-        return 0
-    load_weights(teacher, state, f'{path}: not the weights of the teacher')
-    return restore(path, state, settings, optimizer, {'step': int}, settings['steps'])['step']
+    schedule = Schedule(data, args.train_batch_size, args.seed, steps, total, args.checkpoint_freq, args.num_workers)
+    train([training], schedule, job, f'int8 {teacher.arch}', os.path.join(os.path.dirname(path), 'tensorboard'),
+          take_step)
 
 
 @torch.no_grad()

@@ -129,6 +129,7 @@ SEED = within(int, 0, 2 ** 32 - 1)
 
 
 INTERRUPTED = 130               # exit code after Ctrl-C
+STOPPED = '\nstopped; with --resume the same command goes on from its last checkpoint'
 
 
 def run(main, get_args):
@@ -152,8 +153,8 @@ def run(main, get_args):
         code = exit_code(error)
         if code is None:
             raise
-        if code == INTERRUPTED and is_main_process() and hasattr(args, 'resume'):
-            print('\nstopped; with --resume the same command goes on from its last checkpoint', file=sys.stderr)
+        if code == INTERRUPTED and hasattr(args, 'resume'):
+            note(STOPPED)
         sys.exit(code)
 
 

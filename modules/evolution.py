@@ -11,7 +11,7 @@ import sys
 from collections import deque
 
 from .errors import UserError
-from .files import set_aside, write_text
+from .files import hold, set_aside, write_text
 
 
 class History:
@@ -27,6 +27,7 @@ class History:
         settings_path = os.path.join(folder, 'settings.json')
         settings = json.loads(json.dumps(settings))
         size = 0
+        hold(self.path)
         if resume and os.path.exists(self.path):
             self._check_settings(settings_path, settings)
             size = self._read(check)

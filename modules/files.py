@@ -13,6 +13,7 @@ import time
 from .errors import UserError
 
 _ABANDONED = 24 * 3600      # seconds without a write after which no writer is thought to live
+_held = {}                  # {path: its open lock file}
 
 
 def _place():
@@ -79,6 +80,29 @@ def check_file(path):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder):
         raise UserError(f'{folder}: is a file, expected a folder')
+
+
+def hold(path):
+    """Keep other processes from holding `path`, a file to be written, until this one ends, however it ends.
+
+    UserError where another one holds it. Leaves a file .<name>.lock beside it; processes forked later hold nothing.
+    """
+    import fcntl
+    path = os.path.abspath(path)
+    if path in _held:
+        return
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    lock = open(os.path.join(folder, f'.{name}.lock'), 'a')
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.close()
+        raise UserError(f'{path}: another process is writing it; wait for its end, or give another output folder') \
+            from None
+    except OSError:                                 # a file system without locks
+        pass
+    _held[path] = lock
 
 
 def set_aside(path):

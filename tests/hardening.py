@@ -141,11 +141,11 @@ class World:
         ]
 
     def tree(self):
-        """{path: (bytes, time of the last write)} of everything below the root."""
+        """{path: (bytes, time of the last write)} of everything below the root but lock files."""
         found = {}
         for folder, folders, files in os.walk(self.root):
             found.update({os.path.join(folder, name): 'folder' for name in folders})
-            for name in files:
+            for name in (name for name in files if not name.endswith('.lock')):
                 stat = os.stat(os.path.join(folder, name))
                 found[os.path.join(folder, name)] = stat.st_size, stat.st_mtime_ns
         return found

@@ -48,10 +48,11 @@ def _be_script(argv, environment, output, cwd):
     runpy.run_path(argv[0], run_name='__main__')
 
 
-def run_script(script, *args, ranks=1, kill_when=None, victims=slice(None), code=0, cwd=None):
+def run_script(script, *args, ranks=1, kill_when=None, kill_by=signal.SIGKILL, victims=slice(None), code=0, cwd=None):
     """Output of a script, all of whose ranks have to end with `code`; they start as torch.distributed.launch does it.
 
-    kill_when: its `victims` among the ranks are SIGKILLed as soon as this file is there, or this function says so.
+    kill_when: its `victims` among the ranks get the signal `kill_by` as soon as this file is there, or this function
+    says so; SIGKILL ends them without a code.
     `{rank}` in an argument is the rank's number: ranks of several machines have folders of their own.
     """
     argv, folder = [os.path.join(ROOT, script), *map(str, args)], cwd or os.getcwd()
@@ -73,7 +74,7 @@ def run_script(script, *args, ranks=1, kill_when=None, victims=slice(None), code
                     time.sleep(0.01)
                 for process in processes[victims]:
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(process.pid, signal.SIGKILL)
+                        os.kill(process.pid, kill_by)
             end = time.time() + LONGEST
             while any(process.is_alive() for process in processes) and time.time() < end:
                 time.sleep(0.01)
@@ -86,7 +87,8 @@ def run_script(script, *args, ranks=1, kill_when=None, victims=slice(None), code
         text = output.read()
     codes = [process.exitcode for process in processes]
     if kill_when:
-        assert set(codes[victims]) == {-signal.SIGKILL}, f'it ended before it was killed: {text}'
+        wanted = -signal.SIGKILL if kill_by == signal.SIGKILL else code
+        assert set(codes[victims]) == {wanted}, f'{codes}: it ended before the signal, or otherwise: {text}'
         assert all(codes), text
     else:
         assert set(codes) == {code}, (codes, text)

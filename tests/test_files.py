@@ -8,6 +8,7 @@ import time
 import pytest
 
 from modules import files
+from modules.errors import UserError
 from modules.files import atomic_path, write_text
 
 from .conftest import ROOT
@@ -60,3 +61,23 @@ def test_temporaries_of_the_living_and_of_elsewhere_stay(tmp_path):
             assert os.path.exists(temporary)
     assert living.exists() and elsewhere.exists() and odd.exists() and not old.exists()
     assert path.read_text() == 'whole'
+
+
+HOLDS = """
+import sys, time
+from modules.files import hold
+hold(sys.argv[1])
+print('held', flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_file_is_held_by_one_process_until_it_ends(tmp_path):
+    path = str(tmp_path / 'new' / 'checkpoint.pth')
+    with subprocess.Popen([sys.executable, '-c', HOLDS, path], cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b'held\n'
+        with pytest.raises(UserError, match='checkpoint.pth: another process is writing it'):
+            files.hold(path)
+        holder.kill()
+    files.hold(path)
+    files.hold(path)

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modules.cli import INTERRUPTED
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import QBase, quantised_ops, set_quant_mode
 from modules.modeling.ops.op import is_norm
@@ -314,6 +316,16 @@ def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_p
         again = _train(tmp_path / 'whole', tmp_path, '--test_only', *more)
         wanted, found = ([line for line in text.split('\n') if ': top-1' in line] for text in (output, again))
         assert found == wanted and len(found) == 3
+
+
+@pytest.mark.parametrize('ranks, number', [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_ctrl_c_and_sigterm_let_a_training_write_its_state(tmp_path, ranks, number):
+    folder = tmp_path / 'demo-012-111-align0'
+    output = _train(tmp_path, tmp_path, '--checkpoint_freq', 1000, '--max_steps', 10, ranks=ranks, code=INTERRUPTED,
+                    kill_when=str(folder / 'tensorboard'), kill_by=number)
+    assert output.count('stopped; with --resume') == 1 and 'Traceback' not in output
+    state = load_checkpoint(folder / 'checkpoint.pth')
+    assert 0 < state['step'] < 20 and not state['done']
 
 
 def test_torchrun_and_aligned_samples(tmp_path):

@@ -22,10 +22,9 @@ from ..training.checkpoint import load_weights
 from ..training.data import calibration_batches, eval_loader
 from ..training.distributed import average, broadcast, check_same, of_main
 from ..training.gradients import average_gradients
-from ..training.log import curves, progress
 from ..training.memory import keep_freed_memory
 from ..training.optim import cosine, parameter_groups, set_learning_rate
-from ..training.resumable import ResumableRun, checkpoint_to_resume, epoch_batches, steps_per_epoch
+from ..training.resumable import ResumableRun, Schedule, checkpoint_to_resume, steps_per_epoch, train
 from .checkpoints import build_student, checkpoint_file, read_block, require_checkpoint
 from .student import Student
 from .targets import HEAD, STEM, kd_loss, part_of, parts_of, teacher_maps
@@ -199,34 +198,23 @@ def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume,
 
 
 def _train_part(part, trainees, teacher, data, recipe, job, steps):
-    total = steps * recipe.epochs
-    first = min((t.step for t in trainees if not t.done), default=total)
+    kind, total = 'lsq' if recipe.quant else 'fp32', steps * recipe.epochs
+
+    def take_step(active, images, labels, epoch, writer):
+        step = active[0].step
+        _step(part, active, images, teacher, recipe, epoch, step, total, job)
+        if step % recipe.lr_step_size == 0:
+            _report(active, step, writer, kind)
+        return {t.block_id: f'{sum(t.losses.values()) / len(t.losses):.3f}' for t in active}
+
+    schedule = Schedule(data, recipe.batch_size, recipe.seed, steps, total, recipe.checkpoint_freq, recipe.workers)
     folder = os.path.dirname(os.path.dirname(trainees[0].path))
-    kind = 'lsq' if recipe.quant else 'fp32'
-    writer = curves(os.path.join(folder, 'tensorboard', kind, part), first, job.is_main)
-    bar = progress(total, f'{part} {kind}', first, job.is_main)
-    with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
-        _take_steps(part, trainees, teacher, data, recipe, job, steps, first, bar, writer)
-
-
-def _take_steps(part, trainees, teacher, data, recipe, job, steps, first, bar, writer):
-    for epoch in range(first // steps, recipe.epochs):
-        for step, images, _ in epoch_batches(data, recipe.batch_size, recipe.seed, job, recipe.workers, epoch, steps,
-                                             first):
-            active = [t for t in trainees if t.step == step and not t.done]
-            _step(part, active, images, teacher, recipe, epoch, step, steps * recipe.epochs, job)
-            bar.update()
-            if step % recipe.lr_step_size == 0:
-                _report(active, step, bar, writer, 'lsq' if recipe.quant else 'fp32')
-            if (step + 1) % recipe.checkpoint_freq == 0 or (step + 1) % steps == 0:
-                for trainee in active:
-                    trainee.unproven = trainee.state()
+    train(trainees, schedule, job, f'{part} {kind}', os.path.join(folder, 'tensorboard', kind, part), take_step)
 
 
 def _step(part, trainees, images, teacher, recipe, epoch, step, total, job):
     """One optimiser step of every trainee on one batch of images."""
     hws = _resolutions(recipe, part, epoch, step)
-    images = images.to(job.device, non_blocking=True)
     with torch.no_grad(), autocast(job.device, recipe.amp):
         features = {hw: _part_maps(teacher, trainees[0].student.superspace, part, images, hw, recipe, job)
                     for hw in dict.fromkeys(hws)}
@@ -249,7 +237,6 @@ def _step(part, trainees, images, teacher, recipe, epoch, step, total, job):
         update = step // recipe.lr_step_size * recipe.lr_step_size
         set_learning_rate(trainee.optimizer, cosine(trainee.learning_rate, update, total))
         trainee.optimizer.step()
-        trainee.step = step + 1
 
 
 def _check_losses(trainee, losses, step):
@@ -303,13 +290,11 @@ def _activate(student, i, rng):
     return SUB_STAGES[i] if i < 2 else f'random{i - 1}'
 
 
-def _report(trainees, step, bar, writer, kind):
-    for trainee in trainees:
-        if writer:
-            for name, loss in trainee.losses.items():
-                writer.add_scalar(f'{trainee.block_id}/{kind} {name}', loss, step)
-            writer.add_scalar(f'{trainee.block_id}/{kind} learning rate', trainee.optimizer.param_groups[0]['lr'], step)
-    bar.set_postfix({t.block_id: f'{sum(t.losses.values()) / len(t.losses):.3f}' for t in trainees}, refresh=False)
+def _report(trainees, step, writer, kind):
+    for trainee in trainees if writer else ():
+        for name, loss in trainee.losses.items():
+            writer.add_scalar(f'{trainee.block_id}/{kind} {name}', loss, step)
+        writer.add_scalar(f'{trainee.block_id}/{kind} learning rate', trainee.optimizer.param_groups[0]['lr'], step)
 
 
 @torch.no_grad()

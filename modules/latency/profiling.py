@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..files import set_aside, write_text
+from ..files import hold, set_aside, write_text
 from .kernel_model import LatencyError
 from .tables import format_key, parse_key
 
@@ -88,6 +88,7 @@ class Profile:
         self.turns = turns or Turns()
         self._by_chunk, self._saved, self._prepared = {}, {}, None
         self.new = 0                        # chunks that this run measured
+        hold(path)
         header = '# ' + json.dumps(facts) + '\n' + ','.join(FIELDS) + '\n'
         if resume and os.path.isfile(path):
             for row in _read(path, header):

@@ -109,7 +109,7 @@ def _read(record):
 def _run(chains, lock, say):
     """Run chains of commands, each chain one by one, as many chains side by side as there are cores.
 
-    Ctrl-C reaches the driver alone, which ends the scripts: they may be killed at any moment anyway.
+    Ctrl-C reaches the driver alone, which ends the scripts.
     """
     cores = usable_cores()
     at_once, waiting, running = min(len(chains), cores), [list(chain) for chain in chains], {}
@@ -135,10 +135,11 @@ def _run(chains, lock, say):
                 time.sleep(POLL)
     finally:
         for process in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)      # its data loaders too, which hold the lock
+            process.terminate()                             # a training writes its state first
         for process in running:
             process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)      # its data loaders, which hold the lock
 
 
 def _script(command):

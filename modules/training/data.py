@@ -18,6 +18,7 @@ import functools
 import hashlib
 import random
 import re
+import signal
 import sys
 from dataclasses import dataclass, field
 
@@ -314,6 +315,10 @@ def _same(batch):
     return batch
 
 
+def _leave_ctrl_c_to_the_main_process(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Loader:
     """Batches (images (n, 3, S, S) float32, labels (n,)); len() is the number of batches of the whole epoch or set.
 
@@ -327,6 +332,7 @@ class Loader:
         # its own generator: a DataLoader would draw from torch's global one each time it is started
         self.loader = DataLoader(_Batches(dataset, refill), batch_size=None, sampler=batches, collate_fn=_same,
                                  num_workers=workers, pin_memory=torch.cuda.is_available(),
+                                 worker_init_fn=_leave_ctrl_c_to_the_main_process,
                                  generator=torch.Generator().manual_seed(0))
 
     def __len__(self):

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..cli import add_local_rank, exit_code
+from ..cli import INTERRUPTED, STOPPED, add_local_rank, exit_code, note
 from ..errors import UserError, one_line
 from .acceleration import add_compile_argument
 
@@ -101,6 +101,8 @@ def _leave(error):
         error = UserError(f'rank {dist.get_rank()}: another rank is gone or does not answer '
                           f'({one_line(error)[:120]}); the job ends, --resume goes on')
     code = error.code if isinstance(error, SystemExit) else exit_code(error)
+    if code == INTERRUPTED:
+        note(STOPPED)
     if code is None and not isinstance(error, SystemExit):
         traceback.print_exception(error)
         code = 1
@@ -185,6 +187,15 @@ def check_same(what, value, job):
     if len(set(values)) > 1:
         raise UserError(f'rank {job.rank}: ranks differ in {what}: {" ".join(map(str, values))}; do all see the same '
                         'files, packages and flags?')
+
+
+def any_rank(flag, job):
+    """Whether `flag` is true on some rank; no GPU waits for it."""
+    if job.world_size == 1:
+        return flag
+    tensor = torch.tensor(int(flag))
+    dist.all_reduce(tensor, group=job.waiting)
+    return bool(tensor)
 
 
 def barrier(job):

@@ -23,11 +23,11 @@ from .data import calibration_batches, eval_loader, seed_of
 from .distributed import average, broadcast
 from .evaluate import accuracy, images_of
 from .gradients import GradientAverage
-from .log import curves, note, progress
+from .log import note
 from .losses import alpha_divergence
 from .memory import keep_freed_memory
 from .optim import parameter_groups, set_learning_rate, warmup_linear
-from .resumable import ResumableRun, checkpoint_to_resume, epoch_batches, steps_per_epoch
+from .resumable import ResumableRun, Schedule, checkpoint_to_resume, steps_per_epoch, train
 from .sources import plain_name
 
 # {data set: learning rate} of the published fine-tuning; its table of weight decays is never used there
@@ -157,25 +157,23 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
     tuning.teacher = _teacher(teacher, data, recipe, workers, job)
     valid = eval_loader(data.valid if len(data.valid) else data.test, recipe.batch_size, job.rank, job.world_size,
                         workers, limit_images=recipe.num_eval_images).to(job.device)
+
+    def take_step(_, images, labels, epoch, writer):
+        loss = _take_step(tuning, images, labels, recipe, epoch, steps, job, writer)
+        return {'epoch': epoch, 'loss': f'{loss:.3f}'}
+
+    def end_epoch(epoch, writer):
+        last = epoch + 1 == recipe.epochs
+        if last or (epoch + 1) % recipe.eval_freq == 0:
+            _evaluate(tuning, valid, job, epoch, writer)
+        if last:
+            _finish(tuning, data, valid, recipe, job, workers)
+
+    schedule = Schedule(data, recipe.batch_size, recipe.seed, steps, steps * recipe.epochs, recipe.checkpoint_freq,
+                        workers)
     folder, kind = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
-    writer = curves(os.path.join(folder, 'tensorboard', kind), tuning.step, job.is_main)
-    bar = progress(steps * recipe.epochs, f'fine-tuning {identity.get("subnet_name", "")}', tuning.step, job.is_main)
-    with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
-        for epoch in range(tuning.step // steps, recipe.epochs):
-            for _, images, labels in epoch_batches(data, recipe.batch_size, recipe.seed, job, workers, epoch, steps,
-                                                   tuning.step):
-                loss = _take_step(tuning, images, labels, recipe, epoch, steps, job, writer)
-                bar.update()
-                bar.set_postfix(epoch=epoch, loss=f'{loss:.3f}', refresh=False)
-                if tuning.step % recipe.checkpoint_freq == 0 and tuning.step % steps:
-                    tuning.unproven = tuning.state()
-            last = epoch + 1 == recipe.epochs
-            if last or (epoch + 1) % recipe.eval_freq == 0:
-                _evaluate(tuning, valid, job, epoch, writer)
-            if last:
-                _finish(tuning, data, valid, recipe, job, workers)
-            tuning.unproven = tuning.state()
-        tuning.prove(job)
+    train([tuning], schedule, job, f'fine-tuning {identity.get("subnet_name", "")}',
+          os.path.join(folder, 'tensorboard', kind), take_step, end_epoch)
     return tuning.results['test']
 
 
@@ -246,7 +244,6 @@ def mixed_loss(logits, labels, answers=None, distill=None, label_smoothing=0.0, 
 def _take_step(tuning, images, labels, recipe, epoch, steps, job, writer):
     """One optimiser step; returns the loss."""
     step, network = tuning.step, tuning.network
-    images, labels = (tensor.to(job.device, non_blocking=True) for tensor in (images, labels))
     torch.manual_seed(seed_of(recipe.seed, epoch, step, job.rank))
     network.train(not recipe.only_train_head)           # a frozen body keeps its statistics too
     tuning.optimizer.zero_grad(set_to_none=True)
@@ -269,7 +266,6 @@ def _take_step(tuning, images, labels, recipe, epoch, steps, job, writer):
                                   round(recipe.warmup_epochs * steps))
     set_learning_rate(tuning.optimizer, learning_rate)
     tuning.optimizer.step()
-    tuning.step = step + 1
     if writer and step % 20 == 0:
         for name, value in (('loss', loss), ('gradient norm', norm), ('learning rate', learning_rate)):
             writer.add_scalar(f'train/{name}', value, step)

@@ -1,6 +1,9 @@
-"""A training run that can be stopped at any moment and resumed: its checkpoints, and the batches of its steps."""
+"""The training loop of all stages: runs that are stopped at any moment and resumed, and the images of their steps."""
+import contextlib
 import copy
 import os
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,11 +11,11 @@ from typing import ClassVar
 import torch
 
 from ..errors import UserError
-from ..files import check_file, set_aside
+from ..files import check_file, hold, set_aside
 from .checkpoint import load_checkpoint, restore, save_checkpoint
-from .data import train_loader
-from .distributed import check_same, of_main
-from .log import note
+from .data import Data, train_loader
+from .distributed import any_rank, check_same, of_main
+from .log import curves, note, progress
 
 
 @dataclass(kw_only=True)
@@ -98,11 +101,13 @@ class ResumableRun:
 def checkpoint_to_resume(path, resume, job, read=load_checkpoint):
     """What is in the checkpoint of a run that goes on, None where it begins; the same on every rank, as rank 0 sees it.
 
-    Without `resume` one that is there is kept as x_old.pth.
-    UserError: none can be written there, or what is there is no state of a run of ours: it would be written over.
+    Without `resume` one that is there is kept as x_old.pth. No other process may train it from now on.
+    UserError: another one does, none can be written there, or what is there is no state of a run of ours: it would be
+    written over.
     """
     def found():
         check_file(path)
+        hold(path)
         if not os.path.isfile(path):
             return None
         if not resume:
@@ -122,12 +127,95 @@ def steps_per_epoch(data, batch_size, seed, job, max_steps=None):
     return min(steps, max_steps or steps)
 
 
-def epoch_batches(data, batch_size, seed, job, workers, epoch, steps, first):
-    """(step, images, labels) of an epoch of `steps` steps, from step `first` on; steps count through all epochs.
+@dataclass(frozen=True)
+class Schedule:
+    """Which images the steps of a training take, and how often its state is written.
 
-    Images are on the job's device.
+    batch_size: images a step and rank; steps: of an epoch; total: of all epochs, the last of which may be shorter;
+    checkpoint_freq: steps between states within an epoch.
     """
-    start = max(first, epoch * steps)
-    loader = train_loader(data.train, batch_size, epoch, seed, job.rank, job.world_size, workers, start - epoch * steps)
-    for step, (images, labels) in zip(range(start, (epoch + 1) * steps), loader.to(job.device)):
-        yield step, images, labels
+    data: Data
+    batch_size: int
+    seed: int
+    steps: int
+    total: int
+    checkpoint_freq: int
+    workers: int = 0
+
+    @property
+    def epochs(self):
+        return -(-self.total // self.steps)
+
+
+def epoch_batches(schedule, job, epoch, first):
+    """(step, images, labels) of an epoch, from step `first` on; steps count through all epochs.
+
+    Images (N, 3, S, S) and labels (N,) are on the job's device.
+    """
+    begin, s = epoch * schedule.steps, schedule
+    start, end = max(first, begin), min(begin + s.steps, s.total)
+    loader = train_loader(s.data.train, s.batch_size, epoch, s.seed, job.rank, job.world_size, s.workers, start - begin)
+    for step, (images, labels) in zip(range(start, end), loader.to(job.device)):
+        yield step, images, labels.to(job.device, non_blocking=True)
+
+
+def train(runs, schedule, job, title, curves_folder, take_step, end_epoch=None):
+    """Take the steps that `runs` (ResumableRuns of one schedule, which see the same images) have not taken yet.
+
+    take_step(runs whose step it is, images, labels, epoch, writer) takes it and returns {name: text} to show;
+    end_epoch(epoch, writer) validates, and says of a run that it is done. A state is written once the next loss has
+    shown that it is good, the last one of a run that is done at once. Ctrl-C and SIGTERM let the step under way and one
+    more be taken, which writes the state between them, then KeyboardInterrupt is raised; a second Ctrl-C does not wait.
+    """
+    first = min((run.step for run in runs if not run.done), default=schedule.total)
+    with _interrupts(job) as interrupted, progress(schedule.total, title, first, job.is_main) as bar, \
+            curves(curves_folder, first, job.is_main) or contextlib.nullcontext() as writer:
+        stopping = False
+        for epoch in range(first // schedule.steps, schedule.epochs):
+            for step, images, labels in epoch_batches(schedule, job, epoch, first):
+                active = [run for run in runs if run.step == step and not run.done]
+                shown = take_step(active, images, labels, epoch, writer)
+                if stopping:
+                    raise KeyboardInterrupt
+                for run in active:
+                    run.step = step + 1
+                bar.update()
+                bar.set_postfix(shown, refresh=False)
+                stopping = interrupted()
+                if stopping or (step + 1) % schedule.checkpoint_freq == 0:
+                    for run in active:
+                        run.unproven = run.state()
+            ended = [run for run in runs if not run.done]
+            if end_epoch:
+                end_epoch(epoch, writer)
+            for run in ended:
+                run.unproven = run.state()
+    for run in runs:
+        if run.done:
+            run.prove(job)
+
+
+@contextlib.contextmanager
+def _interrupts(job):
+    """Yields a function that says whether Ctrl-C or SIGTERM has asked a rank to end. A signal that is ignored stays so.
+
+    Of one process a second signal ends it at once; torchrun sends its ranks two for one Ctrl-C.
+    """
+    asked = []
+
+    def ask(*_):
+        if asked and job.world_size == 1:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield lambda: any_rank(bool(asked), job)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -26,11 +26,11 @@ from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
 from .distributed import average, broadcast, of_main
 from .evaluate import DecodedImages, evaluate_subnet
 from .gradients import GradientAverage
-from .log import curves, note, progress
+from .log import note
 from .losses import adaptive_alpha_loss
 from .memory import keep_freed_memory
 from .optim import parameter_groups, set_learning_rate, warmup_cosine
-from .resumable import ResumableRun, checkpoint_to_resume, epoch_batches, steps_per_epoch
+from .resumable import ResumableRun, Schedule, checkpoint_to_resume, steps_per_epoch, train
 
 LEARNED, CHANCE = 0.9, 0.98             # of the loss of guessing: below the one it has learned, above it collapsed
 
@@ -119,24 +119,22 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
     training.weights = loss_weights(recipe.class_weights, data.train, supernet.num_classes, job.device)
     if job.is_main:
         save_config(recipe, folder, 'lsq.yaml' if quant else 'checkpoint.yaml')
+
+    def take_step(_, images, labels, epoch, writer):
+        _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp, job, writer)
+        return {'epoch': epoch, 'loss': f'{training.loss:.3f}'}
+
+    def end_epoch(epoch, writer):
+        _end_epoch(training, epoch)
+        training.done = epoch + 1 == recipe.epochs
+        if training.done or (epoch + 1) % recipe.valid_freq == 0:
+            _validate(training, calibration, valid, job, epoch, writer, align_sample, recipe.best_by)
+
+    schedule = Schedule(data, recipe.batch_size_per_gpu, recipe.seed, steps, steps * recipe.epochs,
+                        recipe.checkpoint_freq, workers)
     kind = 'lsq' if quant else 'fp32'
-    writer = curves(os.path.join(folder, 'tensorboard', kind), training.step, job.is_main)
-    bar = progress(steps * recipe.epochs, f'{supernet.encoding} {kind}', training.step, job.is_main)
-    with contextlib.closing(bar), contextlib.closing(writer) if writer else contextlib.nullcontext():
-        for epoch in range(training.step // steps, recipe.epochs):
-            for _, images, labels in epoch_batches(data, recipe.batch_size_per_gpu, recipe.seed, job, workers, epoch,
-                                                   steps, training.step):
-                _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp, job, writer)
-                bar.update()
-                bar.set_postfix(epoch=epoch, loss=f'{training.loss:.3f}', refresh=False)
-                if training.step % recipe.checkpoint_freq == 0 and training.step % steps:
-                    training.unproven = training.state()
-            _end_epoch(training, epoch)
-            training.done = epoch + 1 == recipe.epochs
-            if training.done or (epoch + 1) % recipe.valid_freq == 0:
-                _validate(training, calibration, valid, job, epoch, writer, align_sample, recipe.best_by)
-            training.unproven = training.state()
-        training.prove(job)
+    train([training], schedule, job, f'{supernet.encoding} {kind}', os.path.join(folder, 'tensorboard', kind),
+          take_step, end_epoch)
     return training.results
 
 
@@ -212,7 +210,7 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
     learning_rate = warmup_cosine(recipe.base_lr * scale, step, steps * recipe.epochs,
                                   round(recipe.warmup_epochs * steps))
     training.optimizer.zero_grad(set_to_none=True)
-    labels, losses = labels.to(job.device, non_blocking=True), 0
+    losses = 0
     parameters = [p for group in training.optimizer.param_groups for p in group['params']]
     gradients = GradientAverage(parameters, job)
     parts = list(zip(images.tensor_split(recipe.accumulate), labels.tensor_split(recipe.accumulate)))
@@ -232,7 +230,6 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
     torch.nn.utils.clip_grad_value_(parameters, recipe.grad_clip_value)
     set_learning_rate(training.optimizer, learning_rate)
     training.optimizer.step()
-    training.step = step + 1
     if writer and step % 20 == 0:
         writer.add_scalar('loss/max', losses[0], step)
         if step % recipe.smallest_freq == 0:
