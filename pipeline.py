@@ -19,7 +19,7 @@ from modules import ROOT
 from modules.cli import parser, run
 from modules.deploy.onnx_run import sums_are_exact
 from modules.pipeline.data import choose_data, keep_data
-from modules.pipeline.runner import alone, chosen_steps, print_steps, run_steps
+from modules.pipeline.runner import alone, check_flags, chosen_steps, print_steps, run_steps
 from modules.pipeline.settings import OWN_FLAGS, Settings, load_settings
 from modules.pipeline.steps import STEPS, Pipeline
 from modules.pipeline.summary import write_summary
@@ -47,11 +47,12 @@ def main(args):
     os.chdir(ROOT)
     record = os.path.join(folder, 'data.json')
     data = choose_data(dataset_path, [args.dataset] if args.dataset else settings.datasets, settings.valid_size, record)
-    pipeline = Pipeline(folder, data, settings, reduce_range=not sums_are_exact(), dry=args.dry_run,
-                        plugins=plugins)
+    narrow = not sums_are_exact()
+    pipeline, dry = (Pipeline(folder, data, settings, narrow, dry, plugins) for dry in (False, True))
     steps = chosen_steps(pipeline, STEPS)
+    check_flags(dry, steps)
     if args.dry_run:
-        return print_steps(pipeline, steps)
+        return print_steps(dry, steps)
     pipeline.check()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with alone(folder) as lock:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,14 +16,13 @@ import pytest
 from modules.errors import UserError
 from modules.pipeline import runner
 from modules.pipeline.data import PipelineData, choose_data, keep_data
-from modules.pipeline.runner import alone, chosen_steps, print_steps, run_steps
+from modules.pipeline.runner import alone, check_flags, chosen_steps, print_steps, run_steps
 from modules.pipeline.settings import Settings, load_settings
 from modules.pipeline.steps import FLOPS, FOUND, LARGEST, SMALLEST, STEPS, Pipeline, Step, supernets
 from modules.pipeline.summary import Row, claims
 from modules.search_space.encoding import parse_supernet
 
 from .conftest import ROOT
-from .documented import load_script, parse_command
 
 FLAGS = ('--config-file', os.path.join(ROOT, 'pipelines', 'demo_quick.yaml'), '--platform', 'onnx_lut', '--dataset',
          'digits')
@@ -190,13 +190,15 @@ def test_dry_runs_print_commands_that_their_scripts_take(name, tmp_path, monkeyp
     commands = [line for line in lines if not line.startswith('#')]
     assert len(commands) >= 12 and len(lines) - len(commands) == len(chosen_steps(pipeline, STEPS))
     assert any('--supernet_choice FOUND_SPACE' in line for line in commands)
-    scripts = {}
-    for line in commands:
-        command = parse_command(re.sub(r'\b(LATENCY|DELTA|MFLOPS)\b', '1', line))
-        if command.script not in scripts:
-            scripts[command.script] = load_script(command.script)
-        monkeypatch.setattr(sys, 'argv', [command.script, *command.words])
-        scripts[command.script].get_args()
+    check_flags(pipeline, chosen_steps(pipeline, STEPS))
+
+
+def test_a_flag_that_a_script_does_not_take_is_found_before_anything_runs(tmp_path):
+    for flags, problem in (({'train_stps': 3}, 'unrecognized arguments: --train_stps 3'),
+                           ({'label_smoothing': 'much'}, "--label_smoothing: invalid float value: 'much'")):
+        pipeline = Pipeline(str(tmp_path), DIGITS, replace(_shipped('demo'), steps={'finish': flags}), dry=True)
+        with pytest.raises(UserError, match=f'^steps: finish: downstream_cls.py: .*{problem}'):
+            check_flags(pipeline, chosen_steps(pipeline, STEPS))
 
 
 def test_a_window_without_subnets_is_one_line(tmp_path):

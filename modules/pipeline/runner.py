@@ -1,7 +1,10 @@
 """Runs a pipeline's steps: says what each does and how long it may take, and goes on from the steps that are done."""
 import contextlib
+import io
 import json
 import os
+import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -59,6 +62,26 @@ def print_steps(pipeline, steps, say=print):
         for chain in _chains(pipeline, step):
             for command in chain:
                 say(f'python {shlex.join(command)}')
+
+
+def check_flags(pipeline, steps):
+    """UserError for flags in the settings that their scripts do not take; pipeline: a dry one."""
+    parsers, argv = {}, sys.argv
+    for step in steps:
+        for command in (command for chain in _chains(pipeline, step) for command in chain):
+            script, said = _script(command), io.StringIO()
+            words = [re.sub(r'^(LATENCY|DELTA|MFLOPS)$', '1', word) for word in command[command.index(script) + 1:]]
+            if script not in parsers:
+                parsers[script] = runpy.run_path(os.path.join(ROOT, script))['get_args']
+            sys.argv = [script, *words]
+            try:
+                with contextlib.redirect_stderr(said):
+                    parsers[script]()
+            except SystemExit:
+                problem = said.getvalue().strip().split('\n')[-1].rpartition('error: ')[2]
+                raise UserError(f'steps: {step.name}: {script}: {problem}') from None
+            finally:
+                sys.argv = argv
 
 
 def run_steps(pipeline, steps, lock, say=print):
