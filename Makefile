@@ -9,7 +9,8 @@ demo: $(VENV)/demo.done
 	$(BIN)/python pipeline.py --config-file pipelines/demo.yaml
 
 test: $(VENV)/dev.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+	  --max-worker-restart 0 --durations=15
 
 test-slow: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow

@@ -6,22 +6,13 @@ import io
 import os
 import re
 import shutil
-import socket
 import tempfile
 import time
 
 from .errors import UserError
 
-_ABANDONED = 24 * 3600      # seconds without a write after which no writer is thought to live
+_ABANDONED = 3600           # seconds without a write after which no writer is thought to live
 _held = {}                  # {path: its open lock file}
-
-
-def _place():
-    """This machine and its space of process ids (a container has one of its own), as a part of a file name."""
-    try:
-        return f'{socket.gethostname()}-{os.stat("/proc/self/ns/pid").st_ino}'
-    except OSError:
-        return socket.gethostname()
 
 
 @contextlib.contextmanager
@@ -29,14 +20,14 @@ def atomic_path(path):
     """A temporary path beside `path` (its folder is made); renamed to `path` when the block ends well.
 
     The file keeps its ending, so that libraries which look at it write the right format. After an error
-    nothing is left behind and what was at `path` is untouched. What a killed process left of this very file is
-    removed first.
+    nothing is left behind and what was at `path` is untouched. What a killed process left of this very file an hour
+    ago is removed first.
     """
     path = os.fspath(path)
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     _remove_abandoned(folder, name)
-    temporary = os.path.join(folder, f'.tmp-{os.getpid()}@{_place()}@{name}')
+    temporary = os.path.join(folder, f'.tmp-{os.getpid()}@{name}')
     try:
         yield temporary
         os.replace(temporary, path)
@@ -46,28 +37,15 @@ def atomic_path(path):
 
 
 def _remove_abandoned(folder, name):
-    """Remove temporary files of `name` whose writer is dead: a process of this machine, or a day without a write."""
-    pattern, others = re.compile(rf'\.tmp-(\d+)@([^@]*)@{re.escape(name)}'), []
+    """Remove temporary files of `name` that nobody has written for an hour: their writers are dead."""
+    pattern, others = re.compile(rf'\.tmp-\d+@{re.escape(name)}'), []
     with contextlib.suppress(OSError):              # a folder that may be written, not read
         others = os.listdir(folder)
     for match in filter(None, map(pattern.fullmatch, others)):
         with contextlib.suppress(OSError):          # gone already, or not ours to remove
             path = os.path.join(folder, match[0])
-            dead = match[2] == _place() and not _lives(int(match[1]))
-            if dead or time.time() - os.path.getmtime(path) > _ABANDONED:
+            if time.time() - os.path.getmtime(path) > _ABANDONED:
                 os.remove(path)
-
-
-def _lives(pid):
-    if os.name != 'posix':                          # elsewhere signal 0 ends the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):                # another user's
-        pass
-    return True
 
 
 def check_file(path):

@@ -237,8 +237,8 @@ def test_an_unfinished_teacher(tmp_path):
         shutil.copy(bad_file(name, tmp_path, good), path)
         refused(world().base('teacher', ['--resume'], out=tmp_path / 'out'), str(path))
         assert not (tmp_path / 'ran').exists()
-    shutil.copy(good, path)  # no settings in it
-    refused(world().base('teacher', ['--resume'], out=tmp_path / 'out'), str(path), 'begun with')
+    shutil.copy(good, path)  # a finished one
+    refused(world().base('teacher', ['--resume'], out=tmp_path / 'out'), str(path), 'no run to go on with')
 
 
 # ---- no foreign objects

@@ -53,14 +53,7 @@ CONFIGS = {
     'tag': ('epochs: !x 1', KEY),
     'latin1': (b'# caf\xe9\nepochs: 1', KEY),
     'binary': (bytes(range(256)), KEY),
-    'deep': ('epochs: ' + '[' * 5000, KEY),
     'date': ('epochs: 2020-13-45', KEY),
-    'bomb': (
-        'a: &a [x,x,x,x,x,x,x,x,x]\n'
-        + '\n'.join(f'{b}: &{b} [{",".join([f"*{a}"] * 9)}]' for a, b in zip('abcdefgh', 'bcdefghi')),
-        KEY,
-    ),
-    'recursive': ('epochs: &x [*x]', KEY),
     'section_list': ('quant: [1]', 'quant'),
     'merge': ('<<: 5', KEY),
     'lr_text': ('base_lr: 0,1', '0,1'),

@@ -15,12 +15,7 @@ from .log import note
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, by which a small file can stand for a huge one, and without keys given twice."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.MarkedYAMLError(problem='aliases are not taken', problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+    """YAML without keys given twice."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -32,10 +27,7 @@ class _Loader(yaml.SafeLoader):
 
 def _short(value, show=repr):
     """A value as an error line shows it."""
-    try:
-        text = show(value)
-    except ValueError:                                  # an int of thousands of digits
-        return 'too large a number'
+    text = show(value)
     return text if len(text) <= 60 else text[:57] + '...'
 
 
@@ -53,11 +45,10 @@ def read_yaml(path):
     try:
         with open(path, encoding='utf-8') as file:
             content = yaml.load(file, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:       # ValueError: not UTF-8, a 13th month
+    except (yaml.YAMLError, ValueError) as error:       # ValueError: not UTF-8, a 13th month
         mark = getattr(error, 'problem_mark', None)
         where = f'{path}:{mark.line + 1}' if mark else path
-        reason = getattr(error, 'problem', None) or ('nested too deep' if isinstance(error, RecursionError) else
-                                                     'not text' if isinstance(error, UnicodeError) else error)
+        reason = getattr(error, 'problem', None) or ('not text' if isinstance(error, UnicodeError) else error)
         raise UserError(f'{where}: not YAML ({_short(reason, str)})') from None
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected keys and values, found {type(content).__name__}')
