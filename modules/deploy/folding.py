@@ -29,19 +29,20 @@ def weight_codes(op, reduce_range=False):
     """(integers of -128..127 as float64, scale) of an op's LSQ+ weights, exactly as torch rounds them in float32.
 
     reduce_range: integers of -REDUCED..REDUCED, and a scale for each output channel: LSQ+'s where the integers of
-    that fit, up to twice as large where they do not.
+    that fit, up to twice as large where they do not. Weights that were trained with 7 bits, -64..63, stay as they are.
     """
-    scale = positive_scale(op.sw.detach(), op.nbits_w)
-    steps = _array((op.weight.detach() / scale).clamp(-128, 127))
-    if not reduce_range:
+    scale, high = positive_scale(op.sw.detach(), op.nbits_w), 2 ** (op.nbits_w - 1) - 1
+    steps = _array((op.weight.detach() / scale).clamp(-high - 1, high))
+    if not reduce_range or high <= REDUCED:
         return steps.round(), float(scale)
     widen = np.maximum(1, np.abs(steps.round()).reshape(len(steps), -1).max(1) / REDUCED)
     return (steps / widen.reshape(-1, *[1] * (steps.ndim - 1))).round(), float(scale) * widen
 
 
 def activation_scale(op):
-    """(sa, beta) of an op's input as LSQ+ uses them."""
-    return float(positive_scale(op.sa.detach(), op.nbits_a)), float(op.beta.detach())
+    """(sa, beta) of an op's input as LSQ+ uses them; with a whole zero point beta is exactly a multiple of sa."""
+    scale, zero = float(positive_scale(op.sa.detach(), op.nbits_a)), op.zero_point()
+    return scale, float(op.beta.detach()) if zero is None else -scale * float(zero.detach())
 
 
 def tap_sums(op, taps, hw):

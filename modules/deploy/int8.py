@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import UserError
 from ..modeling.blocks import run_layers
 from ..modeling.network import named_blocks
-from ..modeling.ops.lsq_plus import quantised_ops
+from ..modeling.ops.lsq_plus import WEIGHT_BITS, quantised_ops
 from .folding import activation_scale, affine, tap_sums, weight_codes
 from .trace import Range
 
@@ -358,11 +358,11 @@ def write_int8(graph, network, ranges, reduce_range=False):
     """(output, Int8Exporter) of a Network in int8 and eval mode on the CPU, written into a graph.
 
     ranges: of trace.observe() on real images; reduce_range: weights of 7 bits. UserError where an op
-    has other than 8 bits.
+    has other than 8 bits, or weights of 7.
     """
     bits = {(op.nbits_a, op.nbits_w) for op in quantised_ops(network)}
-    if bits != {(8, 8)}:
-        raise UserError(f'an INT8 model needs 8 bits in every op; the network has {sorted(bits)}')
+    if not bits <= {(8, weight_bits) for weight_bits in WEIGHT_BITS}:
+        raise UserError(f'an INT8 model needs 8 bits in every op, or 7 of weights; the network has {sorted(bits)}')
     exporter, x = Int8Exporter(graph, ranges, reduce_range), Real(graph.image)
     for name, block in named_blocks(network):
         x = exporter.block(x, block, name)

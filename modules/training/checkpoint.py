@@ -24,7 +24,8 @@ _HYPERPARAMETERS = ('params', 'lr', 'weight_decay', 'momentum', 'dampening', 'be
 _DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
            torch.float32, torch.float64)
 # settings that older checkpoints do not name: what they were
-_LATER_SETTINGS = {'accumulate': 1, 'smallest_freq': 1, 'class_weights': 'none'}
+_LATER_SETTINGS = {'accumulate': 1, 'smallest_freq': 1, 'class_weights': 'none', 'weight_bits': 8,
+                   'zero_points': 'real'}
 _SHOWN = 3                                  # keys that an error message names
 
 
