@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from modules.deploy import onnx_run
 from modules.deploy.folding import tap_sums, weight_codes
-from modules.deploy.graph import metadata, need
+from modules.deploy.graph import OPSET, metadata, need
 from modules.deploy.int8 import lsq_target
 from modules.deploy.jobs import random_subject
 from modules.deploy.onnx_fp32 import export_fp32
@@ -231,6 +231,35 @@ def test_padding_and_dead_channels_need_no_map_where_zero_is_a_code(beta_steps):
         maps[kind] = sum('left' in node.output[0] for node in model.graph.node)
         assert difference(*outputs(network, model, images)) < 0.03
     assert maps['real'] and not maps['integer']
+
+
+@pytest.mark.parametrize('name', SEARCHED)
+@pytest.mark.parametrize('activation', CASES)
+def test_symmetric_networks_are_int8_with_zero_points_of_0(name, activation):
+    """As TensorRT reads them; checked by onnx's checker, run by its reference evaluator and by ONNX Runtime."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+    kernel, stride = CASES[activation]
+    bits = 7 if kernel == 3 else 8
+    network, images = some_block(name, kernel=kernel, stride=stride, activation=activation, count=2)
+    requantise(set_quant_mode(network), bits, 'symmetric')
+    model = export_int8(network, observe(network, [images]))
+    onnx.checker.check_model(model, full_check=True)
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type.endswith('Linear')]
+    assert sum(node.op_type == 'QuantizeLinear' for node in nodes) == len(quantised_ops(network))
+    for node in nodes:
+        _, scale, zero = node.input
+        assert constants[zero].dtype == np.int8 and not constants[zero].any() and (constants[scale] > 0).all()
+    assert fits_16_bits(model) == (bits == 7)
+    ours, theirs = outputs(network, model, images)
+    model.opset_import[0].version = 19              # the reference has the two operators since then, the same for int8
+    onnx.checker.check_model(model, full_check=True)
+    reference, = ReferenceEvaluator(model).run(None, {'input': images.numpy()})
+    model.opset_import[0].version = OPSET
+    assert difference(ours, theirs) < 0.02 and difference(ours, reference) < 0.02
+    errors = layer_errors(network, model, images)
+    assert len(errors) == len(quantised_ops(network)) + 1 and max(error.rms for error in errors) < 0.02
 
 
 def test_a_shortcut_that_the_first_scale_would_clip_stays_float(tmp_path):
