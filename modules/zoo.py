@@ -13,15 +13,7 @@ from timm.models import FeatureInfo, generate_default_cfgs, register_model
 
 from .errors import UserError
 from .modeling.network import FeatureMaps, Network, feature_stages
-from .modeling.ops.lsq_plus import (
-    WEIGHT_BITS,
-    quantisation_of,
-    quantised_ops,
-    requantise,
-    set_fp32_mode,
-    set_quant_mode,
-)
-from .modeling.ops.zero_points import ZERO_POINTS
+from .modeling.ops.lsq_plus import quantisation_of, quantised_ops, requantise, set_fp32_mode, set_quant_mode
 from .modeling.supernet import Supernet
 from .search_space.encoding import parse_subnet, parse_supernet, subnet_config
 from .search_space.named import find_subnet, find_supernet, listed_subnet, named_subnets, named_supernets
@@ -33,6 +25,7 @@ from .training.checkpoint import (
     load_checkpoint,
     load_weights,
     model_state,
+    quantisation_in,
     save_checkpoint,
 )
 from .training.log import note
@@ -84,7 +77,7 @@ def load_supernet(supernet, path, quant_mode=False):
     if len(shape) != 2 or shape[1] != features or not 0 < shape[0] <= MOST_CLASSES:
         raise UserError(f'{path}: not the weights of supernet {supernet}: {CLASSIFIER} of shape {shape}, expected '
                         f'(classes, {features})')
-    whole = requantise(set_quant_mode(Supernet(supernet, shape[0])), **_quantisation(checkpoint, path))
+    whole = requantise(set_quant_mode(Supernet(supernet, shape[0])), **quantisation_in(checkpoint, path))
     load_weights(whole, weights, f'{path}: not the weights of supernet {supernet}')
     trained = any(op.scales_initialized for op in quantised_ops(whole))
     if quant_mode and not trained:
@@ -204,18 +197,8 @@ def subnet_of(path):
     return _facts(load_checkpoint(path), path)[:2]
 
 
-def _quantisation(state, path):
-    """What requantise() takes, as far as a file says it; files before it had 8 bits and real zero points."""
-    known = {'weight_bits': WEIGHT_BITS, 'zero_points': ZERO_POINTS}
-    found = {key: state[key] for key in known if key in state}
-    for key, value in found.items():
-        if type(value) is not type(known[key][0]) or value not in known[key]:
-            raise UserError(f'{path}: damaged: {key} {str(value)[:60]}')
-    return found
-
-
 def _facts(state, path):
-    """(Supernet, Subnet, number of classes, whether in int8, _quantisation()) that the file of a network says.
+    """(Supernet, Subnet, number of classes, whether in int8, quantisation_in()) that the file of a network says.
 
     UserError names the file.
     """
@@ -230,7 +213,7 @@ def _facts(state, path):
     try:
         supernet = parse_supernet(state['supernet'])
         subnet = parse_subnet(state['subnet'], supernet, 'weights')
-        return supernet, subnet, state['num_classes'], state['quant_mode'], _quantisation(state, path)
+        return supernet, subnet, state['num_classes'], state['quant_mode'], quantisation_in(state, path)
     except SearchSpaceError as error:
         raise UserError(f'{path}: {error}') from None
 

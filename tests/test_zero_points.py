@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import train_supernet
 from modules.modeling.ops.lsq_plus import (
     quantisation_of,
     quantised_ops,
@@ -16,7 +17,11 @@ from modules.modeling.ops.lsq_plus import (
 from modules.modeling.ops.op import QLinear
 from modules.modeling.supernet import Supernet
 from modules.search_space.sampling import min_subnet
+from modules.training.checkpoint import load_checkpoint
 from modules.zoo import build_network, load_network, load_supernet, save_network, take_out
+
+from .checkpoints import call, fails
+from .conftest import ROOT
 
 DEMO = 'demo-012-111'
 # -beta / sa inside the range, rounded up and down, and beyond both ends
@@ -145,3 +150,17 @@ def test_a_supernets_file_says_its_bits(tmp_path):
     assert {op.nbits_w for op in quantised_ops(network)} == {7}
     network, = take_out(DEMO, (min_subnet(DEMO),), tmp_path / 'lsq.pth', False)
     assert quantisation_of(network) == quantisation_of(load_supernet(DEMO, tmp_path / 'lsq.pth')) == {}
+
+
+def test_a_supernet_is_trained_and_validated_with_7_bits(tmp_path, monkeypatch, capsys):
+    words = ('--config-file', 'supernet_training_configs/demo.yaml', '--supernet_choice', DEMO, '--dataset', 'digits',
+             '--output_path', tmp_path, '--epochs', 1, '--max_steps', 1, '--batch_size_per_gpu', 8, '--valid_size', 100,
+             '--num_calib_batches', 1, '--num_valid_images', 20, '--num_workers', 0, '--device', 'cpu', '--quant_mode')
+    monkeypatch.chdir(ROOT)
+    assert call(train_supernet, monkeypatch, *words, '--from_scratch', '--weight_bits', 7) == 0
+    path, said = tmp_path / f'{DEMO}-align0' / 'lsq.pth', capsys.readouterr().out
+    assert load_checkpoint(path)['weight_bits'] == 7
+    assert quantisation_of(load_supernet(DEMO, path, True))['weight_bits'] == 7
+    assert call(train_supernet, monkeypatch, *words, '--test_only') == 0
+    assert capsys.readouterr().out == said                          # the file says its bits
+    fails(train_supernet, monkeypatch, capsys, 'begun with weight_bits 7, not 8', *words, '--resume')
