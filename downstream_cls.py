@@ -22,12 +22,20 @@ import torch
 from modules.cli import early_value, parser, run, within
 from modules.errors import UserError
 from modules.files import file_digest
+from modules.modeling.ops.lsq_plus import quantisation_of, requantise
 from modules.search_space.superspace import SUPERSPACES
 from modules.training.checkpoint import checkpoint_name, precision
 from modules.training.classes import fit_classes
 from modules.training.data import add_data_arguments, eval_loader, open_data, seed_of
 from modules.training.distributed import add_distributed_arguments, distributed_job, of_main
-from modules.training.downstream import ORIGINAL, add_recipe_arguments, finetune, recipe_of
+from modules.training.downstream import (
+    ORIGINAL,
+    add_quantisation_arguments,
+    add_recipe_arguments,
+    finetune,
+    quantisation_for,
+    recipe_of,
+)
 from modules.training.evaluate import Accuracy, accuracy
 from modules.training.log import note
 from modules.training.sources import plain_name
@@ -56,6 +64,7 @@ def get_args():
     p.add_argument('--align_sample', action='store_true', help='the supernet in <root>/<supernet>-align1')
     p.add_argument('--from_scratch', action='store_true', help='random weights instead of a checkpoint')
     p.add_argument('--fp32', action='store_true', help='without quantisation')
+    add_quantisation_arguments(p)
     p.add_argument('--keep_head', action='store_true', help='go on with the head of the supernet, on its data')
     p.add_argument('--distill', type=within(float, 0, 1), nargs='?', const=0.5, metavar='SHARE',
                    help='of the loss: learned from the largest subnet, 0.5 without a value; implies --keep_head')
@@ -89,8 +98,7 @@ def fine_tune(args, job):
     keep_head, original = args.keep_head, args.recipe == 'original'
     if keep_head and args.from_scratch:
         raise UserError('--from_scratch: random weights have no head for --keep_head, and no teacher for --distill')
-    recipe = recipe_of(args)
-    quant = not args.fp32
+    recipe, quant, quantisation = recipe_of(args), not args.fp32, quantisation_for(args)
     shown = folder_name(name, supernet, subnet)
     path = (os.path.join(args.output_path, f'{shown}_{args.dataset}.pth') if original else
             os.path.join(args.output_path, shown, plain_name(args.dataset), checkpoint_name(quant)))
@@ -114,11 +122,12 @@ def fine_tune(args, job):
         network.reset_classifier(data.num_classes)      # a new head, even for as many classes
     if args.fp32_head:
         network.get_classifier().set_fp32_mode()
+    requantise(network, **quantisation)
     network.drop_rate = args.drop_rate
     identity = {'subnet_name': name, 'supernet': str(supernet), 'subnet': str(subnet),
-                'num_classes': data.num_classes, 'quant_mode': quant, 'dataset': plain_name(args.dataset),
-                'augment': args.augment, 'drop_rate': args.drop_rate, 'from_scratch': args.from_scratch,
-                'kept_head_of': file_digest(start) if keep_head else None}
+                'num_classes': data.num_classes, 'quant_mode': quant, **quantisation_of(network),
+                'dataset': plain_name(args.dataset), 'augment': args.augment, 'drop_rate': args.drop_rate,
+                'from_scratch': args.from_scratch, 'kept_head_of': file_digest(start) if keep_head else None}
     if args.fp32_head:
         identity['fp32_head'] = True
     note(f'{name} in {precision(quant)} from {path if resumes else start or "random weights"}: learning rate '

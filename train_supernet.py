@@ -16,7 +16,7 @@ import torch
 from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import parser, run
 from modules.errors import UserError
-from modules.modeling.ops.lsq_plus import set_quant_mode
+from modules.modeling.ops.lsq_plus import requantise, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
@@ -80,6 +80,7 @@ def main(args):
             if not of_main(lambda: args.resume and os.path.isfile(os.path.join(folder, name)), job):
                 learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, recipe.seed, job.device,
                            args.num_workers)
+        requantise(model, recipe.weight_bits)
         if args.test_only:
             results = validate_checkpoint(model, data, recipe, folder, job, args.quant_mode, args.align_sample,
                                           args.num_workers)

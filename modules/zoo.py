@@ -13,7 +13,7 @@ from timm.models import FeatureInfo, generate_default_cfgs, register_model
 
 from .errors import UserError
 from .modeling.network import FeatureMaps, Network, feature_stages
-from .modeling.ops.lsq_plus import quantised_ops, set_quant_mode
+from .modeling.ops.lsq_plus import quantisation_of, quantised_ops, requantise, set_fp32_mode, set_quant_mode
 from .modeling.supernet import Supernet
 from .search_space.encoding import parse_subnet, parse_supernet, subnet_config
 from .search_space.named import find_subnet, find_supernet, listed_subnet, named_subnets, named_supernets
@@ -25,6 +25,7 @@ from .training.checkpoint import (
     load_checkpoint,
     load_weights,
     model_state,
+    quantisation_in,
     save_checkpoint,
 )
 from .training.log import note
@@ -61,6 +62,7 @@ def find_checkpoint(supernet, quant_mode, root=CHECKPOINTS, align_sample=False, 
 def load_supernet(supernet, path, quant_mode=False):
     """Supernet with the weights of a checkpoint file, in int8 with quant_mode; as many classes as the file has.
 
+    quant_mode None: in int8 where the file's LSQ+ scales are trained.
     UserError: no such file, not this supernet's weights, or in int8 weights whose scales were never trained.
     """
     supernet = parse_supernet(supernet)
@@ -75,11 +77,12 @@ def load_supernet(supernet, path, quant_mode=False):
     if len(shape) != 2 or shape[1] != features or not 0 < shape[0] <= MOST_CLASSES:
         raise UserError(f'{path}: not the weights of supernet {supernet}: {CLASSIFIER} of shape {shape}, expected '
                         f'(classes, {features})')
-    whole = Supernet(supernet, shape[0])
+    whole = requantise(set_quant_mode(Supernet(supernet, shape[0])), **quantisation_in(checkpoint, path))
     load_weights(whole, weights, f'{path}: not the weights of supernet {supernet}')
-    if quant_mode and not any(op.scales_initialized for op in quantised_ops(whole)):
+    trained = any(op.scales_initialized for op in quantised_ops(whole))
+    if quant_mode and not trained:
         raise UserError(f'{path}: fp32 weights, whose LSQ+ scales were never trained; int8 needs lsq.pth')
-    return set_quant_mode(whole) if quant_mode else whole
+    return whole if quant_mode or quant_mode is None and trained else set_fp32_mode(whole)
 
 
 def choose_subnet(supernet, choice, allow='weights'):
@@ -153,15 +156,12 @@ def take_out(supernet, subnets, path, quant):
 
     The others are in int8 too where the checkpoint is. Scales that it lacks are left to be initialised on images.
     """
-    whole = load_supernet(supernet, path)
-    trained = any(op.scales_initialized for op in quantised_ops(whole))
-    if quant and trained:
-        set_quant_mode(whole)
+    whole = load_supernet(supernet, path, None if quant else False)
     networks = []
     for subnet in subnets:
         whole.set_active_subnet(subnet)
         networks.append(whole.get_active_subnet())
-    if quant and not trained:
+    if quant and not any(op.is_quantised for op in quantised_ops(whole)):
         note(f'{path}: fp32 weights: int8 begins with LSQ+ scales that are initialised on the training images')
         set_quant_mode(networks[0])
     return networks
@@ -170,7 +170,7 @@ def take_out(supernet, subnets, path, quant):
 def network_checkpoint(network, supernet, subnet, quant_mode, **more):
     """What a file holds from which load_network() builds the network; `more` is stored beside it."""
     return {'supernet': str(supernet), 'subnet': str(subnet), 'num_classes': network.num_classes,
-            'quant_mode': bool(quant_mode), 'state_dict': network.state_dict(), **more}
+            'quant_mode': bool(quant_mode), **quantisation_of(network), 'state_dict': network.state_dict(), **more}
 
 
 def save_network(path, network, supernet, subnet, quant_mode, **more):
@@ -179,10 +179,13 @@ def save_network(path, network, supernet, subnet, quant_mode, **more):
 
 
 def load_network(path):
-    """The static Network, in eval mode, of a file by save_network() or downstream_cls.py, in int8 if it was."""
+    """The static Network, in eval mode, of a file by save_network() or downstream_cls.py, in int8 if it was.
+
+    With the bits of weights and the zero points that it was trained with.
+    """
     state = load_checkpoint(path)
-    supernet, subnet, num_classes, quant_mode = _facts(state, path)
-    network = build_network(supernet, subnet, num_classes, None, quant_mode)
+    supernet, subnet, num_classes, quant_mode, quantisation = _facts(state, path)
+    network = requantise(build_network(supernet, subnet, num_classes, None, quant_mode), **quantisation)
     if state.get('fp32_head') is True:
         network.get_classifier().set_fp32_mode()
     load_weights(network, state['state_dict'], f'{path}: not the weights of {subnet}')
@@ -195,7 +198,10 @@ def subnet_of(path):
 
 
 def _facts(state, path):
-    """(Supernet, Subnet, number of classes, whether in int8) that the file of a network says; UserError names it."""
+    """(Supernet, Subnet, number of classes, whether in int8, quantisation_in()) that the file of a network says.
+
+    UserError names the file.
+    """
     kinds = {'supernet': str, 'subnet': str, 'num_classes': int, 'quant_mode': bool, 'state_dict': Mapping}
     for key, kind in kinds.items():
         if not isinstance(state, dict) or key not in state:
@@ -206,7 +212,8 @@ def _facts(state, path):
         raise UserError(f'{path}: damaged: num_classes {state["num_classes"]}')
     try:
         supernet = parse_supernet(state['supernet'])
-        return supernet, parse_subnet(state['subnet'], supernet, 'weights'), state['num_classes'], state['quant_mode']
+        subnet = parse_subnet(state['subnet'], supernet, 'weights')
+        return supernet, subnet, state['num_classes'], state['quant_mode'], quantisation_in(state, path)
     except SearchSpaceError as error:
         raise UserError(f'{path}: {error}') from None
 

@@ -15,7 +15,7 @@ from torchvision import datasets
 import downstream_cls
 from modules.errors import UserError
 from modules.files import write_csv
-from modules.modeling.ops.lsq_plus import quantised_ops
+from modules.modeling.ops.lsq_plus import quantisation_of, quantised_ops
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
 from modules.training import downstream
 from modules.training.calibrate import calibrate, norm_statistics
@@ -324,6 +324,18 @@ def test_a_finished_network_is_exported_as_it_is(tmp_path, supernets, monkeypatc
     assert int8['kind'] == 'int8' and float(int8['agree']) >= 95 and float(int8['onnx']) > 70
     # the images of the fine-tuning are those of the deployment
     assert float(int8['torch']) == pytest.approx(state['results']['test']['top1'], abs=1e-3)
+
+
+def test_quantisation_for_runtimes_is_kept_and_resumed_as_it_was(tmp_path, lsq, monkeypatch, capsys):
+    args, bits, whole = _args(lsq, tmp_path, '--num_epochs', 1), ('--weight_bits', 7), ('--integer_zero_points',)
+    assert call(downstream_cls, monkeypatch, *args, *bits, *whole) == 0
+    assert quantisation_of(load_network(tmp_path / FOLDER / 'lsq.pth')) == {'weight_bits': 7, 'zero_points': 'integer'}
+    for text, *more in (('begun with weight_bits 7, not 8', '--resume', *whole),
+                        ('begun with zero_points integer, not real', '--resume', *bits),
+                        ('begun with zero_points integer, not symmetric', '--resume', *bits, '--symmetric'),
+                        ('not allowed with argument', *whole, '--symmetric'),
+                        *(('--fp32: without --weight_bits', '--fp32', *flags) for flags in (bits, whole))):
+        fails(downstream_cls, monkeypatch, capsys, text, *args, *more)
 
 
 def test_a_share_of_the_gradient_comes_from_the_teacher():

@@ -90,7 +90,8 @@ def test_classifiers_of_another_shape(tmp_path, classifier):
 FACTS = [('num_classes', value) for value in ('10', -1, 10 ** 13, True, 2.0, float('nan'), None, torch.tensor(10))] + [
     ('quant_mode', value) for value in ('x', 5, torch.ones(2), None)] + [
     ('subnet', value) for value in (5, None, [], 'd1')] + [('supernet', value) for value in (5, 'demo-999-111', {})] + [
-    ('state_dict', value) for value in (5, [])]
+    ('state_dict', value) for value in (5, [])] + [('weight_bits', value) for value in (6, '7', True, None)] + [
+    ('zero_points', value) for value in ('whole', 5, [])]
 
 
 @pytest.mark.parametrize('key, value', FACTS, ids=lambda value: str(value)[:20])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from modules.deploy import onnx_run
 from modules.deploy.folding import tap_sums, weight_codes
-from modules.deploy.graph import need
+from modules.deploy.graph import OPSET, metadata, need
 from modules.deploy.int8 import lsq_target
 from modules.deploy.jobs import random_subject
 from modules.deploy.onnx_fp32 import export_fp32
@@ -18,7 +18,13 @@ from modules.deploy.onnx_run import fits_16_bits, layer_errors, open_session, ru
 from modules.deploy.store import Entry
 from modules.deploy.trace import observe
 from modules.errors import UserError
-from modules.modeling.ops.lsq_plus import quantised_ops, quantize_activation, quantize_weight, set_quant_mode
+from modules.modeling.ops.lsq_plus import (
+    quantised_ops,
+    quantize_activation,
+    quantize_weight,
+    requantise,
+    set_quant_mode,
+)
 from modules.modeling.ops.op import QConv
 from modules.search_space.sampling import min_subnet
 
@@ -186,6 +192,74 @@ def test_7_bits_need_no_exact_mode(name, monkeypatch):
         np.testing.assert_array_equal(run_session(quick, x.numpy()), run_session(exact, x.numpy()))
     theirs, ours = outputs(network, seven, images)
     assert difference(ours, theirs) < 0.05
+
+
+@pytest.mark.parametrize('name', SEARCHED)
+@pytest.mark.parametrize('activation', CASES)
+def test_7_bits_and_whole_zero_points_that_were_trained_are_kept(name, activation):
+    """The very integers of torch, also with reduce_range; no shift and no map, and codes nearer to torch's."""
+    kernel, stride = CASES[activation]
+    network, images = some_block(name, kernel=kernel, stride=stride, activation=activation, count=2)
+    requantise(set_quant_mode(network), 7, 'integer')
+    ranges = observe(network, [images])
+    model, again = export_int8(network, ranges), export_int8(network, ranges, reduce_range=True)
+    shifts = {tensor[3] for tensor in metadata(model)['tensors'].values()}
+    assert model == again and fits_16_bits(model) and shifts == {0}
+    for op in quantised_ops(network):
+        codes, scale = weight_codes(op, reduce_range=True)
+        np.testing.assert_allclose(codes * scale, quantize_weight(op.weight, op.sw, 7).detach(), atol=1e-7)
+    assert not any('left' in node.output[0] for node in model.graph.node)
+    errors = layer_errors(network, model, images)
+    assert errors[0].rms < 1e-3 and max(error.rms for error in errors) < 0.08               # 1e-3: a tie
+    assert difference(*outputs(network, model, images)) < 0.05
+
+
+@pytest.mark.parametrize('beta_steps', [0.4, -20.4])
+def test_padding_and_dead_channels_need_no_map_where_zero_is_a_code(beta_steps):
+    """What is left of a shift, and enlarged by a tiny variance, is not there."""
+    network, images = some_block('MobileNetV1Block', cin=16, kernel=3, stride=1, hw=8)
+    set_quant_mode(network)
+    images = images.abs()
+    images[:, 3] = 0
+    unit = network.stages['stage'][0].depth_conv
+    observe(network, [images])
+    unit.dwconv.beta.data[:] = beta_steps * unit.dwconv.sa.data
+    unit.norm.running_mean[3], unit.norm.running_var[3], unit.norm.weight.data[3] = 0, 0, 1
+    maps = {}
+    for kind in ('real', 'integer'):
+        model = export_int8(requantise(network, 8, kind), observe(network, [images]))
+        maps[kind] = sum('left' in node.output[0] for node in model.graph.node)
+        assert difference(*outputs(network, model, images)) < 0.03
+    assert maps['real'] and not maps['integer']
+
+
+@pytest.mark.parametrize('name', SEARCHED)
+@pytest.mark.parametrize('activation', CASES)
+def test_symmetric_networks_are_int8_with_zero_points_of_0(name, activation):
+    """As TensorRT reads them; checked by onnx's checker, run by its reference evaluator and by ONNX Runtime."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+    kernel, stride = CASES[activation]
+    bits = 7 if kernel == 3 else 8
+    network, images = some_block(name, kernel=kernel, stride=stride, activation=activation, count=2)
+    requantise(set_quant_mode(network), bits, 'symmetric')
+    model = export_int8(network, observe(network, [images]))
+    onnx.checker.check_model(model, full_check=True)
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type.endswith('Linear')]
+    assert sum(node.op_type == 'QuantizeLinear' for node in nodes) == len(quantised_ops(network))
+    for node in nodes:
+        _, scale, zero = node.input
+        assert constants[zero].dtype == np.int8 and not constants[zero].any() and (constants[scale] > 0).all()
+    assert fits_16_bits(model) == (bits == 7)
+    ours, theirs = outputs(network, model, images)
+    model.opset_import[0].version = 19              # the reference has the two operators since then, the same for int8
+    onnx.checker.check_model(model, full_check=True)
+    reference, = ReferenceEvaluator(model).run(None, {'input': images.numpy()})
+    model.opset_import[0].version = OPSET
+    assert difference(ours, theirs) < 0.02 and difference(ours, reference) < 0.02
+    errors = layer_errors(network, model, images)
+    assert len(errors) == len(quantised_ops(network)) + 1 and max(error.rms for error in errors) < 0.02
 
 
 def test_a_shortcut_that_the_first_scale_would_clip_stays_float(tmp_path):

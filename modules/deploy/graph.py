@@ -18,8 +18,8 @@ class Graph:
 
     image, floats = IMAGE, True         # floats: a tensor with several readers may stay float
 
-    def __init__(self):
-        self.onnx = need('onnx')
+    def __init__(self, code_type=np.uint8):
+        self.onnx, self.code_type = need('onnx'), code_type
         self.nodes, self.constants, self._names = [], {}, {IMAGE: 1}
 
     def name(self, wanted):
@@ -43,14 +43,14 @@ class Graph:
         return output
 
     def quantise(self, x, grid, name):
-        """uint8 codes of a float tensor on a grid (scale, zero)."""
+        """Codes of a float tensor on a grid (scale, zero), uint8 unless the graph has int8 ones."""
         return self.add('QuantizeLinear', [x, self.constant('scale', grid.scale),
-                                           self.constant('zero', grid.zero, np.uint8)], name)
+                                           self.constant('zero', grid.zero, self.code_type)], name)
 
     def real(self, codes, grid):
-        """The float tensor behind uint8 codes, written anew for each reader: ONNX Runtime fuses it with that one."""
+        """The float tensor behind codes, written anew for each reader: ONNX Runtime fuses it with that one."""
         return self.add('DequantizeLinear', [codes, self.constant('scale', grid.scale),
-                                             self.constant('zero', grid.zero, np.uint8)], codes + '.real')
+                                             self.constant('zero', grid.zero, self.code_type)], codes + '.real')
 
     def clip_codes(self, codes, grid, low, high):
         """uint8 codes kept within low..high; a pass over bytes, next to free."""
@@ -65,7 +65,7 @@ class Graph:
         x: (codes, grid); bias: float, rounded to what int32 holds.
         """
         x, grid = x
-        weight = self._dequantised(name + '.weight', codes, scales, np.int8)
+        weight = self.dequantised(name + '.weight', codes, scales, np.int8)
         bias = self._bias(name + '.bias', bias, grid.scale * scales)
         return self.add('Conv', [self.real(x, grid), weight, bias], name + '.float', **conv_attributes(op))
 
@@ -73,15 +73,16 @@ class Graph:
         """Float logits of codes (N, C, 1, 1) of a tensor, x: (codes, grid)."""
         x, grid = x
         scales = np.full(len(codes), scale)
-        weight = self._dequantised(name + '.weight', codes, scales, np.int8)
+        weight = self.dequantised(name + '.weight', codes, scales, np.int8)
         bias = self._bias(name + '.bias', bias, grid.scale * scales)
         x = self.real(self.add('Flatten', [x], name + '.flat'), grid)
         return self.add('Gemm', [x, weight, bias], name, transB=1)
 
     def _bias(self, name, bias, steps):
-        return self._dequantised(name, np.round(bias / steps), steps, np.int32)
+        return self.dequantised(name, np.round(bias / steps), steps, np.int32)
 
-    def _dequantised(self, name, codes, scales, dtype):
+    def dequantised(self, name, codes, scales, dtype):
+        """Float constant codes * scales, by the first axis."""
         # not shared: without VNNI, ONNX Runtime turns int8 weights into uint8, each with zero points of its own
         zeros = self.constant(name + '.zeros', np.zeros(len(scales)), dtype, shared=False)
         return self.add('DequantizeLinear', [self.constant(name + '.codes', codes, dtype, shared=False),

@@ -13,8 +13,8 @@ import numpy as np
 from ..errors import UserError
 from ..modeling.blocks import run_layers
 from ..modeling.network import named_blocks
-from ..modeling.ops.lsq_plus import quantised_ops
-from .folding import activation_scale, affine, tap_sums, weight_codes
+from ..modeling.ops.lsq_plus import WEIGHT_BITS, quantised_ops
+from .folding import activation_scale, affine, signed_codes, tap_sums, weight_codes
 from .trace import Range
 
 TOPS = {'relu': np.inf, 'relu6': 6.0}           # activations that saturation computes, and their upper ends
@@ -165,11 +165,7 @@ class Int8Exporter:
         hw = self.ranges[name + '.input'].hw
         border = tap_sums(op, codes.sum(1) * (x.shift * factor)[:, None, None], hw)  # what the shift adds to each pixel
         bias = bias + border.mean((1, 2))
-        codes = codes * np.where(factor < 0, -1, 1)[:, None, None, None]
-        # a vanishing factor (gamma 0) would take the bias out of int32
-        least = np.maximum(np.abs(bias) / (x.grid.scale * 2.0 ** 30), 1e-20)
-        scales = np.maximum(np.abs(factor), least)
-        codes = np.round(codes * (np.abs(factor) / scales)[:, None, None, None]).clip(-128, 127)
+        codes, scales = signed_codes(codes, factor, bias, x.grid.scale)
         steps = x.grid.scale * scales
         # what a bias by channel and in whole steps leaves
         left = border + (bias - np.round(bias / steps) * steps - border.mean((1, 2)))[:, None, None]
@@ -354,15 +350,20 @@ def first_op(name, unit):
     return (name + '.dwconv', unit.dwconv) if hasattr(unit.dwconv, 'weight') else (name + '.dwconv.0', unit.dwconv[0])
 
 
+def check_bits(network):
+    """UserError unless all ops of a Network have the bits of INT8 models."""
+    bits = {(op.nbits_a, op.nbits_w) for op in quantised_ops(network)}
+    if not bits <= {(8, weight_bits) for weight_bits in WEIGHT_BITS}:
+        raise UserError(f'an INT8 model needs 8 bits in every op, or 7 of weights; the network has {sorted(bits)}')
+
+
 def write_int8(graph, network, ranges, reduce_range=False):
     """(output, Int8Exporter) of a Network in int8 and eval mode on the CPU, written into a graph.
 
     ranges: of trace.observe() on real images; reduce_range: weights of 7 bits. UserError where an op
-    has other than 8 bits.
+    has other than 8 bits, or weights of 7.
     """
-    bits = {(op.nbits_a, op.nbits_w) for op in quantised_ops(network)}
-    if bits != {(8, 8)}:
-        raise UserError(f'an INT8 model needs 8 bits in every op; the network has {sorted(bits)}')
+    check_bits(network)
     exporter, x = Int8Exporter(graph, ranges, reduce_range), Real(graph.image)
     for name, block in named_blocks(network):
         x = exporter.block(x, block, name)

@@ -113,8 +113,7 @@ def layer_errors(network, model, images):
     watched.CopyFrom(model)
     have = {output.name for output in model.graph.output}
     wanted = dict.fromkeys(entry[0] for entry in tensors.values() if entry[0] not in have)
-    watched.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None)
-                                for name in wanted)
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
     values = open_session(watched).run([model.graph.output[0].name, *wanted], {IMAGE: images.numpy()})
     logits, codes = values[0], dict(zip(wanted, values[1:]))
     inputs, expected = op_inputs(network, images)

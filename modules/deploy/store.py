@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..errors import UserError
 from ..files import atomic_path
+from ..modeling.ops.lsq_plus import quantisation_of
 from ..search_space.encoding import Subnet, Supernet, parse_subnet, parse_supernet
 from ..search_space.superspace import SearchSpaceError
 
@@ -78,8 +79,8 @@ def model_path(folder, entry, quant_mode, ending='onnx'):
 
 
 def fingerprint(network, *more):
-    """sha256 of a network's weights, statistics and LSQ+ scales and of `more` (what else the model depends on)."""
-    digest = hashlib.sha256(repr((VERSION, *map(str, more))).encode())
+    """sha256 of a network's weights, statistics, scales and bits and of `more` (what else the model depends on)."""
+    digest = hashlib.sha256(repr((VERSION, quantisation_of(network), *map(str, more))).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode() + str(tensor.dtype).encode() + str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

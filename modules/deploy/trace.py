@@ -61,7 +61,7 @@ def op_inputs(network, images):
 
     def see(name, module, x, y):
         if isinstance(module, QBase):
-            inputs[name] = quantize_activation(x, module.sa, module.nbits_a, module.beta, False)
+            inputs[name] = quantize_activation(x, module.sa, module.nbits_a, module.offset(), False)
 
     with _hooks(network.eval(), see):
         logits = network(images)

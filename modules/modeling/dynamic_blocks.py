@@ -86,7 +86,7 @@ def copy_quantisation(source, target):
     targets = set(quantised_ops(target))
     for name, op in target.named_modules():
         if op in targets:
-            for attribute in ('nbits_w', 'nbits_a', 'initial', 'scales_initialized'):
+            for attribute in ('nbits_w', 'nbits_a', 'zero_points', 'initial', 'scales_initialized'):
                 setattr(op, attribute, getattr(ops[name], attribute))
 
 

@@ -68,7 +68,7 @@ class Network(nn.Module):
         if global_pool not in (None, 'avg'):
             raise ValueError(f'global_pool {global_pool!r}: the network pools itself, by the average (avg)')
         body = tuple(block for block in self.config.blocks if block.stage != LOGITS)
-        like, bits = next(self.parameters()), [op.nbits_w for op in quantised_ops(self)]
+        like, last = next(self.parameters()), quantised_ops(self)[-1]
         if LOGITS in self.stages:
             del self.stages[LOGITS]
         self.config = self.config._replace(blocks=body)
@@ -76,7 +76,8 @@ class Network(nn.Module):
             block = body[-1]._replace(stage=LOGITS, name='LogitsBlock', hw=1, cin=body[-1].cout, cout=num_classes,
                                       kernel_size=0, expand_ratio=None, stride=0, activation='relu')
             head = Block(block.name, block_sizes(block)).to(like.device, like.dtype).train(self.training)
-            head.linear.set_quant_mode(bits[-1])
+            for attribute in ('nbits_w', 'nbits_a', 'zero_points'):
+                setattr(head.linear, attribute, getattr(last, attribute))
             self.stages[LOGITS] = nn.Sequential(head).train(self.training)
             self.config = self.config._replace(blocks=(*body, block))
             self.drop_rate = self._drop_rate

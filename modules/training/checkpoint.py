@@ -18,13 +18,16 @@ import torch
 
 from ..errors import UserError, one_line
 from ..files import atomic_path
+from ..modeling.ops.lsq_plus import WEIGHT_BITS
+from ..modeling.ops.zero_points import ZERO_POINTS
 
 WEIGHTS = ('state_dict', 'model')           # where checkpoints keep their weights
 _HYPERPARAMETERS = ('params', 'lr', 'weight_decay', 'momentum', 'dampening', 'betas', 'eps')      # in every torch
 _DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
            torch.float32, torch.float64)
 # settings that older checkpoints do not name: what they were
-_LATER_SETTINGS = {'accumulate': 1, 'smallest_freq': 1, 'class_weights': 'none'}
+_LATER_SETTINGS = {'accumulate': 1, 'smallest_freq': 1, 'class_weights': 'none', 'weight_bits': 8,
+                   'zero_points': 'real'}
 _SHOWN = 3                                  # keys that an error message names
 
 
@@ -179,6 +182,18 @@ def _metadata_of(state):
     found = state._metadata if isinstance(state._metadata, Mapping) else {}
     return {_stripped(key): {name: value for name, value in values.items() if isinstance(value, int)}
             for key, values in found.items() if isinstance(key, str) and isinstance(values, Mapping)}
+
+
+def quantisation_in(checkpoint, path):
+    """What lsq_plus.requantise() takes, as far as a checkpoint (dict) says it: older ones have 8 bits and real zero
+    points. UserError names the file where it is none of what there is.
+    """
+    known = {'weight_bits': WEIGHT_BITS, 'zero_points': ZERO_POINTS}
+    found = {key: checkpoint[key] for key in known if key in checkpoint}
+    for key, value in found.items():
+        if type(value) is not type(known[key][0]) or value not in known[key]:
+            raise UserError(f'{path}: damaged: {key} {str(value)[:60]}')
+    return found
 
 
 def load_weights(model, source, what='model', rename=None, optional=()):

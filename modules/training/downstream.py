@@ -14,7 +14,7 @@ from torch import nn
 
 from ..cli import SEED, SHARE, not_negative, positive
 from ..errors import UserError
-from ..modeling.ops.lsq_plus import local_initialisation, quantised_ops
+from ..modeling.ops.lsq_plus import WEIGHT_BITS, local_initialisation, quantised_ops
 from .acceleration import choose_quantisers, memory_format
 from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from .checkpoint import load_weights
@@ -92,6 +92,25 @@ def add_recipe_arguments(p):
     p.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all')
     p.add_argument('--no_channels_last', action='store_true', help='keep NCHW memory')
     p.add_argument('--seed', type=SEED, default=0, help='of the new head, dropout, order and augmentation')
+
+
+def add_quantisation_arguments(p):
+    """--weight_bits, --integer_zero_points and --symmetric of what trains INT8 networks for deployment."""
+    p.add_argument('--weight_bits', type=int, choices=WEIGHT_BITS, default=8, help='of INT8 weights; 7 (-64 to 63) '
+                   'are quicker on x86 without VNNI')
+    kinds = p.add_mutually_exclusive_group()
+    for flag, kind, text in (
+            ('--integer_zero_points', 'integer', '0 is a code of every activation: INT8 models need no shifts'),
+            ('--symmetric', 'symmetric', 'signed activations with zero point 0, as TensorRT takes them')):
+        kinds.add_argument(flag, dest='zero_points', action='store_const', const=kind, help=text)
+
+
+def quantisation_for(args):
+    """{'weight_bits': …, 'zero_points': …} of add_quantisation_arguments(); UserError where --fp32 contradicts it."""
+    chosen = {'weight_bits': args.weight_bits, 'zero_points': args.zero_points or 'real'}
+    if args.fp32 and chosen != {'weight_bits': 8, 'zero_points': 'real'}:
+        raise UserError('--fp32: without --weight_bits, --integer_zero_points and --symmetric, which are of int8')
+    return chosen
 
 
 def recipe_of(args):

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
+from ..modeling.ops.lsq_plus import WEIGHT_BITS, quantisation_of, requantise
 from ..search_space import sampling
 from .acceleration import autocast, memory_format
 from .calibrate import initialize_all_scales
-from .checkpoint import checkpoint_name, load_checkpoint, load_weights
+from .checkpoint import checkpoint_name, load_checkpoint, load_weights, quantisation_in
 from .classes import CLASS_WEIGHTS, loss_weights
 from .config import save_config, setting
 from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
@@ -70,6 +71,7 @@ class SupernetRecipe:
     num_valid_images: int = setting(0, 'of the validation, for short runs; 0: all')
     init_steps: int = setting(100, 'of Adam, before the training, for what --init_block_kd cannot bring: a head of '
                                'other classes, first blocks that begin depth-wise')
+    weight_bits: int = setting(8, 'of INT8 weights; 7 (-64 to 63) are quicker on x86 without VNNI', choices=WEIGHT_BITS)
     zero_last_gamma: bool = setting(True, "start a block's last batch norm at 0 where it always has a shortcut")
     seed: int = setting(0, 'of weights, subnets, dropout and augmentation',
                          most=2 ** 32 - 1)
@@ -90,7 +92,7 @@ class Training(ResumableRun):
     weights: torch.Tensor | None = None             # of the labels' loss, by class
 
     def content(self):
-        return {'state_dict': self.supernet.state_dict()}
+        return {'state_dict': self.supernet.state_dict(), **quantisation_of(self.supernet)}
 
     @property
     def loss(self):
@@ -140,7 +142,10 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
 
 def validate_checkpoint(supernet, data, recipe, folder, job, quant=False, align_sample=False, workers=0):
     """What train_supernet() returns, of the checkpoint in `folder` as it is."""
-    load_weights(supernet, os.path.join(folder, checkpoint_name(quant)), str(supernet.encoding))
+    path = os.path.join(folder, checkpoint_name(quant))
+    checkpoint = load_checkpoint(path)
+    requantise(supernet, **quantisation_in(checkpoint, path))
+    load_weights(supernet, checkpoint, f'{path}: not the weights of {supernet.encoding}')
     supernet.to(job.device, memory_format=memory_format(recipe))
     calibration, valid = _images(data, recipe, job, workers)
     return {name: evaluate_subnet(supernet, subnet, calibration, valid, job)._asdict()

@@ -17,8 +17,10 @@ from torch import nn
 
 from ...errors import UserError, one_line
 from .convolution import conv2d, convolution_backward
+from .zero_points import symmetric_step, zero_point
 
 OFF = 32                                    # bits of an op that does not quantise
+WEIGHT_BITS = (8, 7)                        # of weights that INT8 models take
 _MIN_RANGE = 1e-7                           # a scale never falls below this / (2^b - 1)
 _PIECE = 1 << 16                            # elements: four such tensors fit into a core's cache
 _WARM_UP = 1 << 22                          # elements of the first use of compiled kernels
@@ -357,7 +359,9 @@ class QBase:
 
     `initial` is how: QBase.min_max_initial (default) or QBase.lsq_initial, functions of (activation, weight,
     nbits_a, nbits_w) that give (sw, sa, beta). Scales belong to the bits they were initialised for; after a
-    change of bits they are kept, and training has to adapt them.
+    change of bits by set_quant_mode() they are kept, and training has to adapt them; requantise() fits them.
+
+    `zero_points`, one of zero_points.ZERO_POINTS, is how beta is used.
 
     Whether the scales are initialised is the state `scales_initialized`. It is set by the first forward in
     quantised mode, which initialises them from what it sees, and by loading a checkpoint: our own state dicts
@@ -383,6 +387,7 @@ class QBase:
         self.beta = nn.Parameter(torch.zeros(1))
         self.nbits_w = self.nbits_a = OFF
         self.initial = QBase.min_max_initial
+        self.zero_points = 'real'
         self.scales_initialized = False
 
     def set_quant_mode(self, nbits=8):
@@ -397,6 +402,26 @@ class QBase:
     def is_quantised(self):
         return self.nbits_w != OFF or self.nbits_a != OFF
 
+    def zero_point(self):
+        """The input's code of 0, a whole number, [1], with gradients; None where zero points are real."""
+        if self.zero_points == 'real':
+            return None
+        return zero_point(self.zero_points, positive_scale(self.sa, self.nbits_a), self.beta, self.nbits_a)
+
+    def offset(self):
+        """The offset that the input is quantised with, [1]: beta, or with whole zero points -sa times that."""
+        zero = self.zero_point()
+        return self.beta if zero is None else -positive_scale(self.sa, self.nbits_a) * zero
+
+    @torch.no_grad()
+    def requantise(self, weight_bits, zero_points):
+        """Other bits of the weights and zero points; scales that are initialised go on covering what they cover."""
+        if self.scales_initialized:
+            self.sw.mul_((2 ** self.nbits_w - 1) / (2 ** check_bits(weight_bits) - 1))
+        if zero_points == 'symmetric' != self.zero_points and self.scales_initialized:
+            self.sa.copy_(symmetric_step(positive_scale(self.sa, self.nbits_a), self.offset(), self.nbits_a))
+        self.nbits_w, self.zero_points = weight_bits, zero_points
+
     @torch.no_grad()
     def initialize_scales(self, activation):
         """Set sw, sa, beta from one activation and the op's whole weight, the same on every rank."""
@@ -404,6 +429,8 @@ class QBase:
         values = self.initial(activation.float(), self.weight.float(), bits_a, bits_w)
         for parameter, value in zip((self.sw, self.sa, self.beta), _reduce_over_ranks(*values)):
             parameter.copy_(value)
+        if self.zero_points == 'symmetric':
+            self.sa.copy_(symmetric_step(self.sa, self.beta, bits_a))
         for scale, bits in ((self.sw, bits_w), (self.sa, bits_a)):
             scale.clamp_(min=_least_scale(bits))
         self.scales_initialized = True
@@ -412,7 +439,7 @@ class QBase:
         """(x, w) fake-quantised, the very same in fp32 mode; initialises scales that are not yet."""
         if self.is_quantised and not self.scales_initialized:
             self.initialize_scales(x)
-        return (quantize_activation(x, self.sa, self.nbits_a, self.beta, self.training),
+        return (quantize_activation(x, self.sa, self.nbits_a, self.offset(), self.training),
                 quantize_weight(w, self.sw, self.nbits_w, self.training))
 
     def run(self, x, weight, bias, geometry=None):
@@ -424,7 +451,7 @@ class QBase:
             return F.linear(x, weight, bias) if geometry is None else conv2d(x, weight, bias, *geometry)
         if not self.scales_initialized:
             self.initialize_scales(x)
-        sa, beta, sw = self.sa, self.beta, self.sw
+        sa, beta, sw = self.sa, self.offset(), self.sw
         if not self.training:
             sa, beta, sw = sa.detach(), beta.detach(), sw.detach()
         levels_x = None if self.nbits_a == OFF else _activation_range(x, self.nbits_a)
@@ -454,6 +481,23 @@ def set_quant_mode(model, nbits=8):
     for op in quantised_ops(model):
         op.set_quant_mode(nbits)
     return model
+
+
+def requantise(model, weight_bits=8, zero_points='real'):
+    """Give the model's ops in quantised mode other bits of weights and zero points; returns the model.
+
+    Scales that are initialised are fitted, so that what they cover stays: training goes on from there.
+    """
+    for op in quantised_ops(model):
+        if op.is_quantised:
+            op.requantise(weight_bits, zero_points)
+    return model
+
+
+def quantisation_of(model):
+    """{'weight_bits': …, 'zero_points': …} of the model's quantised ops, as requantise() takes them; {} in fp32."""
+    op = next((op for op in quantised_ops(model) if op.is_quantised), None)
+    return {} if op is None else {'weight_bits': op.nbits_w, 'zero_points': op.zero_points}
 
 
 @torch.no_grad()
