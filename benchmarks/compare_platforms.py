@@ -4,9 +4,10 @@
     python benchmarks/compare_platforms.py --platforms epyc_zen3_ort1.32_1t onnx_lut --superspace onnxw \\
         --published ../shared/reference/latency/onnx_lut_blocks.json.gz
 
-Spearman's correlation by block type and of --subnets random subnets of random supernets, and the median ratio of the
-first platform's ms to the second's. --published: a gzipped block table of measurements (nn-Meter's format), of whose
-blocks both predictions are compared with the figures. Writes <output>.md and <output>.png.
+Spearman's correlation by block type and of --subnets random subnets of random supernets, the median ratio of the first
+platform's ms to the second's, and the shares of blocks that are within 5 and 10 % of the second's times that ratio.
+--published: a gzipped block table of measurements (nn-Meter's format), of whose blocks both predictions are compared
+with the figures. Writes <output>.md and <output>.png.
 """
 import os
 import random
@@ -22,6 +23,7 @@ from modules.files import write_text
 from modules.latency import LatencyPredictor
 from modules.latency.candidates import random_network, space_blocks
 from modules.latency.fitting import read_blocks
+from modules.latency.validation import CLOSE, WITHIN, Errors
 from modules.pictures import new_figure, save_figure
 
 
@@ -49,24 +51,38 @@ def rank(a, b):
     return spearmanr(a, b).statistic
 
 
+def near(predicted, ms):
+    """Cells: shares of predictions within 5 and 10 % of ms."""
+    errors = Errors(zip(predicted, ms))
+    return ' | '.join(f'{errors.within(share):.1%}'.replace('%', ' %') for share in (CLOSE, WITHIN))
+
+
+def compared(name, a, b):
+    """A line of the first table: ms of the two platforms."""
+    ratio = np.median(a / b)
+    return f'| {name} | {len(a)} | {rank(a, b):.3f} | {ratio:.2f} | {near(a, ratio * b)} |'
+
+
 def main(args):
     first, second = map(LatencyPredictor, args.platforms)
     blocks = space_blocks(args.superspace)
     a, b = (np.array(platform.predict_blocks(blocks)) for platform in (first, second))
     lines = [f'{args.superspace}: {args.platforms[0]} and {args.platforms[1]}', '',
-             '| blocks | number | Spearman | median ratio |', '|---|---|---|---|']
-    lines += [f'| {name} | {len(i)} | {rank(a[i], b[i]):.3f} | {np.median(a[i] / b[i]):.2f} |'
-              for name, i in by_type(blocks).items()]
+             '| blocks | number | Spearman | median ratio | within ±5 % of the ratio | within ±10 % |',
+             '|---|---|---|---|---|---|']
+    lines += [compared(name, a[i], b[i]) for name, i in by_type(blocks).items()]
     rng = random.Random(args.seed)
     nets = [random_network(args.superspace, rng) for _ in range(args.subnets)]
     x, y = (np.array([sum(platform.predict_blocks(net)) for net in nets]) for platform in (first, second))
-    lines.append(f'| random subnets | {len(nets)} | {rank(x, y):.3f} | {np.median(x / y):.2f} |')
+    lines.append(compared('random subnets', x, y))
     if args.published:
         measured, ms = zip(*read_blocks(args.published))
-        predicted = [np.array(platform.predict_blocks(measured)) for platform in (first, second)]
-        lines += ['', f'Spearman with the {len(ms)} published measurements:', '',
-                  f'| blocks | number | {args.platforms[0]} | {args.platforms[1]} |', '|---|---|---|---|']
-        lines += [f'| {name} | {len(i)} | ' + ' | '.join(f'{rank(p[i], np.array(ms)[i]):.3f}' for p in predicted) + ' |'
+        ms, predicted = np.array(ms), [np.array(platform.predict_blocks(measured)) for platform in (first, second)]
+        lines += ['', f'Spearman with the {len(ms)} published measurements, and shares within 5 and 10 % of them:', '',
+                  '| blocks | number | ' + ' | '.join(f'{name} | ±5 % | ±10 %' for name in args.platforms) + ' |',
+                  '|---' * 8 + '|']
+        lines += [f'| {name} | {len(i)} | ' + ' | '.join(f'{rank(p[i], ms[i]):.3f} | {near(p[i], ms[i])}'
+                                                        for p in predicted) + ' |'
                   for name, i in by_type(measured).items()]
     print('\n'.join(lines))
     write_text(args.output + '.md', '\n'.join(lines) + '\n')

@@ -7,7 +7,8 @@
 Exports what is missing below --model_path (with random weights: latency does not depend on them), takes --warmup
 untimed and --runs timed runs of one image of each model, the two in turns, and appends
 `<superspace>-<choice>-<subnet>,<fp32 ms>,<int8 ms>,<speed-up>,<device>,<runtime>` (medians) to latency.csv beside the
-models. It stays on one core (--core); keep the machine idle.
+models. It stays on one core (--core); keep the machine idle. OpenVINO has INT8 models of its own,
+…_quant_int8_openvino.onnx.
 """
 import os
 import sys

@@ -75,7 +75,8 @@ def main(args):
         _, top1 = PUBLISHED.get(name, (pixels, ''))
         row = [name, pixels, top1]
         for runtime in args.runtimes:
-            sessions = {kind: open_runtime(runtime)(model, 1) for kind, model in models.items()}
+            sessions = {kind: open_runtime(runtime)(model, 1) for kind, model in models.items()
+                        if kind == runtime or kind not in ONNX_RUNTIMES}
             times = {kind: latency.median for kind, latency in latencies(sessions, args.warmup, args.runs).items()}
             row += [f'{times.pop("fp32"):.3f}', f'{min(times.values()):.3f}']
         if predictor:
@@ -104,12 +105,14 @@ def _ready_made(name, args):
 
 
 def _searched(name, args):
-    """The same of a published network, by our exporter."""
+    """The same of a published network, by our exporter; of INT8 a model for each runtime, under its name."""
     entry = Entry(*find_subnet(name))
     int8 = random_subject(entry, True)
     ranges = observe(int8.network, [images for images, _ in int8.batches])
     return {'fp32': export_fp32(random_subject(entry, False).network),
-            'int8': export_int8(int8.network, ranges, reduce_range=args.reduce_range)}, entry.subnet.resolution
+            **{runtime: export_int8(int8.network, ranges, reduce_range=args.reduce_range,
+                                    **ONNX_RUNTIMES[runtime].options) for runtime in args.runtimes}
+            }, entry.subnet.resolution
 
 
 def _draw(rows, header, path):

@@ -4,13 +4,15 @@
     python onnx_tools/export_onnx.py --quant_mode --checkpoint_path checkpoints/supernet_training \\
         --dataset_path ./dataset --report
     python onnx_tools/export_onnx.py --quant_mode --network checkpoints/downstream/net.pth --dataset CIFAR10
+    python onnx_tools/export_onnx.py --skip_weights --runtime openvino
 
 onnx_tools/input.csv holds one `<superspace>,<supernet_choice>,<subnet_choice>` a line. Writes
 <model_path>/<superspace>_<choice>_<6 hex of sha256(subnet)>{,_quant_int8}.onnx; a model of the same subnet and weights
 that is there already is used again. fp32 weights are those of checkpoint.pth, INT8 ones those of lsq.pth, both with
 batch-norm statistics of --num_calib_batches training batches. Images go in as the network's resolution asks,
 normalised; logits come out. --skip_weights: random weights, for latencies; both models. --report: per layer, how far
-the INT8 model's tensors are from torch's. docs/onnx.md explains the INT8 graph.
+the INT8 model's tensors are from torch's. --runtime openvino: INT8 models that OpenVINO runs faster, in
+…_quant_int8_openvino.onnx. docs/onnx.md explains the INT8 graph.
 """
 import os
 import sys
@@ -18,9 +20,9 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, positive, run
-from modules.deploy.jobs import add_export_arguments, export_all
+from modules.deploy.jobs import add_export_arguments, add_runtime, export_all
 from modules.deploy.onnx_run import layer_errors
-from modules.deploy.runtimes import ONNX
+from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
 from modules.deploy.trace import observe
 from modules.modeling.ops.op import resize
 from modules.optional import need
@@ -30,6 +32,7 @@ from modules.training.evaluate import images_of
 def get_args():
     p = parser(__doc__)
     add_export_arguments(p, ONNX)
+    add_runtime(p)
     p.add_argument('--quant_mode', action='store_true', help='INT8 models too (always with --skip_weights)')
     p.add_argument('--report', action='store_true', help='print the error of each layer of the INT8 models')
     p.add_argument('--report_images', type=positive(int), default=32, help='images of the report')
@@ -40,7 +43,7 @@ def main(args):
     if args.report:
         need('onnx'), need('onnxruntime')
     report = (lambda source, model: print_report(source, model, args.report_images)) if args.report else None
-    export_all(args, ONNX, report)
+    export_all(args, ONNX_RUNTIMES[args.runtime], report)
 
 
 def print_report(source, model, count):

@@ -13,13 +13,14 @@ class Graph:
     """Nodes and constants of one model; every method returns the name of the tensor it adds.
 
     From quantise() on: what int8.Int8Exporter asks of any runtime. Quantised operators are float ones between
-    DequantizeLinear and QuantizeLinear, which ONNX Runtime fuses.
+    DequantizeLinear and QuantizeLinear, which ONNX Runtime fuses. float_swish: hswish and swish are taken of the float
+    result of the operator before, into which OpenVINO fuses them, and not of bytes. code_type: of activations.
     """
 
     image, floats = IMAGE, True         # floats: a tensor with several readers may stay float
 
-    def __init__(self, code_type=np.uint8):
-        self.onnx, self.code_type = need('onnx'), code_type
+    def __init__(self, code_type=np.uint8, float_swish=False):
+        self.onnx, self.code_type, self.float_swish = need('onnx'), code_type, float_swish
         self.nodes, self.constants, self._names = [], {}, {IMAGE: 1}
 
     def name(self, wanted):

@@ -157,8 +157,8 @@ class Int8Exporter:
 
     # -- layers -----------------------------------------------------------------------------------------------
 
-    def conv_node(self, x, op, norm, name, target, gain=1.0, offset=0.0):
-        """Codes of gain * norm(op(x)) + offset on a Target; x: Codes."""
+    def conv_node(self, x, op, norm, name, target, gain=1.0, offset=0.0, swish=None):
+        """Codes of gain * norm(op(x)) + offset on a Target; x: Codes. swish: of this activation of it, in float."""
         graph, (codes, scale) = self.graph, weight_codes(op, self.reduce_range)
         factor, bias = affine(op, norm)
         factor, bias = factor * scale * gain, bias * gain + offset - target.shift
@@ -169,24 +169,24 @@ class Int8Exporter:
         steps = x.grid.scale * scales
         # what a bias by channel and in whole steps leaves
         left = border + (bias - np.round(bias / steps) * steps - border.mean((1, 2)))[:, None, None]
-        most, final = np.abs(left).max(), target
+        y, most = graph.conv((x.tensor, x.grid), op, codes, scales, bias, name), np.abs(left).max()
         if most > LEFT * target.grid.scale:
-            target = self._before_sum(name, norm, target, most, gain, offset)
-        y = graph.quantise(graph.conv((x.tensor, x.grid), op, codes, scales, bias, name), target.grid, name)
-        if target is not final:
-            grid = span_grid(left.min(), left.max())
-            y = graph.sum(graph.real(y, target.grid), graph.real_map(left, grid, name + '.left'), name + '.sum')
-            y = graph.quantise(y, final.grid, name + '.codes')
-        return Codes(y, final.grid, final.shift)
+            if swish is None:
+                grid = self._before_sum(name, norm, target, most, gain, offset)
+                y = graph.real(graph.quantise(y, grid, name + '.part'), grid)
+            y = graph.sum(y, graph.real_map(left, span_grid(left.min(), left.max()), name + '.left'), name + '.sum')
+        if swish is not None:
+            y = graph.activated(y, swish, name + '.swish')
+        return Codes(graph.quantise(y, target.grid, name), target.grid, target.shift)
 
     def _before_sum(self, name, norm, target, most, gain, offset):
-        """Target of a convolution to which up to `most` is added before the codes that `target` wants."""
+        """Grid of a convolution's result to which up to `most` is added before the codes that `target` wants."""
         unit = name.rsplit('.', 1)[0].removesuffix('.dwconv')           # of unit.conv, unit.dwconv or unit.dwconv.2
         seen = self.ranges[name if norm is None else unit + '.norm']
         grid = target.grid                          # what saturates there needs no codes here
         low = max(gain * seen.low + offset - target.shift, -grid.scale * grid.zero) - most
         high = min(gain * seen.high + offset - target.shift, grid.scale * (255 - grid.zero)) + most
-        return Target(span_grid(low, high), target.shift)
+        return span_grid(low, high)
 
     def conv(self, x, op, norm, name, activation):
         """Pending of activation(norm(op(x))); a swish is a node of its own."""
@@ -194,12 +194,15 @@ class Int8Exporter:
         unit = name.rsplit('.', 1)[0]
         if activation is None or activation in TOPS:
             return Pending(unit, lambda target: self.conv_node(x, op, norm, name, target), activation)
-        return self.swished(lambda target: self.conv_node(x, op, norm, name, target), unit, activation,
-                            self.ranges[unit + '.norm'])
+        return self.swished(lambda target, swish=None: self.conv_node(x, op, norm, name, target, swish=swish), unit,
+                            activation, self.ranges[unit + '.norm'])
 
     def swished(self, write, name, activation, before):
-        """Pending of hswish or swish of what write() writes, without floats; before: Range of that."""
+        """Pending of hswish or swish of what write(Target, activation taken in float or None) writes, without floats
+        where the graph does not take it in the operator before; before: Range of that."""
         graph = self.graph
+        if graph.float_swish:
+            return Pending(name, lambda target: write(target, activation), movable=False)
 
         def write_codes(target):
             high = max(1e-3, min(before.high, (255 - target.grid.zero) * target.grid.scale + HSWISH_SLACK))
@@ -222,8 +225,8 @@ class Int8Exporter:
             codes = self.codes(x, op_name, op)
             norm = unit.norm if last else None
 
-            def write(target, codes=codes, op=op, norm=norm, op_name=op_name):
-                return self.conv_node(codes, op, norm, op_name, target)
+            def write(target, swish=None, codes=codes, op=op, norm=norm, op_name=op_name):
+                return self.conv_node(codes, op, norm, op_name, target, swish=swish)
             if not last:
                 x = Pending(op_name, write)
             elif activation is None or activation in TOPS:
@@ -332,8 +335,8 @@ class Int8Exporter:
             x, left = total(0.0 if activation else shift)
             return Real(graph.activated(graph.plus(x, left), activation, name)) if activation else Real(x, left)
 
-        def write(target):
-            return self.quantised(total(target.shift), target, name)
+        def write(target, swish=None):
+            return self.quantised(write_real(0.0) if swish else total(target.shift), target, name)
         if activation is None or activation in TOPS:
             return Pending(name, write, activation, write_real=write_real)
         before = Range()

@@ -69,7 +69,8 @@ def add_reduce_range(parser):
 
 def add_runtime(parser):
     """--runtime of what runs ONNX models."""
-    parser.add_argument('--runtime', choices=list(ONNX_RUNTIMES), default='onnxruntime', help='what runs the models')
+    parser.add_argument('--runtime', choices=list(ONNX_RUNTIMES), default='onnxruntime', help='what runs the '
+                        'models; each has INT8 models of its own')
 
 
 def entries_of(args):
@@ -153,7 +154,8 @@ def export(subject, folder, quant_mode, runtime=ONNX, **options):
     options: reduce_range=True for runtime.export_int8().
     """
     entry, network = subject.entry, subject.network
-    path = model_path(folder, entry, quant_mode, runtime.ending)
+    path = model_path(folder, entry, quant_mode, runtime.ending, runtime.mark)
+    options = {**runtime.options, **options} if quant_mode else {}
     calibration = [images for images, _ in zip(images_of(subject.batches), range(RANGE_BATCHES))] if quant_mode else []
     key = fingerprint(network, entry.supernet, entry.subnet, quant_mode, *map(_digest, calibration),
                       *options.items(), *subject.facts.items())
@@ -257,7 +259,7 @@ def benchmark(args, runtime, packages, measure, place=None):
     for entry in entries:
         paths = {}
         for kind, quant_mode in (('fp32', False), ('int8', True)):
-            path = paths[kind] = model_path(args.model_path, entry, quant_mode, runtime.ending)
+            path = paths[kind] = model_path(args.model_path, entry, quant_mode, runtime.ending, runtime.mark)
             if read_model(path, runtime) is None:
                 for package in runtime.exporters:
                     need(package)

@@ -30,10 +30,11 @@ class SymmetricExporter(FloatExporter):
                 graph.constant(name + '.bias', bias)]
 
 
-def export_int8(network, ranges, metadata=None, reduce_range=False):
+def export_int8(network, ranges, metadata=None, reduce_range=False, float_swish=False):
     """ModelProto of a Network in int8 and eval mode on the CPU; ranges: of trace.observe() on real images.
 
-    reduce_range: weights of 7 bits, for x86 without VNNI. Symmetric zero points need no ranges.
+    reduce_range: weights of 7 bits, for x86 without VNNI; float_swish: see graph.Graph, for OpenVINO. Symmetric zero
+    points need no ranges.
     """
     facts = {**(metadata or {})}
     if quantisation_of(network).get('zero_points') == 'symmetric':
@@ -41,7 +42,7 @@ def export_int8(network, ranges, metadata=None, reduce_range=False):
         exporter = SymmetricExporter(reduce_range)
         facts['tensors'] = exporter.tensors
         return write_float(exporter, network, facts)
-    graph = Graph()
+    graph = Graph(float_swish=float_swish)
     output, exporter = write_int8(graph, network, ranges, reduce_range)
     shape, outputs = io_sizes(network)
     return graph.model(shape, output, outputs, {**facts, 'tensors': exporter.tensors})

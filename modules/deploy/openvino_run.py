@@ -15,18 +15,30 @@ class Given(NamedTuple):
     type: str
 
 
+class Operator(NamedTuple):
+    """An operator of a compiled model: kind (OpenVINO's layer type), precisions of what it reads and of its outputs
+    (u8, f32, …), ms of its last run, and the names of the ONNX nodes that became it."""
+    kind: str
+    reads: str
+    writes: tuple
+    ms: float
+    nodes: tuple
+
+
 class OpenVinoSession:
     """A compiled model on `threads` threads of the CPU: get_inputs() and run() as of onnxruntime.InferenceSession.
+
+    profile: its operators are timed, for operators().
 
     It is compiled for the batch of its first image, and again where another number of images comes: with a fixed shape
     OpenVINO plans the memory ahead.
     """
 
-    def __init__(self, model, threads=1):
+    def __init__(self, model, threads=1, profile=False):
         ov = need('openvino')
         self._core, self._compiled = ov.Core(), {}
         self._options = {'INFERENCE_NUM_THREADS': threads, 'NUM_STREAMS': 1, 'PERFORMANCE_HINT': 'LATENCY',
-                         'INFERENCE_PRECISION_HINT': 'f32', 'ENABLE_CPU_PINNING': False}
+                         'INFERENCE_PRECISION_HINT': 'f32', 'ENABLE_CPU_PINNING': False, 'PERF_COUNT': profile}
         is_file = isinstance(model, (str, os.PathLike))
         try:
             self._model = self._core.read_model(os.fspath(model) if is_file else model.SerializeToString())
@@ -51,3 +63,15 @@ class OpenVinoSession:
         request = self._compiled[key]
         results = request.infer(feed, share_inputs=True, share_outputs=False)
         return [np.asarray(value) for value in results.values()]
+
+    def operators(self):
+        """[Operator] that the last run executed, in order, constants and what was folded left out; after run()."""
+        request, = self._compiled.values()
+        found = []
+        for node in request.get_compiled_model().get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            kind, reads, writes, names, us = (str(info[key].value) for key in (
+                'layerType', 'runtimePrecision', 'outputPrecisions', 'originalLayersNames', 'execTimeMcs'))
+            if us.isdigit():
+                found.append(Operator(kind, reads, tuple(writes.split(',')), int(us) / 1000, tuple(names.split(','))))
+        return found

@@ -30,7 +30,9 @@ class OrtDevice:
     def prepare(self, blocks):
         """run(count) -> [ms] of the INT8 model of Blocks in a row, random weights; of an empty model for none."""
         open_model = open_runtime(self.runtime)
-        session = open_model(chain_model(blocks, self.reduce_range) if blocks else empty_model(), self.threads)
+        options = ONNX_RUNTIMES[self.runtime].options
+        session = open_model(chain_model(blocks, self.reduce_range, **options) if blocks else empty_model(),
+                             self.threads)
         given, rng = session.get_inputs()[0], np.random.default_rng(0)
         shape = (1, *given.shape[1:])
         feed = {given.name: rng.integers(0, 256, shape, np.uint8) if 'uint8' in given.type
@@ -38,10 +40,10 @@ class OrtDevice:
         return timed(lambda: session.run(None, feed), self.threads)
 
 
-def chain_model(blocks, reduce_range=False):
-    """ModelProto of Blocks in a row; codes in and out but at a network's two ends; reduce_range: weights of 7 bits."""
+def chain_model(blocks, reduce_range=False, float_swish=False):
+    """ModelProto of Blocks in a row; codes in and out but at a network's two ends; options as of export_int8()."""
     network, ranges, images = random_chain(blocks)
-    graph = Graph()
+    graph = Graph(float_swish=float_swish)
     y = write_chain(Int8Exporter(graph, ranges, reduce_range), network, ranges, images, blocks,
                     lambda target: Codes(graph.image, target.grid, target.shift))
     return _model(graph, io_sizes(network)[0], not is_first(blocks), y, not is_last(blocks))

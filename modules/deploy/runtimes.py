@@ -16,10 +16,12 @@ class Runtime(NamedTuple):
     exporters: tuple            # packages that the exporters need
     packages: tuple             # that exporting and running need
     export_fp32: Callable       # (network, facts) -> model
-    export_int8: Callable       # (network, ranges, facts) -> model
+    export_int8: Callable       # (network, ranges, facts, **options) -> model
     facts: Callable             # model -> the facts it was exported with
     dump: Callable              # model -> bytes
     load: Callable              # bytes -> model
+    options: dict = {}          # of export_int8, always
+    mark: str = ''              # in the names of INT8 files that another runtime would not want
 
     @property
     def input(self):
@@ -38,7 +40,8 @@ def _load_onnx(data):
 
 ONNX = Runtime('ONNX Runtime', 'onnx', ('onnx',), ('onnx', 'onnxruntime'), onnx_fp32.export_fp32,
                onnx_int8.export_int8, metadata, lambda model: model.SerializeToString(), _load_onnx)
-OPENVINO = ONNX._replace(name='OpenVINO', packages=('onnx', 'openvino'))         # the same files
+OPENVINO = ONNX._replace(name='OpenVINO', packages=('onnx', 'openvino'), options={'float_swish': True},
+                         mark='_openvino')
 ONNX_RUNTIMES = {'onnxruntime': ONNX, 'openvino': OPENVINO}
 TFLITE = Runtime('TFLite', 'tflite', ('tensorflow', 'ai_edge_litert'), ('tensorflow', 'ai_edge_litert'),
                  tflite.export_tflite_fp32, tflite.export_tflite_int8, tflite.facts, bytes, bytes)

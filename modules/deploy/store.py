@@ -70,10 +70,14 @@ def read_entries(path, allow='stage'):
     return [entry for _, entry in entries.values()]
 
 
-def model_path(folder, entry, quant_mode, ending='onnx'):
-    """<folder>/<entry name>{,_quant_int8}.<ending>, or the file with the choice in another spelling that is there."""
+def model_path(folder, entry, quant_mode, ending='onnx', mark=''):
+    """<folder>/<entry name>{,_quant_int8<mark>}.<ending>, or the file with the choice in another spelling if there.
+
+    ending, mark: of a Runtime.
+    """
     spellings = [entry.choice, entry.supernet.choice, entry.supernet.choice.replace('_', '-')]
-    paths = [os.path.join(folder, f'{entry.named(choice)}{"_quant_int8" * quant_mode}.{ending}')
+    kind = f'_quant_int8{mark}' if quant_mode else ''
+    paths = [os.path.join(folder, f'{entry.named(choice)}{kind}.{ending}')
              for choice in spellings]
     return next(filter(os.path.isfile, paths), paths[0])
 

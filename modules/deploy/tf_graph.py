@@ -14,7 +14,7 @@ WEIGHT = 127                            # TFLite's kernels rely on no weight bei
 class TfGraph:
     """Operators on `image`, a tensor (1, H, W, C); every method returns the tensor that it adds."""
 
-    floats = False                      # every tensor with a reader is quantised
+    floats, float_swish = False, False  # every tensor with a reader is quantised
 
     def __init__(self, image):
         self.tf, self.image = need('tensorflow'), image

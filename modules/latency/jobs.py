@@ -13,7 +13,7 @@ from .builder import RESERVE, Platform, measure, test_networks
 from .candidates import smallest_network
 from .profiling import Profile
 from .tables import DATA
-from .validation import Errors, check_name, named, pairs_of, register, report_lines, spearman
+from .validation import CLOSE, WITHIN, Errors, check_name, named, pairs_of, register, report_lines, spearman
 
 CHECKPOINTS = os.path.join('checkpoints', 'predictor')
 
@@ -93,8 +93,9 @@ def build(args, make_device, turns=None):
     print('\n'.join(lines))
     blocks, networks = Errors(pairs_of(platform.held_out)), Errors(pairs_of(named(platform.networks)
                                                                             or platform.networks))
-    print(f'{folder}: {blocks.within:.1%} of held-out blocks within 10 %, networks within {networks.worst:.1%}, '
-          f'rank correlation {spearman(platform.networks):.4f}; use it with --platform {args.platform}')
+    print(f'{folder}: {blocks.within(CLOSE):.1%} of held-out blocks within 5 %, {blocks.within(WITHIN):.1%} within '
+          f'10 %, networks within {networks.worst:.1%}, rank correlation {spearman(platform.networks):.4f}; use it '
+          f'with --platform {args.platform}')
     return folder
 
 
