@@ -193,6 +193,15 @@ def test_dry_runs_print_commands_that_their_scripts_take(name, tmp_path, monkeyp
     check_flags(pipeline, chosen_steps(pipeline, STEPS))
 
 
+def test_without_vnni_networks_are_fine_tuned_with_the_bits_they_are_exported_with(tmp_path):
+    for narrow in (False, True):
+        pipeline, lines = Pipeline(str(tmp_path), DIGITS, _shipped('demo'), narrow, dry=True), []
+        print_steps(pipeline, chosen_steps(pipeline, STEPS), lines.append)
+        tuned, exported = ([line for line in lines if script in line] for script in ('downstream_cls', 'eval_onnx'))
+        assert tuned and all(('--weight_bits 7' in line) == narrow for line in tuned)
+        assert exported and all(('--reduce_range' in line) == narrow for line in exported)
+
+
 def test_a_flag_that_a_script_does_not_take_is_found_before_anything_runs(tmp_path):
     for flags, problem in (({'train_stps': 3}, 'unrecognized arguments: --train_stps 3'),
                            ({'label_smoothing': 'much'}, "--label_smoothing: invalid float value: 'much'")):

@@ -56,8 +56,8 @@ class Deployed(NamedTuple):
 class Pipeline:
     """One pipeline in `folder`, and what it chooses from the results of its steps.
 
-    data: data.PipelineData. reduce_range: INT8 models with weights of 7 bits. plugins: paths for --plugin of each
-    script. dry: results that are not there yet are Unknown, instead of an error.
+    data: data.PipelineData. reduce_range: INT8 models with weights of 7 bits, fine-tuned so. plugins: paths for
+    --plugin of each script. dry: results that are not there yet are Unknown, instead of an error.
     """
 
     def __init__(self, folder, data, settings=None, reduce_range=False, dry=False, plugins=()):
@@ -68,6 +68,7 @@ class Pipeline:
         self.space = settings.superspace_of.get(data.dataset, settings.superspace)
         self.image_size = max(get_superspace(self.space).resolutions)
         self.narrow = ['--reduce_range'] * reduce_range
+        self.narrow_training = ['--weight_bits', 7] if reduce_range else []
         self.align = ['--align_sample'] * settings.align_sample
 
     def path(self, *names):
@@ -310,7 +311,8 @@ def finish(p):
                       network.supernet.choice, '--subnet_name', network.subnet, *p.align, '--keep_head', '--distill',
                       '--checkpoint_path', p.path('supernet_training'), '--output_path', p.path('finished'),
                       '--batch_size', p.settings.batch_size, *p.length('finish'), '--seed', p.settings.seed,
-                      '--resume', *p.data.flags)] for network in p.deployed()]
+                      '--resume', *p.narrow_training, *p.data.flags)]
+            for network in p.deployed()]
 
 
 def baseline_step(model):
