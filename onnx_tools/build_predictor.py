@@ -5,6 +5,7 @@
     python onnx_tools/build_predictor.py --platform my_host --resume
     python onnx_tools/build_predictor.py --platform my_host_openvino --runtime openvino
     python onnx_tools/build_predictor.py --platform my_host_7bit --reduce_range        # x86 without VNNI
+    python onnx_tools/build_predictor.py --platform my_host --from_platform epyc_zen3_ort1.32_1t --minutes 3
 
 Measures INT8 models of single blocks and of whole random networks on one pinned core, blocks of a kind the more the
 worse they are predicted, fits data/latency/my_host/, and writes its errors on blocks and networks that were held out

@@ -186,7 +186,8 @@ def test_a_block_without_others_like_it_is_measured_until_nothing_disturbs(tmp_p
 def arguments(tmp_path, **more):
     return SimpleNamespace(**{'platform': 'new', 'superspace': ['demo'], 'minutes': 0.3, 'networks': 4, 'seed': 0,
                               'max_drift': 0.1, 'max_disturbed': 0.33, 'resume': False, 'force': False,
-                              'output': str(tmp_path / 'measured'), 'data': str(tmp_path / 'data'), **more})
+                              'from_platform': None, 'output': str(tmp_path / 'measured'),
+                              'data': str(tmp_path / 'data'), **more})
 
 
 def test_too_much_noise_is_refused_and_nothing_is_written(tmp_path):

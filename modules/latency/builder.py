@@ -4,7 +4,8 @@ A block alone is measured in a loop: its weights stay in the processor's caches.
 each time, and the cost of calling the runtime is paid once, not once a block. So a block's latency in a network is
 taken as: measured alone, plus a rate (ms per MB of weights), minus a constant for the call. Both numbers are fitted to
 the differences between measured networks and the sums of their blocks' predictions. The nets are then fitted to single
-blocks and whole random networks together. Nothing is fitted to held-out blocks and networks.
+blocks and whole random networks together. Nothing is fitted to held-out blocks and networks. With the model of another
+platform to begin with, its nets are trained on, and few measurements do.
 """
 import time
 from typing import NamedTuple
@@ -37,7 +38,8 @@ MOST_CALL = 0.1             # its call constant is at most this share of the qui
 LEAST_SHARE = 0.5           # of its time alone that a block takes in a network at least
 NETWORK_DRAWS = 3           # of a network in an epoch; single blocks are drawn once
 RESERVE = 0.12              # share of the time for the last fit and the pictures
-LEAST = {FIT: 100, HELD_OUT: 10, NETWORK: 5, TEST: 3}       # rows without which nothing is fitted
+LEAST = {FIT: 100, HELD_OUT: 10, NETWORK: 5, TEST: 3}       # rows without which nothing is fitted,
+LEAST_MORE = {FIT: 20, HELD_OUT: 3, NETWORK: 1, TEST: 3}    # or no other platform's model is fitted to them
 
 
 def weights_mb(block):
@@ -113,6 +115,11 @@ def rows_of(profile, use, max_drift=None):
     return [row for row in profile.rows if row.use.partition(' ')[0] == use and row.chunk in quiet]
 
 
+def adapted(blocks, ms, base=None, seed=0):
+    """KernelModel of single Blocks that took ms (array); base: KernelModel to begin with."""
+    return _fit_nets('', Design([[block] for block in blocks]), ms, [np.arange(len(ms))], EPOCHS, seed, base)
+
+
 def fold_errors(rows, seed):
     """(Blocks, relative errors) of a third of single-block rows, predicted by a fit to the others."""
     design, ms = Design([row.blocks for row in rows]), np.array([row.ms for row in rows])
@@ -122,9 +129,9 @@ def fold_errors(rows, seed):
     return [row.blocks[0] for row, chosen in zip(rows, fold) if chosen], errors
 
 
-def _fit_nets(platform, design, ms, groups, epochs, seed):
+def _fit_nets(platform, design, ms, groups, epochs, seed, base=None):
     return fit_nets(platform, design, ms, [(group, len(group)) for group in groups], tiled=True, block_factor=True,
-                    epochs=epochs, batch=BATCH, seed=seed)
+                    epochs=epochs, batch=BATCH, seed=seed, base=base)
 
 
 def kernels_in(items):
@@ -142,10 +149,10 @@ class Context(NamedTuple):
         return max(ms + self.rate * weights_mb(block) - self.call, LEAST_SHARE * ms)
 
 
-def fit_context(platform, singles, networks, epochs, seed):
+def fit_context(platform, singles, networks, epochs, seed, base=None):
     """Context that explains rows of networks by a fit to rows of single blocks."""
     design, ms = Design([row.blocks for row in singles]), np.array([row.ms for row in singles])
-    model = _fit_nets(platform, design, ms, [np.arange(len(ms))], epochs, seed)
+    model = _fit_nets(platform, design, ms, [np.arange(len(ms))], epochs, seed, base)
     most = MOST_CALL * np.quantile(ms, 0.1)
     sums = Design([row.blocks for row in networks]).predict(model)
     ms = np.array([row.ms for row in networks])
@@ -160,26 +167,29 @@ class Platform:
     """A fitted model and how good it is: KernelModel `model`, Context `context`, blocks and networks.
 
     held_out: [(Block, predicted ms, measured ms)]; networks: [(name, predicted, measured)]; again: [(measured ms,
-    measured ms before)].
+    measured ms before)]. base: KernelModel of another platform to begin with.
     """
 
-    def __init__(self, name, profile, epochs=EPOCHS, seed=0):
+    def __init__(self, name, profile, epochs=EPOCHS, seed=0, base=None):
         rows = {use: rows_of(profile, use) for use in (*LEAST, AGAIN)}
         found = {use: len({row.blocks for row in rows[use]}) for use in LEAST}
-        lack = [f'{found[use]} {use}' for use, least in LEAST.items() if found[use] < least]
+        needed = LEAST if base is None else LEAST_MORE
+        lack = [f'{found[use]} {use}' for use, least in needed.items() if found[use] < least]
         wanted = kernels_in(row.blocks for use in (NETWORK, TEST, HELD_OUT) for row in rows[use])
-        lack += [f'no {kernel}' for kernel in sorted(wanted - kernels_in(row.blocks for row in rows[FIT]))]
+        known = kernels_in(row.blocks for row in rows[FIT]) | set(base.nets if base else ())
+        lack += [f'no {kernel}' for kernel in sorted(wanted - known)]
         if lack:
             raise UserError(f'{name}: too little was measured undisturbed ({", ".join(lack)}; needed: '
-                            f'{", ".join(f"{n} {use}" for use, n in LEAST.items())}): --resume with more --minutes')
+                            f'{", ".join(f"{n} {use}" for use, n in needed.items())}): --resume with more --minutes')
         start = time.monotonic()
         self.name, self.rows = name, rows
-        self.context = fit_context(name, rows[FIT], rows[NETWORK], epochs, seed)
+        self.context = fit_context(name, rows[FIT], rows[NETWORK], epochs, seed, base)
         items = rows[FIT] + rows[NETWORK]
         design, ms = Design([row.blocks for row in items]), np.array([self.in_network(row) for row in items])
         everything = np.arange(len(items))
         networks = np.repeat(everything[len(rows[FIT]):], NETWORK_DRAWS)
-        self.model = _fit_nets(name, design, ms, [everything[:len(rows[FIT])], networks], epochs, seed)
+        self.model = _fit_nets(name, design, ms, [everything[:len(rows[FIT])], networks], epochs, seed,
+                               base)
         self.model.corrections = fit_corrections(self.model, design, ms, everything, PRIOR, NOISE)
         self.held_out = [(row.blocks[0], *pair) for row, pair in zip(rows[HELD_OUT], self._pairs(rows[HELD_OUT]))]
         self.networks = self._test(rows[TEST])

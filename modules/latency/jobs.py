@@ -10,9 +10,9 @@ from ..cli import SEED, positive, within
 from ..errors import UserError
 from ..search_space.superspace import SUPERSPACES
 from .builder import RESERVE, Platform, measure, test_networks
-from .candidates import smallest_network
+from .candidates import smallest_network, space_blocks
 from .profiling import Profile
-from .tables import DATA
+from .tables import DATA, load_platform
 from .validation import CLOSE, WITHIN, Errors, check_name, named, pairs_of, register, report_lines, spearman
 
 CHECKPOINTS = os.path.join('checkpoints', 'predictor')
@@ -23,6 +23,8 @@ def add_build_arguments(parser, minutes=25.0):
     parser.add_argument('--platform', required=True, help='name of the new platform, such as my_host')
     parser.add_argument('--superspace', nargs='+', default=['mobilew', 'onnxw'], choices=list(SUPERSPACES),
                         help='hyperspaces whose blocks are measured')
+    parser.add_argument('--from_platform', metavar='NAME', help='platform in data/latency to adapt; few '
+                        'measurements do')
     parser.add_argument('--minutes', type=positive(float), default=minutes, help='time for all of it')
     parser.add_argument('--networks', type=positive(int), default=15, help='random test networks of each hyperspace')
     parser.add_argument('--max_drift', type=positive(float), default=0.1, help='a chunk of models whose reference is '
@@ -72,20 +74,22 @@ def build(args, make_device, turns=None):
     folder = check_name(args.platform, args.data, args.force)
     device = make_device()
     superspaces = list(dict.fromkeys(args.superspace))
+    base = _base(args.from_platform, superspaces) if args.from_platform else None
     path = os.path.join(args.output, args.platform, 'measurements.csv')
     facts = {'device': str(device), 'superspaces': superspaces, 'networks': args.networks, 'seed': args.seed}
     profile = Profile(path, device, smallest_network(superspaces[0]), facts, args.resume, args.max_drift,
                       args.max_disturbed, turns)
     print(f'{device}\nmeasurements: {path}', flush=True)
     try:
-        platform = _measured(args, profile, superspaces, args.minutes)
+        platform = _measured(args, profile, superspaces, args.minutes, base)
     except UserError:
         if profile.new:
             raise
         # refused before, when all its time was used up
         minutes = profile.seconds / 60 / (1 - RESERVE) + args.minutes
-        platform = _measured(args, profile, superspaces, minutes)
-    lines = report_lines(platform, {'device': device, 'hyperspaces': ' '.join(superspaces),
+        platform = _measured(args, profile, superspaces, minutes, base)
+    origin = {'adapted from': args.from_platform} if base else {}
+    lines = report_lines(platform, {'device': device, **origin, 'hyperspaces': ' '.join(superspaces),
                                     'date': date.today().isoformat(),
                                     'time': f'{profile.seconds / 60:.1f} min, of it {platform.fit_seconds:.0f} s for '
                                             'the last fit'}, profile.disturbed())
@@ -99,12 +103,19 @@ def build(args, make_device, turns=None):
     return folder
 
 
-def _measured(args, profile, superspaces, minutes):
+def _base(name, superspaces):
+    """KernelModel of a platform in data/latency; LatencyError where it is none or lacks a block type of the spaces."""
+    model = load_platform(os.path.join(DATA, name))[1]
+    model.predict_blocks(space_blocks(*superspaces))
+    return model
+
+
+def _measured(args, profile, superspaces, minutes, base):
     """Platform of what `minutes` of measurements give; UserError where they cannot be believed."""
     measure(profile, superspaces, test_networks(superspaces, args.networks, args.seed), minutes, args.seed, _say)
     profile.check()
     print(f'fitting to {len(profile.rows)} measurements', flush=True)
-    platform = Platform(args.platform, profile, seed=args.seed)
+    platform = Platform(args.platform, profile, seed=args.seed, base=base)
     check_repeated(platform, args.max_drift)
     return platform
 

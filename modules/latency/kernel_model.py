@@ -124,6 +124,12 @@ class KernelModel:
         self.platform, self.nets, self.tiled, self.overhead = platform, nets, tiled, overhead
         self.block_net, self.corrections = block_net, {}
 
+    def scaled(self, factor):
+        """A KernelModel whose latencies are these times a factor; without corrections."""
+        nets = {name: [*layers[:-1], (layers[-1][0], layers[-1][1] + math.log(factor))]
+                for name, layers in self.nets.items()}
+        return KernelModel(self.platform, nets, self.tiled, self.overhead * factor, self.block_net)
+
     def kernel_ms(self, kernels):
         """ms of each of a list of Kernels; float array [kernels]."""
         names = np.array([k.name for k in kernels])

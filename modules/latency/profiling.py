@@ -207,6 +207,15 @@ def _read(path, header):
     return rows
 
 
+def quiet_rows(path, max_drift=0.1):
+    """[Row] of a measurements.csv, those of disturbed chunks left out, see Profile.quiet_chunks()."""
+    with open(path, encoding='utf-8', newline='') as f:
+        header = f.readline() + f.readline()
+    rows = _read(path, header)
+    level = np.quantile(list({row.chunk: row.reference_ms for row in rows}.values()), QUICK_CHUNKS)
+    return [row for row in rows if row.reference_ms <= level * (1 + max_drift)]
+
+
 def _parse(path, line):
     cells = next(csv.reader([line]))
     try:

@@ -62,6 +62,19 @@ def _mlp(torch, inputs, hidden, bias=0.0, constant=False):
     return torch.nn.Sequential(*modules)
 
 
+def _as_net(torch, layers):
+    """A trainable net of a KernelModel's layers; of a single layer, which ignores sizes, only the bias is."""
+    modules = []
+    for weight, bias in layers:
+        linear = torch.nn.Linear(*weight.shape)
+        with torch.no_grad():
+            linear.weight.copy_(torch.as_tensor(weight.T))
+            linear.bias.copy_(torch.as_tensor(bias))
+        linear.weight.requires_grad_(len(layers) > 1)
+        modules += [linear, torch.nn.SiLU()]
+    return torch.nn.Sequential(*modules[:-1])
+
+
 def _layers(net):
     return [(m.weight.detach().numpy().T.astype(float), m.bias.detach().numpy().astype(float))
             for m in net if hasattr(m, 'weight')]
@@ -74,13 +87,39 @@ def _csr_rows(matrix, rows):
     return columns, np.repeat(np.arange(len(rows)), np.diff(part.indptr)), position, part.data
 
 
+def _from_nothing(torch, design, inputs, block_factor, hidden):
+    """What fit_nets() begins with: (kernel types, typical log rate of each kernel, ModuleDict of nets, block types or
+    None, log ms of a block's overhead)."""
+    names = np.array([kernel.name for kernel in design.kernels])
+    types = list(dict.fromkeys(names))
+    rates = {name: TYPICAL_RATE.get(name, ELEMENTWISE_RATE) for name in types}
+    nets = {str(t): _mlp(torch, inputs, hidden, rates[name], np.sum(names == name) < MIN_KERNELS_FOR_A_NET)
+            for t, name in enumerate(types)}
+    block_names = sorted({b.name for b in design.blocks if isinstance(b, Block)}) if block_factor else None
+    if block_factor:
+        nets['block'] = _mlp(torch, block_features(design.blocks[:1], block_names).shape[1], hidden)
+    return types, [rates[name] for name in names], torch.nn.ModuleDict(nets), block_names, -4.0
+
+
+def _from_base(torch, design, base):
+    """The same of a KernelModel that knows the design's kernels and block types."""
+    nets = {str(t): _as_net(torch, layers) for t, layers in enumerate(base.nets.values())}
+    block_names = None
+    if base.block_net:
+        block_names, layers = base.block_net
+        nets['block'] = _as_net(torch, layers)
+    rates = np.log(base.kernel_ms(design.kernels) / kernel_work(design.kernels))
+    return list(base.nets), rates, torch.nn.ModuleDict(nets), block_names, np.log(max(base.overhead, 1e-9))
+
+
 def fit_nets(platform, design, ms, groups, tiled, block_factor, epochs=50, hidden=48, batch=512, lr=4e-3,
-             seed=0):
+             seed=0, base=None):
     """KernelModel whose nets minimise the Huber loss of log ms.
 
     ms: [items]; groups: [(item indices, how many of them to draw per epoch), …]; tiled: see
     kernel_model.kernel_features; block_factor: whether whole blocks, with an overhead, were measured (else
-    the model is a plain sum of kernels).
+    the model is a plain sum of kernels). base: KernelModel whose nets, scaled to the items, are trained on, and whose
+    rates take the place of the typical ones; `tiled`, `block_factor` and `hidden` are its own then.
     """
     import torch
 
@@ -90,28 +129,24 @@ def fit_nets(platform, design, ms, groups, tiled, block_factor, epochs=50, hidde
     def tensor(array):
         return torch.as_tensor(np.asarray(array), dtype=torch.float32)
 
-    kernel_names = np.array([k.name for k in design.kernels])
-    types = list(dict.fromkeys(kernel_names))
-    type_of = np.array([types.index(name) for name in kernel_names])
+    if base is not None:
+        base = base.scaled(float(np.median(ms / design.predict(base))))
+        tiled, block_factor = base.tiled, base.block_net is not None
     features = kernel_features(design.kernels, tiled)
     log_work = tensor(np.log(kernel_work(design.kernels)))
-    typical = [TYPICAL_RATE.get(name, ELEMENTWISE_RATE) for name in types]
-    few = np.bincount(type_of) < MIN_KERNELS_FOR_A_NET
-    nets = torch.nn.ModuleDict({str(t): _mlp(torch, features.shape[1], hidden, typical[t], few[t])
-                                for t in range(len(types))})
-    block_names = sorted({b.name for b in design.blocks if isinstance(b, Block)}) if block_factor else None
+    begin = _from_nothing(torch, design, features.shape[1], block_factor, hidden) if base is None else _from_base(
+        torch, design, base)
+    types, typical, nets, block_names, overhead = begin
+    type_of = np.array([types.index(kernel.name) for kernel in design.kernels])
+    typical, features, overhead = tensor(typical), tensor(features), torch.nn.Parameter(tensor(overhead))
     if block_factor:
         block_x = tensor(block_features(design.blocks, block_names))
-        nets['block'] = _mlp(torch, block_x.shape[1], hidden)
-    features = tensor(features)
-    overhead = torch.nn.Parameter(torch.tensor(-4.0))
 
     def forward(items):
         """(log ms of the items, squared deviation of their kernels' rates from the typical ones)."""
         blocks, row, column, count = _csr_rows(design.item_block, items)
         kernels, block_row, kernel_column, kernel_count = _csr_rows(design.block_kernel, blocks)
         rate = torch.zeros(len(kernels))
-        start = tensor(typical)[type_of[kernels]]
         for t in np.unique(type_of[kernels]):
             chosen = np.flatnonzero(type_of[kernels] == t)
             rate = rate.index_add(0, torch.as_tensor(chosen), nets[str(t)](features[kernels[chosen]])[:, 0])
@@ -123,7 +158,7 @@ def fit_nets(platform, design, ms, groups, tiled, block_factor, epochs=50, hidde
         if block_factor:
             sums = sums * torch.exp(nets['block'](block_x[blocks])[:, 0])
         item_ms = torch.zeros(len(items)).index_add(0, torch.as_tensor(row), sums[column] * tensor(count))
-        return torch.log(item_ms), ((rate - start) ** 2).mean()
+        return torch.log(item_ms), ((rate - typical[kernels]) ** 2).mean()
 
     log_ms = tensor(np.log(ms))
     parameters = [p for p in [*nets.parameters(), overhead] if p.requires_grad]
