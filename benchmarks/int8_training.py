@@ -19,7 +19,8 @@ from modules.block_kd import trainer
 from modules.block_kd.checkpoints import build_student
 from modules.block_kd.teacher import build_teacher
 from modules.cli import parser, positive, run
-from modules.modeling.ops.lsq_plus import compile_quantisers, set_quant_mode
+from modules.modeling.ops.fake_quantise import compile_quantisers
+from modules.modeling.ops.lsq_plus import set_quant_mode
 from modules.search_space.superspace import SUPERSPACES, get_superspace
 from modules.training import downstream
 from modules.training.calibrate import calibrate

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from modules.cli import parser, positive, run
-from modules.modeling.ops.lsq_plus import QBase, compile_quantisers, set_quant_mode
+from modules.modeling.ops.fake_quantise import compile_quantisers
+from modules.modeling.ops.lsq_plus import QBase, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.search_space.named import find_supernet
 from modules.training.memory import keep_freed_memory

@@ -14,9 +14,9 @@ from torch import nn
 
 from modules.modeling.ops import lsq_plus
 from modules.modeling.ops.convolution import conv2d, convolution_backward
+from modules.modeling.ops.fake_quantise import QuantisedOp, compile_quantisers
 from modules.modeling.ops.lsq_plus import (
     QBase,
-    compile_quantisers,
     quantise_weights_once,
     quantize_activation,
     quantize_weight,
@@ -353,13 +353,13 @@ def test_weights_quantised_once_give_the_same_numbers(name, kernels):
 @contextlib.contextmanager
 def _operands(seen):
     """Inside, the tensors that the quantised ops multiply are appended to `seen`."""
-    operand = lsq_plus._QuantisedOp.operand
+    operand = QuantisedOp.operand
 
     def record(*args):
         seen.append(operand(*args))
         return seen[-1]
-    lsq_plus._QuantisedOp.operand = staticmethod(record)
+    QuantisedOp.operand = staticmethod(record)
     try:
         yield
     finally:
-        lsq_plus._QuantisedOp.operand = staticmethod(operand)
+        QuantisedOp.operand = staticmethod(operand)

@@ -1,7 +1,7 @@
 """Batch norm folded into convolutions, and LSQ+ weights as integers."""
 import numpy as np
 
-from ..modeling.ops.lsq_plus import positive_scale
+from ..modeling.ops.fake_quantise import positive_scale
 
 REDUCED = 63                    # largest weight of 7 bits: two products with uint8 fit into int16
 

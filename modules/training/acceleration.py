@@ -4,7 +4,7 @@ import contextlib
 import torch
 
 from ..errors import UserError
-from ..modeling.ops.lsq_plus import compile_quantisers, prove_quantisers
+from ..modeling.ops.fake_quantise import compile_quantisers, prove_quantisers
 from .log import note
 
 PAYS_FROM = 1000            # steps of a run, from which compiling takes less time than it saves
