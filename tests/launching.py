@@ -41,6 +41,7 @@ def _be_script(argv, environment, output, cwd):
     os.environ.update(environment)
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # which jobs in the background ignore
     sys.argv = argv
     sys.path.insert(0, os.path.dirname(argv[0]))
     torch.set_num_threads(1)

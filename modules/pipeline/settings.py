@@ -60,5 +60,7 @@ def load_settings(path, overrides):
             raise UserError(f'{path}: steps: unknown {name}; known: {", ".join(known)}')
         if not isinstance(section, dict):
             raise UserError(f'{path}: steps: {name}: expected flags and values')
+    if values.get('baselines') and 'baselines' not in steps:
+        raise UserError(f'{path}: baselines: trained in the step of that name, which has no section in steps')
     values.update((key, value) for key, value in overrides.items() if value is not None)
     return Settings(steps=steps, **values)
