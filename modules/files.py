@@ -64,6 +64,7 @@ def hold(path):
     """Keep other processes from holding `path`, a file to be written, until this one ends, however it ends.
 
     UserError where another one holds it. Leaves a file .<name>.lock beside it; processes forked later hold nothing.
+    On a file system without locks nobody holds anything.
     """
     import fcntl
     path = os.path.abspath(path)

@@ -25,6 +25,14 @@ def test_trained_quantised_and_measured(tmp_path, monkeypatch, capsys):
         assert row['images'] == '48' and float(row['int8_ms']) > 0 and 0 <= float(row['int8_top1']) <= 100
         assert fits_16_bits(tmp_path / 'mobilenetv3_small_050' / 'int8.onnx') == bool(reduce_range)
     assert 'already fine-tuned' in capsys.readouterr().err
+    (tmp_path / 'mobilenetv3_small_050' / 'fp32.onnx').replace(tmp_path / 'fp32.onnx')
+    assert call(script, monkeypatch, *flags, '--only_latency') == 2
+    (tmp_path / 'fp32.onnx').replace(tmp_path / 'mobilenetv3_small_050' / 'fp32.onnx')
+    assert call(script, monkeypatch, *flags, '--only_latency', '--runs', 5) == 0
+    with open(tmp_path / 'mobilenetv3_small_050' / 'result.csv', newline='') as f:
+        again, = csv.DictReader(f)
+    assert again['int8_ms'] != row['int8_ms'] and again | {key: row[key] for key in ('fp32_ms', 'int8_ms')} == row
+    capsys.readouterr()
     assert call(script, monkeypatch, '--model', 'no_such_model', *FLAGS) == 2
     assert 'error: no_such_model: timm has no such model' in capsys.readouterr().err.splitlines()[-1]
 

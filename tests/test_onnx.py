@@ -128,16 +128,22 @@ def test_the_zero_of_padding_is_a_code(beta_steps):
     assert difference(ours, theirs) < 0.03
 
 
-def test_dead_channels_with_a_tiny_variance(tmp_path):
-    """Of a channel that is 0 everywhere beta and the padding's zeros are all there is; batch norm enlarges that."""
+def _with_a_dead_channel(beta_steps):
+    """A block in int8, one of whose channels is 0 everywhere and has no variance, and images."""
     network, images = some_block('MobileNetV1Block', cin=16, kernel=3, stride=1, hw=8)
     set_quant_mode(network)
     images = images.abs()
     images[:, 3] = 0
     unit = network.stages['stage'][0].depth_conv
     observe(network, [images])
-    unit.dwconv.beta.data[:] = -0.3 * unit.dwconv.sa.data
+    unit.dwconv.beta.data[:] = beta_steps * unit.dwconv.sa.data
     unit.norm.running_mean[3], unit.norm.running_var[3], unit.norm.weight.data[3] = 0, 0, 1
+    return network, images
+
+
+def test_dead_channels_with_a_tiny_variance(tmp_path):
+    """Of a channel that is 0 everywhere beta and the padding's zeros are all there is; batch norm enlarges that."""
+    network, images = _with_a_dead_channel(-0.3)
     model = export_int8(network, observe(network, [images]))
     assert difference(*outputs(network, model, images)) < 0.03
     found = operators(model, tmp_path)
@@ -217,14 +223,7 @@ def test_7_bits_and_whole_zero_points_that_were_trained_are_kept(name, activatio
 @pytest.mark.parametrize('beta_steps', [0.4, -20.4])
 def test_padding_and_dead_channels_need_no_map_where_zero_is_a_code(beta_steps):
     """What is left of a shift, and enlarged by a tiny variance, is not there."""
-    network, images = some_block('MobileNetV1Block', cin=16, kernel=3, stride=1, hw=8)
-    set_quant_mode(network)
-    images = images.abs()
-    images[:, 3] = 0
-    unit = network.stages['stage'][0].depth_conv
-    observe(network, [images])
-    unit.dwconv.beta.data[:] = beta_steps * unit.dwconv.sa.data
-    unit.norm.running_mean[3], unit.norm.running_var[3], unit.norm.weight.data[3] = 0, 0, 1
+    network, images = _with_a_dead_channel(beta_steps)
     maps = {}
     for kind in ('real', 'integer'):
         model = export_int8(requantise(network, 8, kind), observe(network, [images]))

@@ -320,10 +320,10 @@ def baseline_step(model):
     return f'baseline {model}'
 
 
-def baselines(p):
+def baselines(p, *more):
     return [[p.script('onnx_tools/baseline.py', step, '--model', model, '--image_size', p.image_size, '--batch_size',
                       p.settings.batch_size, *p.length(step), '--output', p.path('baselines'), '--seed',
-                      p.settings.seed, '--resume', *p.narrow, *p.data.flags)]
+                      p.settings.seed, '--resume', *p.narrow, *more, *p.data.flags)]
             for model in p.settings.baselines for step in [baseline_step(model)]]
 
 
@@ -337,7 +337,8 @@ def latency(p):
     if not p.dry:
         write_text(p.path('input.csv'), ''.join(f'{network.entry}\n' for network in p.deployed()))
     return [p.script('onnx_tools/benchmark.py', 'latency', '--input', p.path('input.csv'), '--model_path',
-                     p.path('models'), '--output', p.path('latency.csv'), *p.narrow)]
+                     p.path('models'), '--output', p.path('latency.csv'), *p.narrow),
+            *(command for command, in baselines(p, '--only_latency'))]      # before, others ran beside them
 
 
 STEPS = (

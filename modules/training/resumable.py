@@ -190,9 +190,11 @@ def train(runs, schedule, job, title, curves_folder, take_step, end_epoch=None):
                 end_epoch(epoch, writer)
             for run in ended:
                 run.unproven = run.state()
-    for run in runs:
-        if run.done:
-            run.prove(job)
+        for run in runs:
+            if run.done:
+                run.prove(job)
+        if interrupted():                           # in the last step, or while it was validated
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
