@@ -31,8 +31,8 @@ from modules.modeling.ops.lsq_plus import quantised_ops
 from modules.pictures import new_figure, save_figure
 from modules.search_space.encoding import parse_supernet, subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
+from modules.settings import load_config
 from modules.training.calibrate import initialize_all_scales
-from modules.training.config import load_config
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
 from modules.training.evaluate import DecodedImages, evaluate_subnet
@@ -74,18 +74,18 @@ def train(args, supernet, rate, seed, folder):
     recipe = load_config(SupernetRecipe, os.path.join(CONFIGS, config), {
         'epochs': args.curve, 'max_steps': args.steps // args.curve, 'base_lr': rate, 'seed': seed,
         'warmup_epochs': args.curve * warmup, 'num_valid_images': args.images if args.curve > 1 else 100,
-        'num_calib_batches': 8})
+        'num_calib_batches': 8, 'quant_mode': args.quant_mode, 'resume': True, 'align_sample': True,
+        'from_scratch': not args.after})
     data = open_data(args.dataset_path, args.dataset, recipe.valid_size, recipe.augment,
                      max(supernet.superspace.resolutions), seed=seed)
-    model, blocks = build(supernet, data.num_classes, recipe, args.quant_mode), None
+    model, blocks = build(supernet, data.num_classes, recipe), None
     if args.after:
         os.makedirs(folder, exist_ok=True)
         shutil.copy(os.path.join(args.output, args.after, 'checkpoint.pth'), folder)
     elif args.init_block_kd:
         students, blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode)
         learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, seed)
-    train_supernet(model, data, recipe, folder, Job(), args.quant_mode, resume=True, from_scratch=not args.after,
-                   align_sample=True, blocks=blocks)
+    train_supernet(model, data, recipe, folder, Job(), blocks)
     return model, data
 
 
