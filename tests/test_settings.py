@@ -17,7 +17,7 @@ class Recipe:
     sizes: tuple[int, ...] = setting((), 'pixels', least=16)
     kind: str = setting('a', 'which', choices=('a', 'b'))
     fast: bool = setting(True, 'in a hurry', decides=False)
-    resume: bool = setting(False, 'go on', in_file=False, decides=False)
+    again: bool = setting(False, 'go on', in_file=False, decides=False)
     workers: int = setting(0, 'processes', flags=(), decides=False)
 
 
@@ -36,7 +36,7 @@ def parsed(words, kind=Recipe, **options):
     ('', {}), ('--num_epochs 7', {'epochs': 7}), ('--n 7', {'epochs': 7}), ('--rate 0.1', {'rate': 0.1}),
     ('--share', {'share': 0.5}), ('--share 0.2', {'share': 0.2}), ('--sizes 16 32', {'sizes': (16, 32)}),
     ('--kind b', {'kind': 'b'}), ('--no_fast', {'fast': False}), ('--no-fast', {'fast': False}), ('--fast', {}),
-    ('--resume', {'resume': True})])
+    ('--again', {'again': True})])
 def test_flags_are_the_fields(words, changed):
     assert settings_of(Recipe, parsed(words)) == Recipe(**changed)
     assert settings_of(Longer, parsed(words, Longer)) == Longer(**changed)
@@ -55,16 +55,16 @@ def test_values_outside_their_limits_are_refused(words, said, capsys):
 def test_a_file_has_the_defaults_and_flags_win(tmp_path):
     path = tmp_path / 'x.yaml'
     path.write_text('epochs: 3\nfast: false\nkind: b\nquant:\n  epochs: 2\n')
-    args = parsed('--kind a --resume', from_file=True)
+    args = parsed('--kind a --again', from_file=True)
     recipe = load_config(Recipe, path, vars(args), 'quant')
-    assert recipe == Recipe(epochs=2, fast=False, kind='a', resume=True)
+    assert recipe == Recipe(epochs=2, fast=False, kind='a', again=True)
     save_config(recipe, tmp_path, 'y.yaml')
     assert load_config(Recipe, tmp_path / 'y.yaml') == Recipe(epochs=2, fast=False, kind='a')
-    path.write_text('resume: true\n')
+    path.write_text('again: true\n')
     with pytest.raises(UserError, match='unknown key'):
         load_config(Recipe, path)
 
 
 def test_what_a_resumed_run_insists_on():
-    assert deciding(Recipe(sizes=(16,), resume=True)) == {'epochs': 5, 'rate': None, 'share': None, 'sizes': [16],
+    assert deciding(Recipe(sizes=(16,), again=True)) == {'epochs': 5, 'rate': None, 'share': None, 'sizes': [16],
                                                          'kind': 'a'}
