@@ -27,12 +27,11 @@ from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import SEED, parser, positive, run
 from modules.errors import UserError
 from modules.latency import LatencyPredictor
-from modules.modeling.ops.lsq_plus import quantised_ops
 from modules.pictures import new_figure, save_figure
 from modules.search_space.encoding import parse_supernet, subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
 from modules.settings import load_config
-from modules.training.calibrate import initialize_all_scales
+from modules.subnet_report import complete_scales
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
 from modules.training.evaluate import DecodedImages, evaluate_subnet
@@ -118,10 +117,8 @@ def evaluate(args, model, data):
     supernet, job = model.encoding, Job()
     calibration = DecodedImages(calibration_batches(data.train, 32, 8))
     valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images))
-    if any(op.is_quantised and not op.scales_initialized for op in quantised_ops(model)):
-        rng, (images, _) = random.Random(0), next(iter(calibration))
-        initialize_all_scales(model, images, model.set_max_subnet, lambda: model.sample_active_subnet(rng, True))
     subnets = evaluated_subnets(supernet, LatencyPredictor(args.platform), args.subnets)
+    complete_scales(model, [subnet for members in subnets.values() for subnet in members], data, 32, job)
     return {kind: [evaluate_subnet(model, subnet, calibration, valid, job).top1 for subnet in members]
             for kind, members in subnets.items()}
 

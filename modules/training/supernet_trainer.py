@@ -5,6 +5,7 @@ Source: AlphaNet (Wang et al., ICML 2021), BigNAS (Yu et al., ECCV 2020). Everyt
 function of (seed, epoch, step, rank), so a resumed run takes the very same steps.
 """
 import contextlib
+import itertools
 import math
 import os
 import random
@@ -183,8 +184,8 @@ def _start(supernet, data, recipe, folder, job, steps, blocks):
     if recipe.quant_mode and resumed is None:
         images, *_ = next(iter(calibration_batches(data.train, recipe.batch_size_per_gpu, 1, recipe.seed)))
         rng = random.Random(f'{recipe.seed} scales')
-        initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet,
-                              lambda: supernet.sample_active_subnet(rng))
+        others = itertools.repeat(lambda: supernet.sample_active_subnet(rng))
+        initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet, others, patience=20)
     broadcast(supernet, job)
     optimizer = torch.optim.SGD(parameter_groups(supernet, recipe.weight_decay), lr=recipe.base_lr,
                                 momentum=recipe.momentum, nesterov=recipe.momentum > 0)
