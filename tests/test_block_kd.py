@@ -3,6 +3,7 @@ import argparse
 import importlib
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,14 +79,18 @@ def _weights(folder, name):
     return {(i, key): tensor for i, state in enumerate(states) for key, tensor in state.items()}
 
 
-@pytest.mark.parametrize('ranks', [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path, photos, teacher_file, ranks):
-    """fp32, then LSQ+ from its result; both killed by SIGKILL after the first checkpoint. Ranks have a disk each."""
+@pytest.mark.parametrize('ranks, kill_fp32', [(2, False), pytest.param(1, True, marks=pytest.mark.slow)])
+def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path, photos, teacher_file, ranks,
+                                                                           kill_fp32):
+    """LSQ+ from the result of fp32, killed by SIGKILL after the first checkpoint. Ranks have a disk each."""
     disk, whole, broken = tmp_path / 'disk{rank}', tmp_path / 'disk0' / 'whole', tmp_path / 'disk0' / 'broken'
     lsq = ('--teacher_checkpoint_path', teacher_file)
     for script, name, more in (('train_block_kd.py', 'checkpoint.pth', ('--num_epochs', 2, '--max_steps', 2)),
                                ('lsq_block_kd.py', 'lsq.pth', lsq)):
         _train(script, photos, disk / 'whole', *more, ranks=ranks)
+        if name == 'checkpoint.pth' and not kill_fp32:
+            shutil.copytree(tmp_path / 'disk0' / 'whole', tmp_path / 'disk0' / 'broken')
+            continue
         _train(script, photos, disk / 'broken', *more, ranks=ranks,
                kill_when=str(broken / BLOCKS[0] / name))
         states = [load_checkpoint(broken / block / name) for block in BLOCKS

@@ -1,6 +1,6 @@
 """Commands as users write them, shortened by more flags only.
 
-The published ones of the supernet stages on one rank and two, one of them under torch.distributed.launch; and every
+The published ones of the supernet stages on one rank and two; and every
 command of README.md and docs/, plain and in this process: all are parsed, and each way to call a script is run once.
 What they compute is in the tests of their stages.
 """
@@ -28,7 +28,7 @@ from modules.zoo import save_network
 from .checkpoints import call, published_root, random_supernet, write_supernet
 from .conftest import ROOT
 from .documented import IGNORED, KD, LOGS, PAGES, PARSED, SHORTER, TEACHER, commands, load_script, others, parse_command
-from .launching import launch, run_script
+from .launching import run_script
 from .test_eval_specific_net import write_pictures
 
 SHORT = ['--num_workers', 0, '--device', 'cpu', '--num_calib_batches', 1]
@@ -67,8 +67,7 @@ TRAIN = ('train_supernet.py --config-file supernet_training_configs/train.yaml -
 
 def test_supernet_training(tree):
     folder = tree / 'checkpoints' / 'supernet_training' / f'{MOBILEW}-align0'
-    output = launch('torch.distributed.launch', *(TRAIN + '64 --resume').split(), *TRAINING, cwd=tree)
-    assert f'{MOBILEW} max: top-1' in output
+    _runs(tree, TRAIN + '64 --resume', TRAINING, 2, f'{MOBILEW} max: top-1')
     _runs(tree, TRAIN + '32 --quant_mode', TRAINING, 1, f'{MOBILEW} max: top-1')
     weights = [load_checkpoint(folder / file)['state_dict'] for file in ('checkpoint.pth', 'lsq.pth')]
     assert weights[0].keys() == weights[1].keys()

@@ -291,31 +291,36 @@ def _train(*words, **options):
     return run_script(*_words(*words), **options)
 
 
-INT8 = 'lsq.pth', ('--quant_mode',)
+def _killed_and_resumed(tmp_path, *more, ranks=1):
+    """What the unbroken run said; the broken one ended with its weights. Both are in the folders of these names."""
+    output = _train(tmp_path / 'whole', tmp_path, '--resume', *more, ranks=ranks)
+    assert 'max: top-1' in output
+    name = 'lsq.pth' if '--quant_mode' in more else 'checkpoint.pth'
+    whole, broken = (tmp_path / run / 'demo-012-111-align0' / name for run in ('whole', 'broken'))
+    _train(tmp_path / 'broken', tmp_path, '--resume', *more, kill_when=str(broken), ranks=ranks)
+    assert not load_checkpoint(broken)['done']
+    _train(tmp_path / 'broken', tmp_path, '--resume', *more, ranks=ranks)
+    states = [load_checkpoint(path) for path in (whole, broken)]
+    assert states[0]['done'] and states[1]['done'] and states[0]['results'] == states[1]['results']
+    assert all(torch.equal(states[0]['state_dict'][key], states[1]['state_dict'][key])
+               for key in states[0]['state_dict'])
+    return output
 
 
-@pytest.mark.parametrize('ranks, kinds', [(1, [('checkpoint.pth', ()), INT8]),
-                                          (2, [(INT8[0], (*INT8[1], '--from_scratch'))])])
-def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path, ranks, kinds):
-    """fp32 on two ranks: test_transfer.py."""
-    for name, more in kinds:
-        options = {'ranks': ranks}
-        output = _train(tmp_path / 'whole', tmp_path, '--resume', *more, **options)
-        assert 'max: top-1' in output
-        whole, broken = (tmp_path / run / 'demo-012-111-align0' / name for run in ('whole', 'broken'))
-        _train(tmp_path / 'broken', tmp_path, '--resume', *more, kill_when=str(broken), **options)
-        assert not load_checkpoint(broken)['done']
-        _train(tmp_path / 'broken', tmp_path, '--resume', *more, **options)
-        states = [load_checkpoint(path) for path in (whole, broken)]
-        assert states[0]['done'] and states[1]['done'] and states[0]['results'] == states[1]['results']
-        assert all(torch.equal(states[0]['state_dict'][key], states[1]['state_dict'][key])
-                   for key in states[0]['state_dict'])
+def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path):
+    """fp32, then INT8 from it. fp32 on two ranks: test_transfer.py; INT8 on two: below, and block KD's."""
+    _killed_and_resumed(tmp_path)
+    output = _killed_and_resumed(tmp_path, '--quant_mode')
     assert (tmp_path / 'whole' / 'demo-012-111-align0' / 'lsq.yaml').exists()
-    assert 'already trained' in _train(tmp_path / 'whole', tmp_path, '--resume', *more, **options)
-    if ranks == 1:
-        again = _train(tmp_path / 'whole', tmp_path, '--test_only', *more)
-        wanted, found = ([line for line in text.split('\n') if ': top-1' in line] for text in (output, again))
-        assert found == wanted and len(found) == 3
+    assert 'already trained' in _train(tmp_path / 'whole', tmp_path, '--resume', '--quant_mode')
+    again = _train(tmp_path / 'whole', tmp_path, '--test_only', '--quant_mode')
+    wanted, found = ([line for line in text.split('\n') if ': top-1' in line] for text in (output, again))
+    assert found == wanted and len(found) == 3
+
+
+@pytest.mark.slow
+def test_the_same_in_int8_on_two_ranks(tmp_path):
+    _killed_and_resumed(tmp_path, '--quant_mode', '--from_scratch', ranks=2)
 
 
 @pytest.mark.parametrize('ranks, number', [(1, signal.SIGTERM), (2, signal.SIGINT)])
