@@ -58,7 +58,7 @@ def get_args():
     p.add_argument('--subnet_name', default='SEQnet@vnni-A0', help='SEQnet@vnni-A0, …; see --supernet_choice')
     p.add_argument('--imagenet_path', help='ImageNet, for the first batch-norm calibration; default: the data set')
     p.add_argument('--fp32_head', action='store_true', help='the new head is not quantised')
-    p.add_argument('--superspace', choices=sorted(SUPERSPACES), help='of --supernet_choice')
+    p.add_argument('--superspace', choices=sorted(SUPERSPACES), help='hyperspace of --supernet_choice')
     p.add_argument('--supernet_choice', help='then --subnet_name is an encoding of its, max, min, or '
                    'best_*.csv of search_subnet.py (its first row), best_*.csv:3 (its third)')
     p.add_argument('--checkpoint_path', '--pretrained', dest='checkpoint_path', default=CHECKPOINTS,

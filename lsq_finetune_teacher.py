@@ -37,13 +37,13 @@ class TeacherSettings(TrainingSettings):
     epochs: int = setting(1, 'passes over the training images', flags=('num_epochs',), least=1, decides=False)
     batch_size: int = setting(12, 'images a step and rank', flags=('train_batch_size',), least=1, decides=False)
     learning_rate: float = setting(1e-3, 'the first; down to 0 by a cosine', above=0)
-    momentum: float = setting(0.9, 'of SGD', below=1)
+    momentum: float = setting(0.9, 'momentum of SGD', below=1)
     weight_decay: float = setting(1e-5, 'not of norms, biases and scales')
     image_size: int = setting(224, 'pixels', least=16, most=2048)
     max_steps: int | None = setting(None, 'steps in all, for short runs', least=1, decides=False)
-    num_eval_images: int = setting(5000, 'of the evaluation at the end', least=1, decides=False)
+    num_eval_images: int = setting(5000, 'images of the evaluation at the end', least=1, decides=False)
     checkpoint_freq: int = setting(500, 'steps between unfinished.pth', least=1, decides=False)
-    seed: int = setting(0, 'of order and augmentation', most=2 ** 32 - 1)
+    seed: int = setting(0, 'seed of order and augmentation', most=2 ** 32 - 1)
     augment: str = setting('default', 'of the training images', flags=())
 
 

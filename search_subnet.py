@@ -62,10 +62,12 @@ def get_args():
     p.add_argument('--num_mutations', type=positive(int), default=128, help='a round')
     p.add_argument('--num_crossovers', type=positive(int), default=128, help='a round')
     p.add_argument('--parent_size', type=positive(int), help='parents of a round; default: the better half')
-    p.add_argument('--arch_mutate_prob', type=within(float, 0, 1), default=0.3, help='of each depth, k, w, e')
-    p.add_argument('--resolution_mutate_prob', type=within(float, 0, 1), default=0.5, help='of the resolution')
+    p.add_argument('--arch_mutate_prob', type=within(float, 0, 1), default=0.3,
+                   help='probability of each depth, k, w, e')
+    p.add_argument('--resolution_mutate_prob', type=within(float, 0, 1), default=0.5,
+                   help='probability of the resolution')
     p.add_argument('--align_sample', action='store_true', help='all blocks of a stage share k, w, e; -align1')
-    p.add_argument('--num_valid_images', type=positive(int), help='of the held-out images; default: all of them')
+    p.add_argument('--num_valid_images', type=positive(int), help='held-out images that score a subnet; default: all')
     p.add_argument('--num_threads', type=within(int, 1, 1024),
                    help='subnets measured at a time by a rank, on a CPU; default: its share of the cores')
     p.add_argument('--resume', action='store_true', help='go on with the history in the output directory')

@@ -25,12 +25,12 @@ def add_evaluation_arguments(parser):
     parser.add_argument('--quant_mode', action='store_true', help='int8: lsq.pth instead of checkpoint.pth')
     parser.add_argument('--batch_size', type=positive(int), default=64, help='images a batch and rank')
     parser.add_argument('--num_calib_batches', type=positive(int), default=20,
-                        help='of training images, for batch-norm calibration; ranks share them')
+                        help='batches of training images, for batch-norm calibration; ranks share them')
     parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
     parser.add_argument('--cache_gb', type=positive(float), default=8.0,
                         help='GiB a rank for test images that several subnets share; above it they are decoded anew')
     add_platform_arguments(parser)
-    parser.add_argument('--seed', type=SEED, default=0, help='of the calibration images')
+    parser.add_argument('--seed', type=SEED, default=0, help='seed of the calibration images')
     add_data_arguments(parser, trains=False)
     add_distributed_arguments(parser)
 

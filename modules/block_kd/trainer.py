@@ -45,20 +45,21 @@ class BlockKDSettings(TrainingSettings):
     learning_rate_list: tuple[float, ...] = setting(
         (0.005, 0.01, 0.01, 0.01, 0.01, 0.005), 'learning rate of stage1, stage2, …: as many as the superspace has, or '
         'six', above=0, decides=False)
-    stem_learning_rate: float = setting(0.01, 'of first_conv and stage0', above=0, decides=False)
-    head_learning_rate: float = setting(0.001, 'of final_expand, feature_mix and logits', above=0, decides=False)
+    stem_learning_rate: float = setting(0.01, 'learning rate of first_conv and stage0', above=0, decides=False)
+    head_learning_rate: float = setting(0.001, 'learning rate of final_expand, feature_mix and logits', above=0,
+                                        decides=False)
     lr_step_size: int = setting(20, 'batches between learning-rate updates', least=1)
     weight_decay: float = setting(1e-4, 'not of norms, biases and scales')
     inplace_distill_from_teacher: bool = setting(False, 'every sub-stage learns from the teacher; else max does, and '
                                                  'the others from max')
     nsr_signal: str = setting('teacher', 'whose variance divides the loss', choices=NSR_SIGNALS)
-    num_calib_batches: int = setting(20, 'of batch-norm calibration', least=1, decides=False)
+    num_calib_batches: int = setting(20, 'batches of batch-norm calibration', least=1, decides=False)
     checkpoint_freq: int = setting(200, 'steps between checkpoints', least=1, decides=False)
     max_steps: int | None = setting(None, 'steps of an epoch, for short runs', least=1, decides=False)
-    num_valid_batches: int | None = setting(None, 'of the evaluation; default: all held-out images', least=1,
+    num_valid_batches: int | None = setting(None, 'batches of the evaluation; default: all held-out images', least=1,
                                             decides=False)
     amp: bool = setting(False, 'bf16 autocast, for GPUs', decides=False)
-    seed: int = setting(0, 'of weights, sub-stages and augmentation', most=2 ** 32 - 1)
+    seed: int = setting(0, 'seed of weights, sub-stages and augmentation', most=2 ** 32 - 1)
     quant: bool = setting(False, 'with LSQ+', flags=(), decides=False)
     from_scratch: bool = setting(False, 'without an fp32 checkpoint', flags=(), decides=False)
 

@@ -22,10 +22,11 @@ class Settings:
     platform: str = setting('', 'latency platform; default: this machine is measured')
     measured_name: str = setting('demo_host', 'platform that this machine is registered as')
     latency: float = setting(0.0, 'INT8 ms that a network may take; 0: by latency_quantile', least=0)
-    latency_quantile: float = setting(0.5, 'of the latencies of random subnets of random spaces', least=0, most=1)
+    latency_quantile: float = setting(0.5, 'quantile of the latencies of random subnets of random spaces', least=0,
+                                      most=1)
     latency_width: float = setting(0.15, 'share of the latency that the window searched takes', least=0, below=1)
-    latency_loss_t: float = setting(0.1, 'of the space search', least=0)
-    latency_loss_a: float = setting(0.01, 'of the space search', least=0)
+    latency_loss_t: float = setting(0.1, 'as search_block_kd.py takes it', least=0)
+    latency_loss_a: float = setting(0.01, 'as search_block_kd.py takes it', least=0)
     align_sample: bool = setting(True, 'all blocks of a stage share k, w, e')
     compare_flops: bool = setting(True, 'search, train and deploy by FLOPs too')
     compare_types: str = setting('', 'a space by hand to compare with: block types by stage, such as 111')
@@ -34,7 +35,7 @@ class Settings:
     init_block_kd: bool = setting(True, 'supernets start from the blocks of block KD')
     batch_size: int = setting(32, 'images a step, a process', least=1)
     nproc_per_node: int = setting(0, 'processes of each training; 0: none but side by side on CPU cores', least=0)
-    seed: int = setting(0, 'of the searches, the supernets and the fine-tuning', least=0)
+    seed: int = setting(0, 'seed of the searches, the supernets and the fine-tuning', least=0)
     steps: dict = field(default_factory=dict)
 
     def flags(self, step, *without):

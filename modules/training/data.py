@@ -210,7 +210,8 @@ def add_data_arguments(parser, trains=True, more_paths=('--imagenet_path',)):
     parser.add_argument('--valid_size', type=not_negative(int), default=VALID_SIZE,
                         help='training images held out for validation')
     if trains:
-        parser.add_argument('--augment', choices=AUGMENTATIONS, default='default', help='of the training images')
+        parser.add_argument('--augment', choices=AUGMENTATIONS, default='default',
+                            help='augmentation of the training images')
 
 
 def open_data(path, dataset='imagenet', valid_size=VALID_SIZE, augment='default', image_size=224, labelled=True,

@@ -50,20 +50,20 @@ class DownstreamRecipe(TrainingSettings):
                                           above=0)
     weight_decay: float = setting(WEIGHT_DECAY, 'not of norms, biases and scales')
     epochs: int = setting(200, 'passes over the training images', flags=('num_epochs',), least=1)
-    warmup_epochs: float = setting(2.0, 'of linear warm-up, then linear decay to 0')
+    warmup_epochs: float = setting(2.0, 'epochs of linear warm-up, then linear decay to 0')
     batch_size: int = setting(128, 'images a step and rank', flags=('batch_size', 'train_batch_size'), least=1)
-    momentum: float = setting(0.9, 'of SGD, Nesterov', below=1)
-    label_smoothing: float = setting(0.1, 'of the labels', below=1)
+    momentum: float = setting(0.9, 'momentum of SGD, Nesterov', below=1)
+    label_smoothing: float = setting(0.1, 'smoothing of the labels', below=1)
     class_weights: str = setting('none', 'balanced: rare classes count as much as frequent ones', choices=CLASS_WEIGHTS)
     grad_clip_norm: float = setting(1.0, 'bound of the gradient norm', above=0)
-    num_calib_batches: int = setting(20, 'of batch-norm calibration at first', least=1)
+    num_calib_batches: int = setting(20, 'batches of batch-norm calibration at first', least=1)
     eval_freq: int = setting(10, 'epochs between evaluations', least=1, decides=False)
     checkpoint_freq: int = setting(200, 'steps between checkpoints', least=1, decides=False)
     max_steps: int | None = setting(None, 'steps of an epoch, for short runs; default: all', least=1, decides=False)
     num_eval_images: int | None = setting(None, 'for short runs; default: all', least=1, decides=False)
-    seed: int = setting(0, 'of the new head, dropout, order and augmentation', most=2 ** 32 - 1)
-    distill: float | None = setting(None, 'of the loss: learned from the largest subnet, 0.5 without a value; implies '
-                                    '--keep_head', const=0.5, most=1)
+    seed: int = setting(0, 'seed of the new head, dropout, order and augmentation', most=2 ** 32 - 1)
+    distill: float | None = setting(None, 'share of the loss that is learned from the largest subnet, 0.5 without a value; '
+                                    'implies --keep_head', const=0.5, most=1)
 
 
 def add_recipe_argument(p):
@@ -76,8 +76,8 @@ def add_recipe_argument(p):
 
 def add_quantisation_arguments(p):
     """--weight_bits, --integer_zero_points and --symmetric of what trains INT8 networks for deployment."""
-    p.add_argument('--weight_bits', type=int, choices=WEIGHT_BITS, default=8, help='of INT8 weights; 7 (-64 to 63) '
-                   'are quicker on x86 without VNNI')
+    p.add_argument('--weight_bits', type=int, choices=WEIGHT_BITS, default=8, help='bits of INT8 weights; 7 (-64 to '
+                   '63) are quicker on x86 without VNNI')
     kinds = p.add_mutually_exclusive_group()
     for flag, kind, text in (
             ('--integer_zero_points', 'integer', '0 is a code of every activation: INT8 models need no shifts'),
