@@ -62,8 +62,8 @@ class DownstreamRecipe(TrainingSettings):
     max_steps: int | None = setting(None, 'steps of an epoch, for short runs; default: all', least=1, decides=False)
     num_eval_images: int | None = setting(None, 'for short runs; default: all', least=1, decides=False)
     seed: int = setting(0, 'seed of the new head, dropout, order and augmentation', most=2 ** 32 - 1)
-    distill: float | None = setting(None, 'share of the loss that is learned from the largest subnet, 0.5 without a value; '
-                                    'implies --keep_head', const=0.5, most=1)
+    distill: float | None = setting(None, 'share of the loss that is learned from the largest subnet, 0.5 without a '
+                                    'value; implies --keep_head', const=0.5, most=1)
 
 
 def add_recipe_argument(p):
