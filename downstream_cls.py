@@ -23,6 +23,7 @@ from modules.cli import early_value, parser, run
 from modules.errors import UserError
 from modules.files import file_digest
 from modules.modeling.ops.lsq_plus import quantisation_of, requantise
+from modules.search_space.named import choose_subnet, folder_name, network_of
 from modules.search_space.superspace import SUPERSPACES
 from modules.settings import add_settings, settings_of
 from modules.training.checkpoint import checkpoint_name, precision
@@ -41,16 +42,7 @@ from modules.training.downstream import (
 from modules.training.evaluate import Accuracy, accuracy
 from modules.training.log import note
 from modules.training.sources import plain_name
-from modules.zoo import (
-    CHECKPOINTS,
-    build_network,
-    choose_subnet,
-    find_start,
-    folder_name,
-    load_network,
-    network_of,
-    take_out,
-)
+from modules.zoo import CHECKPOINTS, build_network, find_checkpoint, load_network, take_out
 
 
 def get_args():
@@ -138,6 +130,17 @@ def fine_tune(args, job):
     result = finetune(network, data, recipe, path, job, identity, teacher, calibration)
     if job.is_main:
         print(f'{name} on {args.dataset}: {Accuracy(**result)}\n{path}', flush=True)
+
+
+def find_start(supernet, quant, root, align_sample, keep_head):
+    """The supernet's checkpoint, with keep_head the fp32 one where it has no other; UserError also says what to do."""
+    try:
+        return find_checkpoint(supernet, quant, root, align_sample)
+    except UserError as error:
+        if keep_head and quant:
+            return find_start(supernet, False, root, align_sample, keep_head)
+        more = '' if keep_head else f'{" --quant_mode" * quant}, or give --from_scratch for random weights'
+        raise UserError(f'{error}; train it with train_supernet.py{more}') from None
 
 
 def open_imagenet(path, image_size):

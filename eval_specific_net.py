@@ -15,7 +15,7 @@ from modules.errors import UserError
 from modules.files import check_file
 from modules.latency import open_predictor
 from modules.search_space.encoding import subnet_config
-from modules.search_space.named import find_subnet, find_supernet, named_subnets, named_supernets
+from modules.search_space.named import EXTREMES, find_subnet, find_supernet, named_subnets, named_supernets
 from modules.subnet_report import (
     add_confusion,
     add_evaluation_arguments,
@@ -26,7 +26,7 @@ from modules.subnet_report import (
     evaluation,
 )
 from modules.training.checkpoint import precision
-from modules.zoo import CHECKPOINTS, EXTREMES, find_checkpoint, save_network
+from modules.zoo import CHECKPOINTS, find_checkpoint, save_network
 
 
 def get_args():

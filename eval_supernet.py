@@ -21,14 +21,14 @@ from modules.files import write_csv
 from modules.latency import open_predictor
 from modules.latency.report import breakdown, draw_cdf, percentiles
 from modules.search_space.encoding import subnet_config
-from modules.search_space.named import find_supernet
+from modules.search_space.named import EXTREMES, choose_subnet, find_supernet
 from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
 from modules.subnet_report import add_confusion, add_evaluation_arguments, evaluate_all, evaluation
 from modules.training.checkpoint import precision
 from modules.training.data import VALID_SIZE
 from modules.training.distributed import distributed_job
-from modules.zoo import CHECKPOINTS, EXTREMES, choose_subnet, find_checkpoint
+from modules.zoo import CHECKPOINTS, find_checkpoint
 
 
 def get_args():

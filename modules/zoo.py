@@ -3,7 +3,6 @@
     get_subnet('SEQnet@vnni-A0', num_classes=10, pretrained=True)    static network from its supernet's checkpoint
     load_network('checkpoints/downstream/…/lsq.pth')                 a network that was written by save_network()
 """
-import hashlib
 import os
 import sys
 from collections.abc import Mapping
@@ -16,8 +15,7 @@ from .modeling.network import FeatureMaps, Network, feature_stages
 from .modeling.ops.lsq_plus import quantisation_of, quantised_ops, requantise, set_fp32_mode, set_quant_mode
 from .modeling.supernet import Supernet
 from .search_space.encoding import parse_subnet, parse_supernet, subnet_config
-from .search_space.named import find_subnet, find_supernet, listed_subnet, named_subnets, named_supernets
-from .search_space.sampling import max_subnet, min_subnet
+from .search_space.named import find_subnet, find_supernet, named_subnets, named_supernets
 from .search_space.superspace import SearchSpaceError
 from .training.checkpoint import (
     checkpoint_folder,
@@ -31,7 +29,6 @@ from .training.checkpoint import (
 from .training.log import note
 
 CHECKPOINTS = os.path.join('checkpoints', 'supernet_training')
-EXTREMES = {'max': max_subnet, 'min': min_subnet}
 MOST_CLASSES = 10 ** 6                  # a file that says more is damaged
 CLASSIFIER = 'stages.logits.blocks.0.linear.weight'         # of a supernet
 
@@ -83,40 +80,6 @@ def load_supernet(supernet, path, quant_mode=False):
     if quant_mode and not trained:
         raise UserError(f'{path}: fp32 weights, whose LSQ+ scales were never trained; int8 needs lsq.pth')
     return whole if quant_mode or quant_mode is None and trained else set_fp32_mode(whole)
-
-
-def choose_subnet(supernet, choice, allow='weights'):
-    """encoding.Subnet of max, min or an encoding, checked to be in the supernet; allow: as for check_subnet()."""
-    return EXTREMES[choice](supernet) if choice in EXTREMES else parse_subnet(choice, supernet, allow)
-
-
-def network_of(name, supernet, superspace):
-    """(name, encoding.Supernet, encoding.Subnet) of --subnet_name; a row of a table is named by its encoding."""
-    if supernet is None:
-        if '.csv' in name:
-            raise UserError(f'--subnet_name {name}: of which supernet? give --supernet_choice')
-        return name, *find_subnet(name)
-    supernet = find_supernet(supernet, superspace)
-    listed = listed_subnet(name, supernet)
-    return (name, supernet, choose_subnet(supernet, name)) if listed is None else (str(listed), supernet, listed)
-
-
-def find_start(supernet, quant, root, align_sample, keep_head):
-    """The supernet's checkpoint, with keep_head the fp32 one where it has no other; UserError also says what to do."""
-    try:
-        return find_checkpoint(supernet, quant, root, align_sample)
-    except UserError as error:
-        if keep_head and quant:
-            return find_start(supernet, False, root, align_sample, keep_head)
-        more = '' if keep_head else f'{" --quant_mode" * quant}, or give --from_scratch for random weights'
-        raise UserError(f'{error}; train it with train_supernet.py{more}') from None
-
-
-def folder_name(name, supernet, subnet):
-    """SEQnet@vnni-A0; of subnets without a name <supernet>_max, _min or _<6 hex digits>, since encodings are long."""
-    if '@' in name:
-        return name
-    return f'{supernet}_{name if name in EXTREMES else hashlib.sha256(str(subnet).encode()).hexdigest()[:6]}'
 
 
 def get_subnet(name, num_classes=1000, pretrained=False, quant_mode=False, checkpoint_path=CHECKPOINTS):
@@ -285,6 +248,6 @@ def _register(name):
 for _name in named_subnets():
     _register(_name)
 
-__all__ = ['EXTREMES', 'build_network', 'choose_subnet', 'find_checkpoint', 'find_subnet', 'find_supernet',
+__all__ = ['build_network', 'find_checkpoint', 'find_subnet', 'find_supernet',
            'get_subnet', 'load_network', 'load_supernet', 'named_subnets', 'named_supernets', 'network_checkpoint',
            'save_network', 'subnet_config', 'take_out', 'timm_name', *map(timm_name, named_subnets())]

@@ -13,10 +13,10 @@ from ..latency import LatencyPredictor
 from ..latency.predictor import MFLOPS
 from ..latency.validation import check_name
 from ..search_space.encoding import parse_subnet, parse_supernet, subnet_config
+from ..search_space.named import folder_name
 from ..search_space.sampling import max_subnet, min_subnet, sample_subnet, sample_supernet
 from ..search_space.superspace import get_superspace
 from ..training.sources import plain_name
-from ..zoo import folder_name
 from .settings import Settings
 
 DRAWN = 300                             # random subnets of random spaces, to choose the latency window by

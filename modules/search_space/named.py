@@ -1,5 +1,6 @@
-"""Published supernets and subnets by name: data/search_results.yaml."""
+"""Names of supernets and subnets: the published ones (data/search_results.yaml), max, min, and rows of tables."""
 import csv
+import hashlib
 import os
 import re
 from functools import cache
@@ -9,9 +10,11 @@ import yaml
 from .. import ROOT
 from ..errors import one_line
 from .encoding import EncodingError, parse_subnet, parse_supernet
+from .sampling import max_subnet, min_subnet
 from .superspace import SearchSpaceError
 
 SEARCH_RESULTS = os.path.join(ROOT, 'data', 'search_results.yaml')
+EXTREMES = {'max': max_subnet, 'min': min_subnet}
 
 
 @cache
@@ -73,3 +76,26 @@ def listed_subnet(text, supernet):
         return parse_subnet(rows[int(row) - 1]['subnet'], supernet)
     except SearchSpaceError as error:
         raise EncodingError(f'{path} row {row}: {error}') from None
+
+
+def choose_subnet(supernet, choice, allow='weights'):
+    """encoding.Subnet of max, min or an encoding, checked to be in the supernet; allow: as for check_subnet()."""
+    return EXTREMES[choice](supernet) if choice in EXTREMES else parse_subnet(choice, supernet, allow)
+
+
+def network_of(name, supernet, superspace):
+    """(name, encoding.Supernet, encoding.Subnet) of --subnet_name; a row of a table is named by its encoding."""
+    if supernet is None:
+        if '.csv' in name:
+            raise EncodingError(f'--subnet_name {name}: of which supernet? give --supernet_choice')
+        return name, *find_subnet(name)
+    supernet = find_supernet(supernet, superspace)
+    listed = listed_subnet(name, supernet)
+    return (name, supernet, choose_subnet(supernet, name)) if listed is None else (str(listed), supernet, listed)
+
+
+def folder_name(name, supernet, subnet):
+    """SEQnet@vnni-A0; of subnets without a name <supernet>_max, _min or _<6 hex digits>, since encodings are long."""
+    if '@' in name:
+        return name
+    return f'{supernet}_{name if name in EXTREMES else hashlib.sha256(str(subnet).encode()).hexdigest()[:6]}'
