@@ -1,4 +1,4 @@
-"""Search the spaces of a superspace by their Q-T score, or score given spaces, from block LUTs.
+"""Search the spaces of a hyperspace by their Q-T score, or score given spaces, from block LUTs.
 
     python search_block_kd.py --superspace onnxw --latency_constraint 10 --platform onnx_lut \\
         --latency_loss_t 0.08 --latency_loss_a 0.01 --lut_path data/block_lut --output_dir checkpoints/block_kd/search

@@ -2,8 +2,9 @@
 import numpy as np
 
 from ..files import new_folder
+from ..search_space.block import Block
 from .candidates import space_blocks
-from .kernel_model import Block, LatencyError
+from .kernel_model import LatencyError
 from .predictor import LatencyPredictor
 from .regression import Design, fit_nets
 from .tables import read_table, save_platform
