@@ -198,15 +198,18 @@ def _check_choice(where, choice, allowed):
     return tuple(map(_member, [where] * 3, ('kernel', 'width', 'expand ratio'), choice, allowed))
 
 
-def _check_sub_stage(superspace, block_id, text, choices, check):
-    """[check(choice)] of choices, in the right number; EncodingError names the block."""
+def _check_sub_stage(superspace, block_id, choices, check, show):
+    """[check(choice)] of choices, in the right number; EncodingError names the block of show(choices)."""
     checked = []
     for i, choice in enumerate(choices):
         try:
             checked.append(check(choice))
         except EncodingError as error:
-            raise EncodingError(f'{text!r}: {superspace} {block_id} block {i}: {error}') from None
-    _member(text, f'{superspace} {block_id}: depth', len(checked), _sub_stage_choices(superspace, block_id)[-1])
+            raise EncodingError(f'{show(choices)!r}: {superspace} {block_id} block {i}: {error}') from None
+    depths = _sub_stage_choices(superspace, block_id)[-1]
+    if len(checked) not in depths:
+        raise EncodingError(f'{show(choices)}: {superspace} {block_id}: depth {len(checked)} is not one of '
+                            + _allowed(depths))
     return checked
 
 
@@ -216,9 +219,8 @@ def check_sub_stage(superspace, block_id, choices):
     EncodingError where they are no sub-stage of the BlockId's kernels, widths, expands and depths.
     """
     *allowed, _ = _sub_stage_choices(superspace.name, block_id)
-    return _check_sub_stage(superspace.name, block_id, format_sub_stage(choices), choices,
-                            lambda choice: _check_choice(format_sub_stage([choice]),
-                                                         (*choice[:2], choice[2] or None), allowed))
+    return _check_sub_stage(superspace.name, block_id, [(k, w, e or None) for k, w, e in choices],
+                            lambda choice: _check_choice(choice, choice, allowed), format_sub_stage)
 
 
 def parse_sub_stage(superspace, block_id, text):
@@ -228,8 +230,8 @@ def parse_sub_stage(superspace, block_id, text):
     """
     space = get_superspace(superspace)
     block_id = parse_block_id(space, block_id)
-    return _check_sub_stage(space.name, block_id, text, _as_text(text).split('_'),
-                            lambda part: _parse_choice(space.name, block_id, part))
+    return _check_sub_stage(space.name, block_id, _as_text(text).split('_'),
+                            lambda part: _parse_choice(space.name, block_id, part), '_'.join)
 
 
 @dataclass(frozen=True)
