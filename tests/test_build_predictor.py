@@ -391,6 +391,18 @@ def test_an_imported_table_is_learned(tmp_path):
     assert count == len(blocks) and error < 0.03
 
 
+def test_a_table_without_stem_and_head_is_imported_with_them(tmp_path):
+    blocks = [block for block in space_blocks('demo') if block.name.startswith(('MobileNet', 'ResNet'))][::3]
+    ours = dict(zip(blocks, (3 * ms for ms in LatencyPredictor('onnx_lut').predict_blocks(blocks))))
+    tables.write_table(tmp_path / 'lut.json', ours)
+    _, error = import_table(str(tmp_path / 'lut.json'), str(tmp_path / 'mine'), epochs=4)
+    table, model = tables.load_platform(str(tmp_path / 'mine'))
+    rest = [block for block in space_blocks('demo') if block not in table]
+    ratio = model.predict_blocks(rest) / LatencyPredictor('onnx_lut').predict_blocks(rest)
+    assert {'FirstConvBlock', 'LogitsBlock'} < {block.name for block in rest}
+    assert error < 0.1 and np.quantile(ratio, [0.1, 0.5, 0.9]) == pytest.approx([3, 3, 3], rel=0.15)
+
+
 # ONNX Runtime
 
 def test_a_block_alone_computes_what_it_does_in_a_network(tmp_path):

@@ -235,8 +235,6 @@ def test_block_tables(run, name, tmp_path):
     path = tmp_path / 'bad.json'
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     refused(world().base(run, ['--platform', str(path)]), '' if name == 'no_blocks' else reason, str(path))
-    if run == 'latency':
-        refused(world().base('latency', ['--fallback', '--platform', str(path)]), str(path), reason)
 
 
 PLATFORMS = ['nowhere', 'nowhere.json', '../latency/onnx_lut', 'onnx_lut/', '/', '.', '..', 'pixel4',

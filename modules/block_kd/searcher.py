@@ -58,14 +58,14 @@ def unsearched_blocks(superspace, resolution):
 class PlatformLatency(dict):
     """{resolution (pixels): latency in ms of the unsearched stages}, predicted when first asked for."""
 
-    def __init__(self, superspace, platform, **options):
+    def __init__(self, superspace, platform, trust_pickles):
         super().__init__()
-        self.superspace, self.platform, self.options = superspace, platform, options
+        self.superspace, self.platform, self.trust_pickles = superspace, platform, trust_pickles
 
     @cached_property
     def predictor(self):
         from ..latency import LatencyPredictor
-        return LatencyPredictor(self.platform, **self.options)
+        return LatencyPredictor(self.platform, trust_pickles=self.trust_pickles)
 
     def __missing__(self, resolution):
         self[resolution] = float(sum(self.predictor.predict_blocks(unsearched_blocks(self.superspace, resolution))))
@@ -77,13 +77,13 @@ class BlockKDSearcher:
 
     lut_dir: the folder that holds <superspace>/stage*_*_*.csv[.gz], or that folder itself. latency_constraint:
     ms, one number or several; then scores add up and the two losses are means. platform: None for the hyperspace's
-    own, mflops for the LUT's FLOPs in the place of its latencies; fallback, trust_pickles: as for LatencyPredictor.
+    own, mflops for the LUT's FLOPs in the place of its latencies; trust_pickles: as for LatencyPredictor.
     estimator: exact or independent (score.py), which draws with `seed`. wanted: block-LUT ids to read
     when not all are needed. Raises LutError for a missing file or a bad row.
     """
 
     def __init__(self, lut_dir, superspace, platform, latency_constraint, lat_loss_t=0.1, lat_loss_a=0.01,
-                 estimator='exact', seed=0, wanted=None, fallback=False, trust_pickles=False):
+                 estimator='exact', seed=0, wanted=None, trust_pickles=False):
         self.superspace = get_superspace(superspace)
         self.platform = platform or self.superspace.platform
         given = latency_constraint if isinstance(latency_constraint, (list, tuple)) else [latency_constraint]
@@ -104,7 +104,7 @@ class BlockKDSearcher:
         luts = read_luts(lut_dir, self.superspace, wanted)
         if self.platform == MFLOPS:
             luts = {lut_id: dataclasses.replace(lut, latency=lut.flops) for lut_id, lut in luts.items()}
-        self.latency = PlatformLatency(self.superspace, self.platform, fallback=fallback, trust_pickles=trust_pickles)
+        self.latency = PlatformLatency(self.superspace, self.platform, trust_pickles)
         self.tables = Tables(luts, self.superspace, self.latency)
         options = {} if estimator == 'exact' else {'seed': seed}
         self.estimator = ESTIMATORS[estimator](self.tables, self.constraints, **options)
