@@ -188,22 +188,25 @@ def add_settings(parser, kind, skip=(), from_file=False):
         if meta['flags'] == ():
             continue
         default = dataclasses.MISSING if from_file and meta['in_file'] else field.default
-        options = {'help': meta['help'], 'dest': field.name, 'default': None if default == () else default}
+        names = meta['flags'] or (field.name,)
+        options = {'help': meta['help'], 'default': None if default == () else default}
         if default is dataclasses.MISSING:
             options.update(help=f'{meta["help"]}; default: the config file\'s', default=None)
-        names = meta['flags'] or (field.name,)
         if value is bool:
             options['action'] = 'store_true' if default is False else _Switch
         else:
             options |= {'type': _parse(value, field), 'choices': meta.get('choices')}
-            options |= {} if 'choices' in meta else {'metavar': names[0].upper()}
             options |= {'nargs': '+'} if several else {'nargs': '?', 'const': meta['const']} if meta['const'] else {}
         parser.add_argument(*(f'--{name}' for name in names), **options)
 
 
 def settings_of(kind, args, **others):
     """The settings dataclass of parsed flags (add_settings()); others: {field: value} that win over them."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind) if hasattr(args, field.name)}
+    values = {}
+    for field in dataclasses.fields(kind):
+        value = getattr(args, (field.metadata['flags'] or (field.name,))[0], dataclasses.MISSING)
+        if value is not dataclasses.MISSING:
+            values[field.name] = tuple(value or ()) if _kind(kind, field)[1] else value
     return kind(**values | others)
 
 
@@ -226,4 +229,5 @@ def _parse(kind, field):
 def save_config(config, folder, name):
     """Write the effective configuration to <folder>/<name>, which load_config() reads again."""
     values = {name: getattr(config, name) for name in _keys(type(config))}
+    values = {name: value for name, value in values.items() if value not in (None, ())}
     write_text(os.path.join(folder, name), yaml.safe_dump(values, sort_keys=False))
