@@ -53,11 +53,14 @@ class History:
             self.journal.append(encoding, *numbers)
         return self.entries[encoding]
 
+    def close(self):
+        self.journal.close()
+
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.journal.__exit__()
+        self.close()
 
 
 def read_history(folder):

@@ -158,11 +158,14 @@ class Journal:
         self._file.write((','.join(map(str, cells)) + '\n').encode())
         self._file.flush()
 
+    def close(self):
+        self._file.close()
+
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        self.close()
 
 
 def read_journal(path, parse, settings=None, otherwise=ANEW):
