@@ -1,10 +1,11 @@
 """Which blocks and networks are measured for a platform: spread over regions, and more where errors are large."""
+import dataclasses
 import random
 
 import numpy as np
 
-from ..search_space.block import Block, out_size
-from ..search_space.encoding import subnet_config
+from ..search_space.block import out_size
+from ..search_space.encoding import stage_blocks, subnet_config
 from ..search_space.named import find_subnet, named_subnets
 from ..search_space.sampling import min_subnet, sample_subnet, sample_supernet
 from ..search_space.superspace import get_superspace
@@ -20,16 +21,14 @@ def space_blocks(*superspaces):
     for space, stage in ((s, stage) for s in spaces for stage in s.stages):
         types = [space.fixed[stage.name]] if stage.name in space.fixed else space.block_types
         for resolution in space.resolutions:
-            hw = -(-resolution // space.input_stride(stage.name))
-            places = [(hw, stage.stride, space.input_widths(stage.name))]
-            if max(stage.depths) > 1:
-                places.append((-(-hw // stage.stride), 1, stage.widths))
-            for pixels, stride, inputs in places:
-                if stage.name == 'logits':
-                    pixels, stride = 1, 0
-                blocks.update((Block(t.name, pixels, cin, cout, k, e, stride, t.activation), None)
-                              for t in types for cin in inputs for cout in stage.widths
-                              for k in t.kernels for e in t.expands)
+            hw = out_size(resolution, space.input_stride(stage.name))
+            places = [(stage, hw, space.input_widths(stage.name))]
+            if max(stage.depths) > 1:           # any but the first
+                places.append((dataclasses.replace(stage, stride=1), out_size(hw, stage.stride), stage.widths))
+            for place, pixels, inputs in places:
+                blocks.update((block, None) for t in types for cin in inputs for w in stage.widths
+                              for k in t.kernels for e in t.expands
+                              for block in stage_blocks(place, t, [(k, w, e)], cin, pixels))
     return list(blocks)
 
 
