@@ -14,6 +14,7 @@ import os
 import re
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -86,6 +87,16 @@ def _refusal(line):
     return 'malformed'
 
 
+@cache
+def _check_resolution(superspace, stage, hw):
+    """ValueError where no image has `hw` pixels at the input of the stage."""
+    space = get_superspace(superspace)
+    stride, step = space.input_stride(stage), space.resolution_step
+    if not resolutions_of(hw, stride, step):
+        raise ValueError(f'input of {hw} pixels: no image resolution (a multiple of {step}) gives it at down-sampling '
+                         f'{stride}')
+
+
 def parse_row(space, block_id, line):
     """LutRow of a line without its line end; ValueError with the reason."""
     match = _ROW.fullmatch(line)
@@ -93,10 +104,7 @@ def parse_row(space, block_id, line):
         raise ValueError(_refusal(line))
     cin, hw = int(match[2]), int(match[3])
     blocks = sub_stage_blocks(space, block_id, match[1], (1, cin, hw, hw))
-    stride = space.input_stride(block_id.stage)
-    if not resolutions_of(hw, stride, space.resolution_step):
-        raise ValueError(f'input of {hw} pixels: no image resolution (a multiple of {space.resolution_step}) '
-                         f'gives it at down-sampling {stride}')
+    _check_resolution(space.name, block_id.stage, hw)
     values = [float(value) for value in match.groups()[3:]]
     for name, value in zip(COLUMNS[2:], values):
         if not 0 < value < float('inf'):

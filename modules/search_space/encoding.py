@@ -173,10 +173,16 @@ def format_sub_stage(blocks):
 
 
 @cache
+def _stage_of(superspace, block_id):
+    """(Stage, BlockType, input widths) of a BlockId."""
+    space = get_superspace(superspace)
+    return space.stage(block_id.stage), space.block_type(*block_id[:2]), space.input_widths(block_id.stage)
+
+
+@cache
 def _sub_stage_choices(superspace, block_id):
     """(kernels, widths, expands, depths) of a block id."""
-    space = get_superspace(superspace)
-    stage, block_type = space.stage(block_id.stage), space.block_type(*block_id[:2])
+    stage, block_type, _ = _stage_of(superspace, block_id)
     widths = stage.widths if block_id.window is None else stage.window_widths(block_id.window)
     return block_type.kernels, widths, block_type.expands, stage.depths
 
@@ -189,8 +195,8 @@ def _parse_choice(superspace, block_id, part):
     _check(match, f'{part!r}', f'not kernel#width#expand: kernels {_allowed(kernels)}, widths {_allowed(widths)}, '
                                f'expand ratios {_allowed(expands)}')
     printed = {str(e): e for e in expands}
-    _check_choice(part, (int(match[1]), int(match[2]), match[3]), (kernels, widths, tuple(printed)))
-    return int(match[1]), int(match[2]), printed[match[3]]
+    k, w, e = _check_choice(part, (int(match[1]), int(match[2]), match[3]), (kernels, widths, tuple(printed)))
+    return k, w, printed[e]
 
 
 def _check_choice(where, choice, allowed):
@@ -367,13 +373,16 @@ def sub_stage_blocks(superspace, block_id, sub_stage, input_shape):
     shape = tuple(input_shape or ())
     if len(shape) != 4 or shape[2] != shape[3] or shape[2] < 1:
         raise EncodingError(f'{block_id}: input shape {input_shape} is not (N, C, H, W) with H = W')
-    cin = check_input_width(space, block_id, shape[1])
-    return stage_blocks(space.stage(block_id.stage), space.block_type(*block_id[:2]), choices, cin, shape[2])
+    stage, block_type, _ = _stage_of(space.name, block_id)
+    return stage_blocks(stage, block_type, choices, check_input_width(space, block_id, shape[1]), shape[2])
 
 
 def check_input_width(superspace, block_id, cin):
     """The input width of a BlockId's stage; EncodingError where it is none of the previous stage's."""
-    return _member(f'{superspace.name} {block_id}', 'input width', cin, superspace.input_widths(block_id.stage))
+    widths = _stage_of(superspace.name, block_id)[-1]
+    if cin not in widths:
+        raise EncodingError(f'{superspace.name} {block_id}: input width {cin} is not one of {_allowed(widths)}')
+    return cin
 
 
 def subnet_config(supernet, subnet, num_classes=None):
