@@ -150,7 +150,7 @@ class Journal:
         if not size:
             write_text(path, f'# {json.dumps(settings)}\n' + (','.join(columns) + '\n' if columns else ''))
         self._file = open(path, 'ab')
-        if size:
+        if 0 < size < self._file.tell():            # else it stays untouched until something is added
             self._file.truncate(size)
 
     def append(self, *cells):
