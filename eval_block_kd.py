@@ -8,44 +8,25 @@
 Reads <checkpoint_path>/<superspace>/<block>/lsq.pth, writes <output_path>/<superspace>/<block>_<window>.csv.
 A killed build goes on where it stopped; a finished file is kept.
 """
-import os
-
-from modules.block_kd.lut_builder import build_luts
+from modules.block_kd.lut_builder import LutBuilder, LutSettings
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import select_blocks
-from modules.cli import SEED, not_negative, parser, positive, run, within
+from modules.cli import parser, run
 from modules.latency import add_platform_arguments, open_predictor
 from modules.search_space.superspace import SUPERSPACES, check_resolutions, get_superspace
+from modules.settings import add_settings, settings_of
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from modules.training.distributed import add_distributed_arguments, distributed_job
-from modules.training.losses import NSR_SIGNALS
-from modules.training.parallel import default_workers
 
 
 def get_args():
     p = parser(__doc__)
     p.add_argument('--superspace', required=True, choices=sorted(SUPERSPACES), help='hyperspace')
     add_platform_arguments(p)
-    p.add_argument('--output_path', default='./checkpoints/block_kd/lut', help='folder of <superspace>/*.csv')
-    p.add_argument('--checkpoint_path', default='./checkpoints/block_kd', help='folder of <superspace>/<block>/lsq.pth')
     p.add_argument('--teacher_arch', default='efficientnet-b5', help='efficientnet-b0..b7, -lite0..lite4')
     p.add_argument('--teacher_checkpoint_path', required=True, help='checkpoint of the int8 teacher')
     p.add_argument('--stage_list', nargs='+', help='block ids or whole stages; default: all')
-    p.add_argument('--width_window_filter', nargs='+', type=not_negative(int), help='width windows to do; default: all')
-    p.add_argument('--hw_list', nargs='+', type=positive(int), help="image resolutions; default: the superspace's")
-    p.add_argument('--num_samples_per_stage', type=positive(int), default=1000, help='rows of a file')
-    p.add_argument('--calib_batch_size', type=positive(int), default=64, help='images of a calibration batch')
-    p.add_argument('--num_calib_batches', type=positive(int), default=4, help='of batch-norm calibration')
-    p.add_argument('--eval_batch_size', type=positive(int), default=50, help='images of an evaluation batch')
-    p.add_argument('--num_eval_batches', type=positive(int), help='default: all held-out images')
-    p.add_argument('--debug', action='store_true', help='evaluate on few batches')
-    p.add_argument('--debug_batches', type=positive(int), default=10, help='of --debug')
-    p.add_argument('--nsr_signal', choices=NSR_SIGNALS, default='teacher', help='whose variance divides the loss')
-    p.add_argument('--cache_budget_gb', type=positive(float), default=4.0,
-                   help="GiB of the teacher's maps kept in memory; the rest is memory-mapped under output_path")
-    p.add_argument('--num_threads', type=within(int, 1, 1024),
-                   help='rows measured at a time by a rank, on a CPU; default: its share of the cores')
-    p.add_argument('--seed', type=SEED, default=0, help='of the rows and the calibration images')
+    add_settings(p, LutSettings)
     add_data_arguments(p, trains=False)
     add_distributed_arguments(p)
     return p.parse_args()
@@ -66,21 +47,20 @@ def main(args):
         space = get_superspace(args.superspace)
         blocks = select_blocks(space, args.stage_list or space.searchable_stages)
         hw_list = check_resolutions(args.hw_list or space.kd_resolutions, space)
+        settings = settings_of(LutSettings, args, hw_list=hw_list)
         predictor = open_predictor(args, space)
         teacher = build_teacher(args.teacher_arch, quant=True, checkpoint=args.teacher_checkpoint_path)
         teacher.check_fits(space)
-        data = open_data(args.dataset_path, args.dataset, args.valid_size, image_size=max(hw_list), labelled=False,
-                         normalize=teacher.normalize, seed=args.seed)
+        data = open_data(args.dataset_path, args.dataset, args.valid_size, image_size=max(hw_list),
+                         labelled=False, normalize=teacher.normalize, seed=settings.seed)
         calibration = [images for images, *_ in calibration_batches(
-            data.train, args.calib_batch_size, args.num_calib_batches, args.seed, workers=args.num_workers)]
-        evaluation = Images(eval_loader(data.valid, args.eval_batch_size, workers=args.num_workers,
-                                        limit=args.num_eval_batches
-                                        or (args.debug_batches if args.debug else None)).to(job.device))
-        paths = build_luts(space, blocks, args.width_window_filter, teacher.to(job.device),
-                           os.path.join(args.checkpoint_path, space.name), os.path.join(args.output_path, space.name),
-                           calibration, evaluation, predictor, job, args.num_samples_per_stage, hw_list,
-                           args.nsr_signal, args.seed, args.cache_budget_gb,
-                           1 if job.device.type == 'cuda' else args.num_threads or default_workers())
+            data.train, settings.calib_batch_size, settings.num_calib_batches, settings.seed,
+            workers=args.num_workers)]
+        limit = settings.num_eval_batches or (settings.debug_batches if settings.debug else None)
+        evaluation = Images(eval_loader(data.valid, settings.eval_batch_size, workers=args.num_workers,
+                                        limit=limit).to(job.device))
+        builder = LutBuilder(space, teacher.to(job.device), predictor, job, settings)
+        paths = builder.build(blocks, calibration, evaluation)
         if job.is_main:
             print(f'{len(paths)} block LUTs:', *paths, sep='\n')
 

@@ -1,4 +1,4 @@
-"""Search the spaces of a superspace by their Q-T score, or score given spaces, from block LUTs.
+"""Search the spaces of a hyperspace by their Q-T score, or score given spaces, from block LUTs.
 
     python search_block_kd.py --superspace onnxw --latency_constraint 10 --platform onnx_lut \\
         --latency_loss_t 0.08 --latency_loss_a 0.01 --lut_path data/block_lut --output_dir checkpoints/block_kd/search
@@ -138,7 +138,7 @@ def main(args):
     wanted = sorted({lut_id for supernet in supernets.values() for lut_id in lut_ids(supernet)}) or None
     searcher = BlockKDSearcher(args.lut_path, args.superspace, args.platform, args.latency_constraint,
                                args.latency_loss_t, args.latency_loss_a, args.estimator, args.seed, wanted,
-                               args.fallback, args.trust_pickles)
+                               args.trust_pickles)
     constraints = '+'.join(f'{constraint:g}' for constraint in args.latency_constraint)
     folder = os.path.join(args.output_dir, args.superspace,
                           f'c{constraints}_t{args.latency_loss_t:g}_a{args.latency_loss_a:g}')

@@ -1,8 +1,8 @@
 """How many measurements a new host needs: errors on held-out blocks over the number of blocks that were fitted to.
 
-    python benchmarks/adapted_platforms.py --measurements checkpoints/predictor/my_host/measurements.csv
+    python benchmarks/adapted_platforms.py --measurements checkpoints/predictor/my_host/measurements.jsonl
 
-Of a measurements.csv of build_predictor.py, --numbers of blocks are drawn --draws times; nets are fitted to them from
+Of a measurements.jsonl of build_predictor.py, --numbers of blocks are drawn --draws times; nets are fitted to them from
 nothing, or those of --from_platforms are trained on, as --from_platform of build_predictor.py does. Beside it: the
 platform's predictions times a factor of each block type. Errors are of the held-out blocks, each measured alone, means
 and standard errors over the draws. Writes <output>.md and <output>.png.

@@ -10,6 +10,7 @@ Takes the first --rows rows of every published file of the stages, measures our 
 image resolutions multiplied by --scale and rounded to multiples of 16, and
 writes <output>/rows.csv, <output>/correlation.md and a picture.
 """
+import itertools
 import os
 import sys
 
@@ -20,13 +21,14 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from modules.block_kd.checkpoints import build_student
-from modules.block_kd.lut import read_luts
+from modules.block_kd.lut import lut_files, read_rows
 from modules.block_kd.lut_builder import FeatureCache, Sample, measure
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import by_part, select_blocks
 from modules.cli import parser, positive, run
 from modules.files import write_text
 from modules.pictures import new_figure, save_figure
+from modules.search_space.encoding import format_sub_stage, parse_block_id
 from modules.search_space.superspace import check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
@@ -57,12 +59,13 @@ def published_rows(lut_path, space, blocks, count, scale):
     """{block id: [(Sample at our resolution, published NSR)]} of the first `count` rows of every window's file."""
     rows = {}
     lut_ids = [lut_id for lut_id in space.lut_ids() if lut_id.rpartition('_')[0] in blocks]
-    for lut_id, lut in read_luts(lut_path, space, lut_ids).items():
-        stage, block = lut_id.split('_')[0], lut_id.rpartition('_')[0]
-        for sub_stage, cin, hw, loss in list(zip(lut.sub_stages, lut.cin, lut.hw, lut.loss))[:count]:
-            resolution = int(hw) * space.input_stride(stage)
-            sample = Sample(sub_stage, int(cin), round(resolution * scale / 16) * 16)
-            rows.setdefault(block, []).append((sample, float(loss)))
+    for lut_id, path in lut_files(lut_path, space, lut_ids).items():
+        block_id = parse_block_id(space, lut_id)
+        for row in itertools.islice(read_rows(path, space, lut_id), count):
+            resolution = row.hw * space.input_stride(block_id.stage)
+            sample = Sample.of(space, block_id, [block.choice for block in row.blocks], row.blocks[0].cin,
+                               round(resolution * scale / 16) * 16)
+            rows.setdefault(lut_id.rpartition('_')[0], []).append((sample, row.loss))
     return rows
 
 
@@ -92,7 +95,8 @@ def main(args):
         print('\n'.join(table), flush=True)
     write_text(os.path.join(args.output, 'correlation.md'), '\n'.join(table) + '\n')
     write_text(os.path.join(args.output, 'rows.csv'), 'block,sub-stage,cin,resolution,ours,published\n' + ''.join(
-        f'{block},{s.sub_stage},{s.cin},{s.resolution},{ours:.4f},{published:.4f}\n'
+        f'{block},{format_sub_stage(b.choice for b in s.blocks)},{s.blocks[0].cin},{s.resolution},{ours:.4f},'
+        f'{published:.4f}\n'
         for block, s, ours, published in results))
     draw(results, space, os.path.join(args.output, 'nsr_ours_vs_published.png'))
 

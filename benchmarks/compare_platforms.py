@@ -22,7 +22,7 @@ from modules.cli import SEED, parser, positive, run
 from modules.files import write_text
 from modules.latency import LatencyPredictor
 from modules.latency.candidates import random_network, space_blocks
-from modules.latency.fitting import read_blocks
+from modules.latency.tables import read_table
 from modules.latency.validation import CLOSE, WITHIN, Errors
 from modules.pictures import new_figure, save_figure
 
@@ -76,7 +76,7 @@ def main(args):
     x, y = (np.array([sum(platform.predict_blocks(net)) for net in nets]) for platform in (first, second))
     lines.append(compared('random subnets', x, y))
     if args.published:
-        measured, ms = zip(*read_blocks(args.published))
+        measured, ms = zip(*read_table(args.published).items())
         ms, predicted = np.array(ms), [np.array(platform.predict_blocks(measured)) for platform in (first, second)]
         lines += ['', f'Spearman with the {len(ms)} published measurements, and shares within 5 and 10 % of them:', '',
                   '| blocks | number | ' + ' | '.join(f'{name} | ±5 % | ±10 %' for name in args.platforms) + ' |',

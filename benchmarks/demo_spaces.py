@@ -10,9 +10,7 @@ for --steps steps; then --subnets random subnets whose predicted latency is in t
 the largest and the smallest subnet are evaluated on held-out images. Prints a table and how well the search's scores
 rank the spaces. A process a core; a run that was stopped goes on.
 """
-import csv
 import functools
-import json
 import multiprocessing
 import os
 import random
@@ -29,6 +27,7 @@ from modules import ROOT, usable_cores
 from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import SEED, parser, positive, run
 from modules.errors import UserError
+from modules.evolution import read_history
 from modules.latency import LatencyPredictor
 from modules.search_space.encoding import parse_supernet, subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
@@ -63,10 +62,8 @@ def get_args():
 
 def scored_spaces(folder):
     """([(Supernet, score)] best first, latency constraint in ms, LatencyPredictor) of a space search."""
-    with open(os.path.join(folder, 'history.csv'), encoding='utf-8', newline='') as f:
-        rows = [(parse_supernet(row['encoding']), float(row['score'])) for row in csv.DictReader(f)]
-    with open(os.path.join(folder, 'settings.json'), encoding='utf-8') as f:
-        settings = json.load(f)
+    settings, rows = read_history(folder)
+    rows = [(parse_supernet(row['encoding']), float(row['score'])) for row in rows]
     if settings['superspace'] != 'demo' or len(settings['latency_constraint']) != 1:
         raise UserError(f'--search {folder}: expected a search of the demo space under one latency constraint')
     return (sorted(rows, key=lambda row: -row[1]), settings['latency_constraint'][0],

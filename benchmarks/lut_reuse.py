@@ -29,7 +29,6 @@ from modules.block_kd.teacher import build_teacher
 from modules.cli import parser, positive, run
 from modules.modeling.ops.lsq_plus import set_quant_mode
 from modules.modeling.ops.op import resize
-from modules.search_space.encoding import format_sub_stage
 from modules.search_space.macro_arch import SEARCHABLE_STAGES
 from modules.search_space.sampling import sample_sub_stage
 from modules.search_space.superspace import get_superspace
@@ -126,8 +125,8 @@ def time_stage(space, stage, teacher, images, args):
             student = set_quant_mode(build_student(space, block, teacher))
             student.initialize_scales(next(cache.calibration(min(space.kd_resolutions)))[:2], rng)
             for _ in range(args.rows):
-                chosen, cin, resolution = sample_sub_stage(space, block, rng)
-                row, losses = Sample(format_sub_stage(chosen), cin, resolution), []
+                row = Sample.of(space, student.block_id, *sample_sub_stage(space, block, rng))
+                losses = []
                 for i, source in enumerate((Anew(teacher, stage, *images), cache)):
                     start = time.process_time()
                     losses.append(measure(student, row, source))

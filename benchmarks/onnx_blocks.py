@@ -24,7 +24,8 @@ from modules.files import write_text
 from modules.modeling.complexity import config_complexity
 from modules.modeling.network import Network
 from modules.modeling.ops.lsq_plus import set_quant_mode
-from modules.search_space.encoding import BlockConfig, SubnetConfig
+from modules.search_space.block import Block
+from modules.search_space.encoding import SubnetConfig
 from modules.training.calibrate import calibrate
 
 COUNT = 3
@@ -75,10 +76,10 @@ def main(args):
     lines = ['| block | activation | MFLOPs | fp32 (ms) | int8 (ms) | speed-up | ' + ' | '.join(PARTS) + ' |',
              '|---' * (6 + len(PARTS)) + '|']
     for name, expand, activation in BLOCKS:
-        block = BlockConfig('stage', name, args.hw, args.width, args.width, args.kernel, expand, 1, activation)
+        block = Block(name, args.hw, args.width, args.width, args.kernel, expand, 1, activation)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = Network(SubnetConfig(args.hw, (block,) * COUNT))
+            network = Network(SubnetConfig(args.hw, {'stage': [block] * COUNT}))
             images = torch.randn(4, args.width, args.hw, args.hw)
         calibrate(network, [images])
         fp32 = export_fp32(network)

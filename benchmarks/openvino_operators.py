@@ -23,9 +23,9 @@ from modules.deploy.chain import processor, timed
 from modules.deploy.openvino_run import OpenVinoSession
 from modules.deploy.ort_device import chain_model
 from modules.files import write_text
-from modules.latency.kernel_model import Block
-from modules.latency.profiling import Turns, take_turns
+from modules.latency.profiling import Timing, time_in_turns
 from modules.optional import need, version_of
+from modules.search_space.block import Block
 
 COLUMNS = ('block', 'activation', 'graph', 'on bytes', 'float in memory', 'time in convolutions', 'ms', 'speed-up')
 
@@ -73,7 +73,7 @@ def main(args):
                 profiled.run(None, {'codes': codes})
             runs.append(timed(lambda session=session: session.run(None, {'codes': codes}), 1))
             cells.append(row(of_block(profiled.operators(), COUNT // 2)))
-        times, _ = take_turns(runs, Turns(rounds=args.rounds, turn_ms=20))
+        times, _ = time_in_turns(runs, Timing(rounds=args.rounds, turn_ms=20))
         for graph, cell, ms in zip(('bytes', 'float swish'), cells, times):
             lines.append(f'| {" | ".join([name, activation, graph, *cell])} | {ms / COUNT:.3f} | {times[0] / ms:.2f} |')
             print(lines[-1], flush=True)

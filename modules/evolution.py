@@ -3,93 +3,42 @@
 A killed search resumes by replaying: the same seed makes the same proposals in the same order, and those that
 the history holds are looked up, not scored again. So the end is that of an unbroken run, whatever was killed.
 """
-import csv
-import json
 import math
 import os
 import sys
 from collections import deque
 
-from .errors import UserError
-from .files import hold, set_aside, write_text
+from .files import Journal, hold, read_journal
 
 
 class History:
-    """Scores by encoding, appended to `<folder>/history.csv` as they come; settings beside it in settings.json.
+    """Scores by encoding in a Journal, `<folder>/history.csv`, appended as they come.
 
     columns: names of the numbers of an entry. settings: what decides the scores (JSON values); with `resume` they
     must be those the history was made with, else UserError. Without `resume` an old history is kept as
-    history_old.csv. check(encoding, numbers) raises UserError or ValueError for an entry that cannot be of this search.
+    history_old.csv. check(encoding, numbers) raises ValueError for an entry that cannot be of this search.
     """
 
     def __init__(self, folder, columns, settings, resume=False, check=None):
-        self.path, self.columns, self.entries = os.path.join(folder, 'history.csv'), tuple(columns), {}
-        settings_path = os.path.join(folder, 'settings.json')
-        settings = json.loads(json.dumps(settings))
-        size = 0
-        hold(self.path)
-        if resume and os.path.exists(self.path):
-            self._check_settings(settings_path, settings)
-            size = self._read(check)
-        else:
-            old = set_aside(self.path)
-            if old:
-                print(f'without --resume the search starts anew; the scores so far are kept as {old}', file=sys.stderr)
-        os.makedirs(folder, exist_ok=True)
-        write_text(settings_path, json.dumps(settings, indent=1) + '\n')
-        self.file = open(self.path, 'a', newline='')
-        self.file.truncate(size)                    # drops a line that a kill left incomplete
-        self.writer = csv.writer(self.file, lineterminator='\n')
-        if not size:
-            self._append(('encoding',) + self.columns)
+        self.columns, self.entries, self._check = ('encoding', *columns), {}, check
+        path = os.path.join(folder, 'history.csv')
+        hold(path)
+        self.journal = Journal(path, settings, self._read, resume, self.columns)
+        if self.journal.set_aside:
+            print(f'without --resume the search starts anew; the scores so far are kept as {self.journal.set_aside}',
+                  file=sys.stderr)
 
-    def _check_settings(self, path, settings):
-        try:
-            with open(path, encoding='utf-8') as file:
-                before = json.load(file)
-            if not isinstance(before, dict):
-                raise ValueError
-        except (OSError, ValueError, RecursionError):
-            raise UserError(f'{path}: cannot be read; start anew without --resume') from None
-        for key in list(settings) + list(before):
-            if settings.get(key) != before.get(key):
-                raise UserError(f'{path}: made with {key} {before.get(key)}, not {settings.get(key)}; use that, '
-                                'or start anew without --resume')
-
-    def _read(self, check):
-        """Read the complete lines; their length in bytes."""
-        with open(self.path, 'rb') as file:
-            data = file.read()
-        data = data[:data.rfind(b'\n') + 1]
-        try:
-            lines = data.decode().splitlines()
-        except UnicodeDecodeError as error:
-            number = data.count(b'\n', 0, error.start) + 1
-            raise UserError(f'{self.path}:{number}: not text; start anew without --resume') from None
-        for number, line in enumerate(lines, 1):
-            try:
-                row, = csv.reader([line])
-                if number == 1:
-                    if tuple(row[1:]) != self.columns:
-                        raise ValueError
-                    continue
-                encoding, *values = row
-                if len(values) != len(self.columns) or encoding in self.entries:
-                    raise ValueError
-                numbers = tuple(map(float, values))
-                if any(map(math.isnan, numbers)):
-                    raise ValueError
-                if check is not None:
-                    check(encoding, numbers)
-                self.entries[encoding] = numbers
-            except (ValueError, csv.Error):
-                raise UserError(f'{self.path}:{number}: not a line of this search: {line[:200]!r}; start anew '
-                                'without --resume') from None
-        return len(data)
-
-    def _append(self, row):
-        self.writer.writerow(row)
-        self.file.flush()
+    def _read(self, line):
+        """Add the entry of a line."""
+        encoding, *values = cells = line.split(',')
+        if tuple(cells) == self.columns:
+            return
+        numbers = tuple(map(float, values))
+        if len(cells) != len(self.columns) or encoding in self.entries or any(map(math.isnan, numbers)):
+            raise ValueError
+        if self._check is not None:
+            self._check(encoding, numbers)
+        self.entries[encoding] = numbers
 
     def __contains__(self, encoding):
         return encoding in self.entries
@@ -100,13 +49,12 @@ class History:
     def get(self, encoding, compute):
         """The entry (a tuple of numbers) of an encoding; compute() is called, and its result kept, if it is new."""
         if encoding not in self.entries:
-            values = tuple(compute())
-            self._append((encoding,) + tuple(repr(float(value)) for value in values))
-            self.entries[encoding] = tuple(map(float, values))
+            self.entries[encoding] = numbers = tuple(map(float, compute()))
+            self.journal.append(encoding, *numbers)
         return self.entries[encoding]
 
     def close(self):
-        self.file.close()
+        self.journal.close()
 
     def __enter__(self):
         return self
@@ -115,48 +63,56 @@ class History:
         self.close()
 
 
+def read_history(folder):
+    """(settings, [{column: text}] in order) of the History in a folder."""
+    settings, (columns, *rows), _ = read_journal(os.path.join(folder, 'history.csv'), lambda line: line.split(','))
+    return settings, [dict(zip(columns, row)) for row in rows]
+
+
 def walk_to_new(step, start, seen, max_steps=50):
     """step(start), step of that, … until the string of what is reached is not in the set `seen`, else None.
 
     So where all neighbours of a good parent were scored, its neighbours' neighbours come next.
     """
-    member = start
+    individual = start
     for _ in range(max_steps):
-        member = step(member)
-        if str(member) not in seen:
-            return member
+        individual = step(individual)
+        if str(individual) not in seen:
+            return individual
     return None
 
 
-def regularized_evolution(initial, random_member, mutations, score, rng, total, population_size=500,
+def regularized_evolution(initial, random_individual, mutations, score, rng, total, population_size=500,
                           parent_sample_size=125):
-    """Aging evolution (Real et al., AAAI 2019) that scores `total` different members; yields (member, score).
+    """Aging evolution (Real et al., AAAI 2019) that scores `total` different individuals; yields (individual, score).
 
-    score(member) is a tuple whose first number counts, the larger the better. initial: first members;
-    random_member() fills the population up. Each step the best of `parent_sample_size` random members is the
-    parent, each of `mutations` (functions of a member) gives a child, and the oldest members die. A child that was
-    scored before is mutated on; where that finds nothing new it is a random member. total must not exceed the
-    number of members there are. rng: random.Random.
+    score(individual) is a tuple whose first number counts, the larger the better. initial: first individuals;
+    random_individual() fills the population up. Each step the best of `parent_sample_size` random individuals is the
+    parent, each of `mutations` (functions of an individual) gives a child, and the oldest die. A child that was scored
+    before is mutated on; where that finds nothing new it is a random individual. total must not exceed the number of
+    individuals there are. rng: random.Random.
     """
     seen, population, scored = set(), deque(maxlen=population_size), 0
 
     def new_random():
-        member = None
-        while member is None:
-            member = walk_to_new(lambda _: random_member(), None, seen)
-        return member
+        individual = None
+        while individual is None:
+            individual = walk_to_new(lambda _: random_individual(), None, seen)
+        return individual
 
     initial = iter(initial)
     while scored < total:
         if scored < population_size:
-            children = [lambda: next(initial, None) or new_random()]
+            children = [lambda: next(initial, None)]
         else:
             parent = max(rng.sample(list(population), min(parent_sample_size, len(population))),
                          key=lambda entry: entry[1][0])[0]
-            children = [lambda mutate=mutate: walk_to_new(mutate, parent, seen) or new_random() for mutate in mutations]
+            children = [lambda mutate=mutate: walk_to_new(mutate, parent, seen) for mutate in mutations]
         for child in children[:total - scored]:
-            member = child()
-            seen.add(str(member))
-            population.append((member, score(member)))
+            individual = child()
+            if individual is None:
+                individual = new_random()
+            seen.add(str(individual))
+            population.append((individual, score(individual)))
             scored += 1
             yield population[-1]

@@ -1,8 +1,9 @@
-"""Files that are whole or not there: written under a temporary name, then renamed."""
+"""What is written is a whole file, under a temporary name and then renamed, or a journal, appended to as it comes."""
 import contextlib
 import csv
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import time
 
 from .errors import UserError
 
+ANEW = 'start anew without --resume'        # what helps where a journal cannot be gone on with
 _ABANDONED = 3600           # seconds without a write after which no writer is thought to live
 _held = {}                  # {path: its open lock file}
 
@@ -130,3 +132,76 @@ def write_csv(path, columns, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows([columns, *rows])
     write_text(path, text.getvalue())
+
+
+class Journal:
+    """An append-only file: a line `# {settings}` in JSON, perhaps one of column names, then whole lines as they come.
+
+    settings: {name: JSON value} of what the lines depend on. With `resume` the lines that are there are kept, see
+    read_journal(); without, an old file is renamed to `set_aside`. `entries` are what parse(line) made of them.
+    """
+
+    def __init__(self, path, settings, parse, resume=False, columns=(), otherwise=ANEW):
+        self.entries, self.set_aside, size = [], None, 0
+        if not resume:
+            self.set_aside = set_aside(path)
+        elif os.path.exists(path):
+            _, self.entries, size = read_journal(path, parse, settings, otherwise)
+        if not size:
+            write_text(path, f'# {json.dumps(settings)}\n' + (','.join(columns) + '\n' if columns else ''))
+        self._file = open(path, 'ab')
+        if 0 < size < self._file.tell():            # else it stays untouched until something is added
+            self._file.truncate(size)
+
+    def append(self, *cells):
+        """Write a line of comma-separated cells, so that a kill loses at most this one."""
+        self._file.write((','.join(map(str, cells)) + '\n').encode())
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read_journal(path, parse, settings=None, otherwise=ANEW):
+    """(settings, [parse(line) of the whole lines after them], bytes of all these) of a Journal.
+
+    settings: those that it has to have, None for any. UserError where it has others, and where parse() raises
+    ValueError, TypeError or LookupError; `otherwise`: what else helps then. The bytes are 0 where not even the settings
+    are whole.
+    """
+    with open(path, 'rb') as file:
+        data = file.read()
+    whole = data[:data.rfind(b'\n') + 1]
+    if not whole and b'# {'.startswith(data[:3]):
+        return None, [], 0
+    first, *lines = whole.decode(errors='replace').split('\n')[:-1] or ['']
+    before = _settings_of(path, first, otherwise)
+    for key in [*settings, *before] if settings is not None else ():
+        now = json.loads(json.dumps(settings.get(key)))
+        if before.get(key) != now:
+            raise UserError(f'{path}: made with {key} {before.get(key)}, not {now}; use that, or {otherwise}')
+    entries = []
+    for number, line in enumerate(lines, 2):
+        try:
+            entries.append(parse(line))
+        except (ValueError, TypeError, LookupError) as error:
+            reason = f' ({error})' if str(error) else ''
+            raise UserError(f'{path}:{number}: not a line of this run: {line[:200]!r}{reason}; {otherwise}') from None
+    return before, entries, len(whole)
+
+
+def _settings_of(path, line, otherwise):
+    try:
+        settings = json.loads(line.removeprefix('# ')) if line.startswith('# ') else None
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f'{path}: does not begin with what it depends on, `# {{…}}` in JSON, so it is damaged or of an '
+                        f'older version; {otherwise}')
+    return settings

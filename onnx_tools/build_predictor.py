@@ -10,8 +10,8 @@
 Measures INT8 models of single blocks and of whole random networks on one pinned core, blocks of a kind the more the
 worse they are predicted, fits data/latency/my_host/, and writes its errors on blocks and networks that were held out
 to report.md and validation.png there. Let nothing else run meanwhile: on a noisy machine nothing is written and the
-exit code is 2. Measurements are in checkpoints/predictor/my_host/measurements.csv; a run that was stopped goes on with
---resume. See docs/your_device.md.
+exit code is 2. Measurements are in checkpoints/predictor/my_host/measurements.jsonl; --resume continues a run that was
+stopped. See docs/your_device.md.
 """
 import os
 import sys
@@ -21,7 +21,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from modules.cli import parser, run
 from modules.deploy.jobs import add_reduce_range, add_runtime
 from modules.deploy.ort_device import OrtDevice
-from modules.latency.jobs import add_build_arguments, add_host_arguments, build, run_on_one_core
+from modules.latency.build_predictor import BuildSettings, add_build_arguments, build
+from modules.latency.profiling import add_host_arguments, run_on_one_core
+from modules.settings import settings_of
 
 
 def get_args():
@@ -35,7 +37,7 @@ def get_args():
 
 def main(args):
     run_on_one_core(args)
-    build(args, lambda: OrtDevice(args.threads, args.reduce_range, args.runtime))
+    build(settings_of(BuildSettings, args), lambda: OrtDevice(args.threads, args.reduce_range, args.runtime))
 
 
 if __name__ == '__main__':

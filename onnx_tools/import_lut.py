@@ -3,7 +3,7 @@
     python onnx_tools/import_lut.py --table my_lut.json --platform my_host
 
 Writes data/latency/my_host/: the table's latencies as they are, and nets fitted to them for blocks it lacks. (As it
-is, `--platform my_lut.json` also works, and refuses blocks it lacks unless told to fall back.)
+is, `--platform my_lut.json` also works, and refuses blocks it lacks.)
 """
 import os
 import sys

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from modules.modeling.layout import LAYOUTS
 from modules.modeling.network import Network
 from modules.modeling.ops.lsq_plus import set_quant_mode
-from modules.search_space.encoding import BlockConfig, SubnetConfig, parse_supernet
+from modules.search_space.block import Block
+from modules.search_space.encoding import SubnetConfig, parse_supernet
 from modules.search_space.sampling import min_subnet
 from modules.training.data import open_data, train_loader
 from modules.zoo import save_network
@@ -23,9 +24,9 @@ def some_block(name, cin=16, cout=24, kernel=3, stride=2, activation='relu', hw=
     blocks, size = [], hw
     for i in range(count):
         stride = stride if i == 0 else 1
-        blocks.append(BlockConfig('stage', name, size, cin if i == 0 else cout, cout, kernel, 2, stride, activation))
+        blocks.append(Block(name, size, cin if i == 0 else cout, cout, kernel, 2, stride, activation))
         size = -(-size // stride)
-    network = Network(SubnetConfig(hw, tuple(blocks))).eval()
+    network = Network(SubnetConfig(hw, {'stage': blocks})).eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, -1.5, 1.5)

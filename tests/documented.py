@@ -69,6 +69,8 @@ PARSED = {
     'tflite_tools/eval_tflite.py': 'the same',
     'tflite_tools/benchmark.py': 'the same',
     'benchmarks/compare_lut.py': 'needs ../shared/reference',
+    'data/make/latency.py': 'the same',
+    'data/make/block_lut.py': 'the same',
     'benchmarks/compare_platforms.py': 'needs ../shared/reference',
     'benchmarks/adapted_platforms.py': 'needs measurements: tests/test_adapted_platforms.py',
     'benchmarks/lut_reuse.py': 'measures for minutes, and needs the b5 teacher',
@@ -83,9 +85,7 @@ PARSED = {
     'onnx_tools/predict.py': 'tests/test_predict.py',
     'tflite_tools/predict.py': 'the same code',
 }
-IGNORED = {'-m modules.latency.fitting': 'needs ../shared/reference',
-           '-m modules.block_kd.synthetic_lut': 'needs ../shared/reference',
-           '-m pytest': 'this'}
+IGNORED = {'-m pytest': 'this'}
 
 
 def load_script(name):

@@ -20,7 +20,7 @@ import torch
 
 from modules.block_kd.lut import LutRow, write_block_lut
 from modules.cli import run
-from modules.search_space.encoding import format_sub_stage, parse_supernet
+from modules.search_space.encoding import format_sub_stage, parse_supernet, sub_stage_blocks
 from modules.search_space.sampling import min_subnet, sample_sub_stage
 from modules.search_space.superspace import get_superspace
 
@@ -238,7 +238,6 @@ def write_luts(folder):
         for hw in space.kd_resolutions * 3:
             blocks, cin, _ = sample_sub_stage(space, lut_id, rng, [hw])
             size = -(-hw // space.input_stride(lut_id.split('_')[0]))
-            rows.append(
-                LutRow(format_sub_stage(blocks), cin, size, rng.uniform(0.1, 0.9), 1.0, 0.1, rng.uniform(0.1, 0.3))
-            )
+            blocks = sub_stage_blocks(space, lut_id, format_sub_stage(blocks), (1, cin, size, size))
+            rows.append(LutRow(blocks, rng.uniform(0.1, 0.9), 1.0, 0.1, rng.uniform(0.1, 0.3)))
         write_block_lut(folder / f'{lut_id}.csv', rows)

@@ -16,7 +16,7 @@ from modules.deploy.store import Entry
 from modules.deploy.trace import observe
 from modules.errors import UserError
 from modules.latency.candidates import smallest_network
-from modules.latency.profiling import Turns, take_turns
+from modules.latency.profiling import Timing, time_in_turns
 from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from modules.modeling.ops.op import QConv
 from modules.search_space.sampling import min_subnet
@@ -62,7 +62,7 @@ def test_blocks_are_measured():
     assert 'OpenVINO' in str(device)
     for blocks in ((), network[:1], network[1:2], network):
         run = device.prepare(blocks)
-        assert 0 < take_turns([run], Turns(rounds=2))[0][0] < 100
+        assert 0 < time_in_turns([run], Timing(rounds=2))[0][0] < 100
 
 
 def test_what_is_no_model_is_one_line(tmp_path):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from modules.errors import UserError
-from modules.latency import jobs, tables
+from modules.latency import tables
+from modules.latency.build_predictor import build
 from modules.latency.builder import AGAIN, FIT, HELD_OUT, NETWORK, TEST, Platform, adapted
 from modules.latency.candidates import space_blocks
 from modules.latency.kernel_model import kernels_of
@@ -37,7 +38,7 @@ def test_a_scaled_model_is_that_many_times_slower():
 
 
 def test_few_chunks_give_a_platform_where_one_is_adapted(tmp_path):
-    profile = profiled(tmp_path / 'rows.csv', Synthetic(), 3)
+    profile = profiled(tmp_path / 'rows.jsonl', Synthetic(), 3)
     with pytest.raises(UserError, match='too little was measured'):
         Platform('few', profile)
     platform = Platform('few', profile, base=ZEN3)
@@ -50,7 +51,7 @@ def test_few_chunks_give_a_platform_where_one_is_adapted(tmp_path):
 
 def test_a_platform_is_adapted_by_its_name(tmp_path):
     args = arguments(tmp_path, minutes=0.1, from_platform='epyc_zen3_ort1.32_1t')
-    folder = jobs.build(args, Synthetic, QUICK)
+    folder = build(args, Synthetic, QUICK)
     with open(os.path.join(folder, 'report.md'), encoding='utf-8') as f:
         text = f.read()
     assert 'adapted from: epyc_zen3_ort1.32_1t' in text and 'within ±5 %' in text
@@ -61,5 +62,5 @@ def test_a_platform_is_adapted_by_its_name(tmp_path):
                                         ('onnx_lut', 'MobileNetV2Block was not fitted')])
 def test_platforms_that_cannot_be_adapted_are_refused_before_anything_is_measured(tmp_path, name, line):
     with pytest.raises(UserError, match=line):
-        jobs.build(arguments(tmp_path, from_platform=name, superspace=['mobilew']), Synthetic, QUICK)
+        build(arguments(tmp_path, from_platform=name, superspace=['mobilew']), Synthetic, QUICK)
     assert not os.path.exists(tmp_path / 'measured') and not os.path.exists(tmp_path / 'data')

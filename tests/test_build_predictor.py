@@ -13,7 +13,8 @@ import pytest
 
 from modules.errors import UserError
 from modules.files import new_folder
-from modules.latency import LatencyPredictor, builder, jobs, tables
+from modules.latency import LatencyPredictor, builder, tables
+from modules.latency.build_predictor import build, check_repeated
 from modules.latency.builder import AGAIN, FIT, HELD_OUT, NETWORK, TEST, Platform, measure, rows_of, weights_mb
 from modules.latency.candidates import (
     Candidates,
@@ -24,16 +25,17 @@ from modules.latency.candidates import (
     space_blocks,
 )
 from modules.latency.exchange import import_table, platform_table
-from modules.latency.kernel_model import Block, kernel_work, kernels_of
-from modules.latency.profiling import Profile, Turns, take_turns
+from modules.latency.kernel_model import kernel_work, kernels_of
+from modules.latency.profiling import Profile, Timing, time_in_turns
 from modules.latency.validation import Errors, check_name, pairs_of, spearman
+from modules.search_space.block import Block
 
 from .checkpoints import call
 from .conftest import ROOT
 
 # of the synthetic device: ms a call, ms per MB of weights fetched anew, ms a call of a block alone beyond that
 CALL, RATE, MORE = 0.008, 0.05, 0.001
-QUICK = Turns(rounds=3, turn_ms=0, warmup=1)
+QUICK = Timing(rounds=3, turn_ms=0, warmup=1)
 V2 = Block('MobileNetV2ResBlock', 8, 16, 16, 3, 6, 1, 'relu6')
 
 
@@ -76,7 +78,7 @@ class Counted(Profile):
 
 
 def profiled(path, device, chunks, resume=False, kind=Counted):
-    profile = kind(str(path), device, smallest_network('demo'), {'device': str(device)}, resume, turns=QUICK)
+    profile = kind(str(path), device, smallest_network('demo'), {'device': str(device)}, resume, timing=QUICK)
     measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), chunks / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
     return profile
@@ -84,7 +86,7 @@ def profiled(path, device, chunks, resume=False, kind=Counted):
 
 @pytest.fixture(scope='module')
 def measured(tmp_path_factory):
-    return profiled(tmp_path_factory.mktemp('measured') / 'rows.csv', Synthetic(), 32)
+    return profiled(tmp_path_factory.mktemp('measured') / 'rows.jsonl', Synthetic(), 32)
 
 
 def test_known_latencies_are_recovered(measured):
@@ -111,7 +113,7 @@ def test_rows_are_what_the_device_takes_without_the_call(measured):
 
 
 def test_more_blocks_where_the_error_is(tmp_path):
-    scattered = profiled(tmp_path / 'rows.csv', Synthetic({'MobileNetV3ResBlock': 0.3}), 32)
+    scattered = profiled(tmp_path / 'rows.jsonl', Synthetic({'MobileNetV3ResBlock': 0.3}), 32)
     shares = [np.mean([row.blocks[0].name == 'MobileNetV3ResBlock' for row in part])
               for fitted in [rows_of(scattered, FIT)]
               for part in (fitted[:builder.FIRST_REFIT], fitted[builder.FIRST_REFIT:])]
@@ -143,14 +145,14 @@ def test_the_lower_quartile_of_rounds_counts():
 
     def run(count):
         return [next(times) for _ in range(count)]
-    ms, spread = take_turns([run], Turns(rounds=8, warmup=0, turn_ms=0))
+    ms, spread = time_in_turns([run], Timing(rounds=8, warmup=0, turn_ms=0))
     assert ms == [1.0] and spread[0] == pytest.approx(4.0)
 
 
 def test_a_disturbed_chunk_is_measured_again(tmp_path):
     busy = [1.0]
-    profile = Profile(str(tmp_path / 'rows.csv'), Synthetic(slow=lambda: busy[0]), smallest_network('demo'), {},
-                      turns=QUICK)
+    profile = Profile(str(tmp_path / 'rows.jsonl'), Synthetic(slow=lambda: busy[0]), smallest_network('demo'), {},
+                      timing=QUICK)
     items = [(FIT, (V2,))]
     quiet = profile.chunk(0, items)[0].ms
     calls = [0]
@@ -169,18 +171,18 @@ def test_a_disturbed_chunk_is_measured_again(tmp_path):
 def test_a_block_without_others_like_it_is_measured_until_nothing_disturbs(tmp_path, monkeypatch):
     """The classifier is the only block of its kind; here the chunk that it is drawn for is disturbed."""
     def begun(path):
-        profile = Counted(str(path), Synthetic(), smallest_network('demo'), {}, turns=QUICK)
+        profile = Counted(str(path), Synthetic(), smallest_network('demo'), {}, timing=QUICK)
         profile.device.slow = lambda: 1.0 if profile.rows else 2.0
         measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 8 / (1 - builder.RESERVE) / 60,
                 say=lambda line: None)
         assert profile.quiet_chunks() == set(range(1, 8))
         return profile
-    profile = begun(tmp_path / 'rows.csv')
+    profile = begun(tmp_path / 'rows.jsonl')
     assert sum(row.blocks[0].name == 'LogitsBlock' for row in profile.rows if row.use == FIT) == 2
     assert Platform('known', profile, epochs=2).model.nets.keys() > {'fc'}
     monkeypatch.setattr(builder, '_lost', lambda *_: [])
     with pytest.raises(UserError, match='too little was measured undisturbed .*no fc'):
-        Platform('known', begun(tmp_path / 'others.csv'), epochs=2)
+        Platform('known', begun(tmp_path / 'others.jsonl'), epochs=2)
 
 
 def arguments(tmp_path, **more):
@@ -194,12 +196,12 @@ def test_too_much_noise_is_refused_and_nothing_is_written(tmp_path):
     noise = random.Random(0)
     device = Synthetic(slow=lambda: 1 + noise.random() * 3)
     with pytest.raises(UserError, match=r'too noisy: one and the same model took [\d.]+ to [\d.]+ ms') as error:
-        jobs.build(arguments(tmp_path), lambda: device, QUICK)
+        build(arguments(tmp_path), lambda: device, QUICK)
     assert '\n' not in str(error.value) and not os.path.exists(tmp_path / 'data')
 
 
 def test_a_disturbed_start_is_put_up_with(tmp_path):
-    profile = Counted(str(tmp_path / 'rows.csv'), Synthetic(), smallest_network('demo'), {}, turns=QUICK)
+    profile = Counted(str(tmp_path / 'rows.jsonl'), Synthetic(), smallest_network('demo'), {}, timing=QUICK)
     profile.device.slow = lambda: 2.0 if len({row.chunk for row in profile.rows}) < 6 else 1.0
     measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 40 / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
@@ -210,17 +212,17 @@ def test_a_disturbed_start_is_put_up_with(tmp_path):
 def test_what_was_refused_as_too_noisy_is_resumed_when_it_is_quiet(tmp_path):
     noise = random.Random(0)
     with pytest.raises(UserError, match='too noisy'):
-        profiled(tmp_path / 'rows.csv', Synthetic(slow=lambda: 1 + noise.random() * 3), 30)
-    chunks = len((tmp_path / 'rows.csv').read_text().split('# end')) - 1
+        profiled(tmp_path / 'rows.jsonl', Synthetic(slow=lambda: 1 + noise.random() * 3), 30)
+    chunks = (tmp_path / 'rows.jsonl').read_text().count('\n') - 1
     assert 10 <= chunks < 30
-    profile = profiled(tmp_path / 'rows.csv', Synthetic(), 30 + 3 * chunks, resume=True)
+    profile = profiled(tmp_path / 'rows.jsonl', Synthetic(), 30 + 3 * chunks, resume=True)
     profile.check()
     assert profile.quiet_chunks() >= set(range(chunks, 30 + 3 * chunks))
 
 
 def test_of_a_busy_machine_the_quiet_chunks_count(tmp_path):
-    path = str(tmp_path / 'rows.csv')
-    profile = Counted(path, Synthetic(), smallest_network('demo'), {}, max_disturbed=0.9, turns=QUICK)
+    path = str(tmp_path / 'rows.jsonl')
+    profile = Counted(path, Synthetic(), smallest_network('demo'), {}, max_disturbed=0.9, timing=QUICK)
     profile.device.slow = lambda: 1.0 if len({row.chunk for row in profile.rows}) % 5 == 3 else 1.6
     measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 60 / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
@@ -234,59 +236,60 @@ def test_a_noisy_run_is_resumed_with_another_max_drift(tmp_path):
     noise = random.Random(0)
     device = Synthetic(slow=lambda: 1 + noise.random() * 3)
     with pytest.raises(UserError, match='too noisy'):
-        profiled(tmp_path / 'rows.csv', device, 30)
-    profile = Counted(str(tmp_path / 'rows.csv'), device, smallest_network('demo'), {'device': str(device)}, True, 9.0,
-                      turns=QUICK)
+        profiled(tmp_path / 'rows.jsonl', device, 30)
+    profile = Counted(str(tmp_path / 'rows.jsonl'), device, smallest_network('demo'), {'device': str(device)}, True,
+                      9.0, timing=QUICK)
     measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 40 / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
     assert profile.quiet_chunks() == set(range(40))
 
 
 def test_a_refused_run_whose_time_is_used_up_gets_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, 'Profile', Counted)               # minutes are chunks then, however slow the machine
+    # minutes are chunks then, however slow the machine
+    monkeypatch.setattr('modules.latency.build_predictor.Profile', Counted)
     noise = random.Random(0)
     with pytest.raises(UserError, match='too noisy'):
-        jobs.build(arguments(tmp_path, minutes=0.05), lambda: Synthetic(slow=lambda: 1 + noise.random() * 3), QUICK)
+        build(arguments(tmp_path, minutes=0.05), lambda: Synthetic(slow=lambda: 1 + noise.random() * 3), QUICK)
     with pytest.raises(UserError, match='too noisy'):           # and again while it stays noisy
-        jobs.build(arguments(tmp_path, minutes=0.05, resume=True),
+        build(arguments(tmp_path, minutes=0.05, resume=True),
                    lambda: Synthetic(slow=lambda: 1 + noise.random() * 3), QUICK)
-    folder = jobs.build(arguments(tmp_path, minutes=0.3, resume=True, max_disturbed=0.9), Synthetic, QUICK)
+    folder = build(arguments(tmp_path, minutes=0.3, resume=True, max_disturbed=0.9), Synthetic, QUICK)
     assert os.path.isfile(os.path.join(folder, 'report.md'))
 
 
 def test_blocks_that_take_another_time_are_refused():
     again = [(1.0, 1.0)] * 12 + [(1.0, 1.3)] * 8
     with pytest.raises(UserError, match='too noisy: of 20 blocks that were measured twice, 60%'):
-        jobs.check_repeated(SimpleNamespace(again=again), 0.1)
-    jobs.check_repeated(SimpleNamespace(again=again), 0.3)
-    jobs.check_repeated(SimpleNamespace(again=again[-8:]), 0.1)         # too few to tell
+        check_repeated(SimpleNamespace(again=again), 0.1)
+    check_repeated(SimpleNamespace(again=again), 0.3)
+    check_repeated(SimpleNamespace(again=again[-8:]), 0.1)         # too few to tell
 
 
 def test_too_little_is_refused(tmp_path):
     with pytest.raises(UserError, match='too little was measured undisturbed'):
-        jobs.build(arguments(tmp_path, minutes=1e-6), Synthetic, QUICK)
+        build(arguments(tmp_path, minutes=1e-6), Synthetic, QUICK)
     assert not os.path.exists(tmp_path / 'data')
 
 
 # Killed and resumed
 
 def test_a_killed_run_goes_on_to_the_same(tmp_path, measured):
-    path = tmp_path / 'rows.csv'
+    path = tmp_path / 'rows.jsonl'
     with pytest.raises(KeyboardInterrupt):
         profiled(path, Synthetic(lives=430), 32)
     with open(path, 'a', encoding='utf-8') as f:
-        f.write('17,fit,0.1,0.0,0.2,3.0,MobileNetV2ResBlock_24_32')         # a line that was being written
+        f.write('{"chunk": 17, "rows": [["fit", 0.1, 0.0, "MobileNetV2ResBlock_24_32')      # it was being written
     device = Synthetic(lives=10 ** 9)
     resumed = profiled(path, device, 32, resume=True)
     assert [row._replace(seconds=0) for row in resumed.rows] == [row._replace(seconds=0) for row in measured.rows]
     assert 10 ** 9 - device.lives < 500                                     # what was measured is not again
     with open(path, encoding='utf-8') as f:
-        assert 'ResBlock_24_32\n' not in f.read()
+        assert '_24_32{' not in f.read()
 
 
 def test_a_profile_is_measured_on(tmp_path):
     """As build() does after a refusal; the draws of the first pass do not depend on what came after them."""
-    profile = profiled(tmp_path / 'rows.csv', Synthetic(), 32)
+    profile = profiled(tmp_path / 'rows.jsonl', Synthetic(), 32)
     before = profile.rows
     measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 40 / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
@@ -294,18 +297,18 @@ def test_a_profile_is_measured_on(tmp_path):
 
 
 def test_measurements_of_another_device_are_not_resumed(tmp_path, measured):
-    path = tmp_path / 'rows.csv'
+    path = tmp_path / 'rows.jsonl'
     with open(measured.path, encoding='utf-8') as f:
         path.write_text(f.read().replace('synthetic', 'another'))
-    with pytest.raises(UserError, match='another device'):
+    with pytest.raises(UserError, match='made with device another, not synthetic'):
         profiled(path, Synthetic(), 4, resume=True)
 
 
 def test_a_damaged_measurement_is_named(tmp_path, measured):
-    path = tmp_path / 'rows.csv'
+    path = tmp_path / 'rows.jsonl'
     with open(measured.path, encoding='utf-8') as f:
         path.write_text(f.read().replace('MobileNetV2ResBlock', 'MobileNetV2ResBlok_x', 1))
-    with pytest.raises(UserError, match='rows.csv: .*not a measurement'):
+    with pytest.raises(UserError, match='rows.jsonl:.*not a line of this run'):
         profiled(path, Synthetic(), 4, resume=True)
 
 
@@ -388,6 +391,18 @@ def test_an_imported_table_is_learned(tmp_path):
     assert count == len(blocks) and error < 0.03
 
 
+def test_a_table_without_stem_and_head_is_imported_with_them(tmp_path):
+    blocks = [block for block in space_blocks('demo') if block.name.startswith(('MobileNet', 'ResNet'))][::3]
+    ours = dict(zip(blocks, (3 * ms for ms in LatencyPredictor('onnx_lut').predict_blocks(blocks))))
+    tables.write_table(tmp_path / 'lut.json', ours)
+    _, error = import_table(str(tmp_path / 'lut.json'), str(tmp_path / 'mine'), epochs=4)
+    table, model = tables.load_platform(str(tmp_path / 'mine'))
+    rest = [block for block in space_blocks('demo') if block not in table]
+    ratio = model.predict_blocks(rest) / LatencyPredictor('onnx_lut').predict_blocks(rest)
+    assert {'FirstConvBlock', 'LogitsBlock'} < {block.name for block in rest}
+    assert error < 0.1 and np.quantile(ratio, [0.1, 0.5, 0.9]) == pytest.approx([3, 3, 3], rel=0.15)
+
+
 # ONNX Runtime
 
 def test_a_block_alone_computes_what_it_does_in_a_network(tmp_path):
@@ -408,7 +423,7 @@ def test_ort_times_blocks_networks_and_nothing():
     device, network = OrtDevice(), smallest_network('demo')
     assert 'ONNX Runtime' in str(device)
     runs = [device.prepare(blocks) for blocks in ((), network[:1], network[1:2], network[-1:], network)]
-    ms, _ = take_turns(runs, Turns(rounds=5))
+    ms, _ = time_in_turns(runs, Timing(rounds=5))
     assert 0 < ms[0] < min(ms[1:]) and max(ms) == ms[-1] < 100
 
 
@@ -417,13 +432,13 @@ def test_tflite_times_blocks_as_parts_of_a_network():
     code = ('''
 from modules.deploy.tflite_device import LiteRtDevice, PhoneDevice, chain_model
 from modules.latency.candidates import smallest_network
-from modules.latency.profiling import Turns, take_turns
+from modules.latency.profiling import Timing, time_in_turns
 from ai_edge_litert import schema_py_generated as schema
 network, device = smallest_network('demo'), LiteRtDevice()
 tree = schema.ModelT.InitFromObj(schema.Model.GetRootAs(chain_model(network[2:3])))
 codes = [tree.operatorCodes[op.opcodeIndex].builtinCode for op in tree.subgraphs[0].operators]
 assert not {schema.BuiltinOperator.QUANTIZE, schema.BuiltinOperator.DEQUANTIZE} & set(codes), codes
-ms, _ = take_turns([device.prepare(blocks) for blocks in ((), network[:1], network[-1:], network)], Turns(rounds=3))
+ms, _ = time_in_turns([device.prepare(blocks) for blocks in ((), network[:1], network[-1:], network)], Timing(rounds=3))
 assert 0 < min(ms) and max(ms[:3]) < ms[3] < 100, ms    # nothing and the last layer take 2 microseconds each
 class Phone:
     threads, mask, seen = 1, '40', []
@@ -431,7 +446,7 @@ class Phone:
         self.seen.append((len(model), warmup, runs))
         return type('Latency', (), {'mean': 1.5})
 phone = PhoneDevice(Phone(), 'a phone')
-ms, _ = take_turns([phone.prepare(network[:1])], Turns(rounds=2, warmup=0, runs=20))
+ms, _ = time_in_turns([phone.prepare(network[:1])], Timing(rounds=2, warmup=0, runs=20))
 assert ms == [1.5] and [runs for *_, runs in Phone.seen] == [20, 20] and 'cores 40' in str(phone)
 ''')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,

@@ -9,10 +9,11 @@ import torch
 
 from modules.modeling.blocks import UNITS
 from modules.modeling.complexity import network_complexity, sub_stage_complexity
-from modules.modeling.layout import LAYOUTS, Sizes, block_layout, div8
+from modules.modeling.layout import LAYOUTS, block_layout, div8
 from modules.modeling.network import Network
 from modules.modeling.ops.op import QConv
 from modules.search_space import sampling
+from modules.search_space.block import Block
 from modules.search_space.superspace import SUPERSPACES
 from modules.zoo import get_subnet, named_subnets
 
@@ -78,7 +79,8 @@ def test_div8_rounds_halves_up_and_never_loses_a_tenth(value, expected):
 def test_layouts_connect(name):
     """Each layer reads what the layer before it writes; the full layout holds every layer any size needs."""
     for cin, cout, stride, expand in ((16, 32, 2, 3), (32, 32, 1, 1), (32, 32, 1, 4), (24, 32, 1, 0.5)):
-        layers = block_layout(name, Sizes(cin, cout, 5, expand, stride, 'relu'))
+        block = Block(name, 0, cin, cout, 5, expand, stride)
+        layers = block_layout(block)
         channels = cin
         for layer in layers:
             if layer.shortcut:
@@ -88,10 +90,10 @@ def test_layouts_connect(name):
             channels = layer.cout
             assert layer.op == 'add' or layer.op in UNITS
         assert channels == (cout if name != 'LogitsBlock' else layers[-1].cout)
-        full = [layer.name for layer in block_layout(name, Sizes(cin, cout, 5, expand, stride, 'relu'), full=True)]
+        full = [layer.name for layer in block_layout(block, full=True)]
         assert {layer.name for layer in layers} <= set(full)
 
 
 def test_unknown_block_type_is_named():
     with pytest.raises(ValueError, match="no block type 'MobileNetV9Block'"):
-        block_layout('MobileNetV9Block', Sizes(8, 8))
+        block_layout(Block('MobileNetV9Block', 0, 8, 8))

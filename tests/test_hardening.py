@@ -38,7 +38,6 @@ SUPERNETS = [
     'spaceevo@vnni',
     'None',
     '-1',
-    '9' * 5000,
 ]
 SUBNETS = [
     '',
@@ -49,7 +48,6 @@ SUBNETS = [
     'SEQnet@vnni-A0',
     '1e9',
     'd1##1_k3_w16_e1_r32',
-    'd' + '1#' * 5000 + '1_k3_w3_e1_r32',
     'd999999#1#1#1#1_k3_w16_e1_r32',
     'd-1#1#1#1#1_k3_w16_e1_r32',
     'd1#1#1#1#1_k3#3#3#3#3_w16#16#16#24#48_enan#inf#1#1#1_r32',
@@ -185,7 +183,6 @@ INPUTS = {  # lines of input.csv: what is said of them; {ok} is a good line
     'latin1': (b'{ok}\n# caf\xe9\n', 'line 2'),
     'utf16': ('demo,222-111'.encode('utf-16'), 'bad.csv'),
     'nul': (b'demo,222-111,\0\n', 'line 1'),
-    'long': (b'demo,222-111,' + b'1#' * 100000 + b'\n', 'line 1'),
     'header': (b'superspace,supernet_choice,subnet_choice\n{ok}\n', 'line 1'),
     'folder': ('folder', 'bad.csv'),
 }
@@ -238,8 +235,6 @@ def test_block_tables(run, name, tmp_path):
     path = tmp_path / 'bad.json'
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     refused(world().base(run, ['--platform', str(path)]), '' if name == 'no_blocks' else reason, str(path))
-    if run == 'latency':
-        refused(world().base('latency', ['--fallback', '--platform', str(path)]), str(path), reason)
 
 
 PLATFORMS = ['nowhere', 'nowhere.json', '../latency/onnx_lut', 'onnx_lut/', '/', '.', '..', 'pixel4',

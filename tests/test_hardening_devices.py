@@ -4,8 +4,6 @@ import os
 
 import pytest
 
-from modules.latency.profiling import FIELDS
-
 from .conftest import ROOT
 from .hardening import every, refused, world
 
@@ -76,19 +74,18 @@ def test_a_table_to_import(inputs, tmp_path):
     refused(inputs.attempt('onnx_tools.import_lut', [*IMPORT, '--table', str(path)]), str(path), 'x: not')
 
 
-HEADER = ','.join(FIELDS)
-ROW = '0,fit,0.1,0.01,0.2,1.0,ResNetBlock_16_16_16_3_0.5_1_relu\n'
+LINE = ('{facts}\n{"chunk": 0, "reference_ms": 0.2, "seconds": 1.0, "rows": [["fit", 0.1, 0.01, '
+        '"ResNetBlock_16_16_16_3_0.5_1_relu"]]}\n')
 MEASUREMENTS = {  # measurements of a stopped run, {facts} its first line: what is said of them
-    'empty': ('', 'another device'),
-    'binary': (b'\x80\xff\x00', 'not text'),
-    'device': ('# {{"device": "another"}}\n' + HEADER + '\n', 'another device'),
-    'header': ('{facts}\nchunk,ms\n', 'another device'),
-    'cells': ('{facts}\n' + HEADER + '\n0,fit,0.1\n# end 0\n', 'not a measurement'),
-    'text': ('{facts}\n' + HEADER + '\n' + ROW.replace('0.1', 'quick') + '# end 0\n', "'quick'"),
-    'nan': ('{facts}\n' + HEADER + '\n' + ROW.replace('0.1', 'nan') + '# end 0\n', 'finite'),
-    'block': ('{facts}\n' + HEADER + '\n' + ROW.replace('ResNetBlock', 'Res_Net') + '# end 0\n', 'not a measurement'),
-    'number': ('{facts}\n' + HEADER + '\n' + ROW.replace('0,fit', 'x,fit') + '# end 0\n', 'not a measurement'),
-    'other_blocks': ('{facts}\n' + HEADER + '\n' + ROW + '# end 0\n', 'chunk 0 holds other blocks'),
+    'binary': (b'\x80\xff\x00', 'older version'),
+    'device': ('# {"device": "another"}\n', 'made with device another'),
+    'csv': ('{facts}\nchunk,use,ms\n', 'not a line of this run'),
+    'cells': ('{facts}\n{"chunk": 0}\n', 'not a line of this run'),
+    'text': (LINE.replace('0.1,', '"quick",'), 'quick'),
+    'nan': (LINE.replace('0.1,', 'NaN,'), 'finite'),
+    'block': (LINE.replace('ResNetBlock', 'Res_Net'), 'not a line of this run'),
+    'number': (LINE.replace('"chunk": 0', '"chunk": "x"'), 'not a line of this run'),
+    'other_blocks': (LINE, 'chunk 0 holds other blocks'),
 }
 
 
@@ -96,7 +93,7 @@ MEASUREMENTS = {  # measurements of a stopped run, {facts} its first line: what 
 def test_measurements_of_a_stopped_run(inputs, name):
     from modules.deploy.ort_device import OrtDevice
     content, reason = MEASUREMENTS[name]
-    path = inputs.inputs / 'measured' / 'my_host' / 'measurements.csv'
+    path = inputs.inputs / 'measured' / 'my_host' / 'measurements.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {'device': str(OrtDevice(1)), 'superspaces': ['demo'], 'networks': 15, 'seed': 0}
     path.write_bytes(content.replace('{facts}', '# ' + json.dumps(facts)).encode() if isinstance(content, str)

@@ -117,7 +117,8 @@ def test_more_images_than_labels(tmp_path):
 
 HISTORIES = {
     'binary': b'\xff\xfe\x80\n',
-    'header': b'encoding,a,b\n',
+    'facts': b'encoding,a,b\n',
+    'header': b'{facts}\nencoding,a,b\n',
     'columns': b'{header}\nx,1\n',
     'text': b'{header}\nx,{text}\n',
     'twice': b'{header}\n{row}\n{row}\n',
@@ -137,10 +138,11 @@ def test_histories(run, name, tmp_path):
     folder = PLACES[run]
     shutil.copytree(world().inputs / 'runs' / run, tmp_path / 'out')
     path = tmp_path / 'out' / folder / 'history.csv'
-    header, row = path.read_bytes().split(b'\n')[:2]
+    facts, columns, row = path.read_bytes().split(b'\n')[:3]
     encoding, *numbers = row.split(b',')
     values = {
-        b'{header}': header,
+        b'{facts}': facts,
+        b'{header}': facts + b'\n' + columns,
         b'{row}': row,
         b'{text}': b','.join([b'x'] * len(numbers)),
         b'{rest}': b',1' * len(numbers),
@@ -158,8 +160,9 @@ SETTINGS = [b'', b'{', b'[]', b'5', b'{}', b'\xff', b'{"seed": 7}', b'[' * 10000
 
 @pytest.mark.parametrize('run, content', every('subnets', ['spaces'], SETTINGS, b'{'), ids=short)
 def test_settings(run, content, tmp_path):
+    """What a history depends on, its first line."""
     folder = PLACES[run]
     shutil.copytree(world().inputs / 'runs' / run, tmp_path / 'out')
-    path = tmp_path / 'out' / folder / 'settings.json'
-    path.write_bytes(content)
+    path = tmp_path / 'out' / folder / 'history.csv'
+    path.write_bytes(b'# ' + content + path.read_bytes()[path.read_bytes().index(b'\n'):])
     refused(world().base(run, ['--resume'], out=tmp_path / 'out'), str(path))

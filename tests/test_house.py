@@ -14,11 +14,11 @@ from .conftest import ROOT
 # a package may import itself and what stands before it
 ORDER = [('errors', 'original'), ('files', 'cli', 'optional'), ('pictures', 'settings'), ('search_space',),
          ('modeling',), ('latency', 'training'), ('evolution', 'latency_predictor'), ('block_kd',), ('zoo',),
-         ('subnet_report',),
-         ('subnet_search',), ('subnet_results',), ('deploy',), ('pipeline',)]
+         ('subnet_report',), ('subnet_search',), ('subnet_results',), ('deploy',), ('pipeline',)]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MODULES = sorted(glob.glob(os.path.join(ROOT, 'modules', '**', '*.py'), recursive=True))
-SCRIPTS = sorted(glob.glob(os.path.join(ROOT, '*.py')) + glob.glob(os.path.join(ROOT, '*_tools', '*.py')))
+SCRIPTS = sorted(glob.glob(os.path.join(ROOT, '*.py')) + glob.glob(os.path.join(ROOT, '*_tools', '*.py'))
+                 + glob.glob(os.path.join(ROOT, 'data', 'make', '*.py')))
 
 
 def _imports(path):

@@ -14,11 +14,12 @@ from modules.block_kd.lut import (
     lut_resolutions,
     read_block_lut,
     read_luts,
+    read_rows,
     resolutions_of,
     write_block_lut,
 )
-from modules.modeling.complexity import sub_stage_complexity
-from modules.search_space.encoding import format_sub_stage
+from modules.modeling.complexity import config_complexity
+from modules.search_space.encoding import format_sub_stage, sub_stage_blocks
 from modules.search_space.sampling import sample_sub_stage
 from modules.search_space.superspace import get_superspace
 
@@ -37,8 +38,9 @@ def make_lut(path, superspace, lut_id, count=30, resolutions=(160, 192, 224), se
     for i in range(count):
         blocks, cin, _ = sample_sub_stage(space, lut_id, rng)
         hw = -(-resolutions[i % len(resolutions)] // stride)
-        rows.append(LutRow(format_sub_stage(blocks), cin, hw, rng.uniform(0.2, 0.5), rng.uniform(10, 90),
-                           rng.uniform(0.1, 0.9), rng.uniform(0.5, 4)))
+        blocks = sub_stage_blocks(space, lut_id, format_sub_stage(blocks), (1, cin, hw, hw))
+        rows.append(LutRow(blocks, rng.uniform(0.2, 0.5), rng.uniform(10, 90), rng.uniform(0.1, 0.9),
+                           rng.uniform(0.5, 4)))
     write_block_lut(str(path), rows)
     return rows
 
@@ -48,8 +50,8 @@ def test_write_then_read(tmp_path, suffix):
     path = str(tmp_path / f'stage3_1_2{suffix}')
     rows = make_lut(path, 'onnxw', 'stage3_1_2')
     lut = read_block_lut(path, 'onnxw', 'stage3_1_2')
-    assert lut.sub_stages == [row.sub_stage for row in rows]
-    assert lut.hw.tolist() == [row.hw for row in rows] and lut.cin.tolist() == [row.cin for row in rows]
+    assert [row.blocks for row in read_rows(path, 'onnxw', 'stage3_1_2')] == [row.blocks for row in rows]
+    assert lut.hw.tolist() == [row.hw for row in rows]
     for name in ('loss', 'flops', 'params', 'latency'):
         np.testing.assert_allclose(getattr(lut, name), [getattr(row, name) for row in rows], atol=5.1e-5)
     with open(path, 'rb') as file:
@@ -63,8 +65,7 @@ def test_write_then_read(tmp_path, suffix):
 def test_a_row_is_printed_as_published(tmp_path):
     path = tmp_path / 'stage3_1_2.csv'
     path.write_text(GOOD.replace('\n', '\r\n'))
-    lut = read_block_lut(str(path), 'onnxw', 'stage3_1_2')
-    row = LutRow(lut.sub_stages[0], *(getattr(lut, name)[0] for name in LutRow._fields[1:]))
+    row, = read_rows(str(path), 'onnxw', 'stage3_1_2')
     assert format_row(row) + '\n' == GOOD
 
 
@@ -165,13 +166,10 @@ def test_shipped_luts(superspace):
     files = lut_files(SHIPPED, space)
     assert len(files) == len(space.lut_ids())
     for lut_id in random.Random(0).sample(sorted(files), 8):
-        lut = read_block_lut(files[lut_id], space, lut_id)
-        assert len(lut) == 1000 and lut.loss.min() > 0.05 and lut.loss.max() < 1.3
-        block_id = lut_id.rpartition('_')[0]
-        for i in range(0, 1000, 100):
-            shape = (1, int(lut.cin[i]), int(lut.hw[i]), int(lut.hw[i]))
-            expected = sub_stage_complexity(space, block_id, lut.sub_stages[i], shape)
-            np.testing.assert_allclose((lut.flops[i], lut.params[i]), expected, atol=5.1e-5)
+        rows = list(read_rows(files[lut_id], space, lut_id))
+        assert len(rows) == 1000 and min(row.loss for row in rows) > 0.05 and max(row.loss for row in rows) < 1.3
+        for row in rows[::100]:
+            np.testing.assert_allclose((row.flops, row.params), config_complexity(row.blocks), atol=5.1e-5)
 
 
 @needs_reference
@@ -184,7 +182,7 @@ def test_published_luts_are_read():
 
 def test_the_fitted_losses_keep_the_scatter():
     pytest.importorskip('sklearn')
-    from modules.block_kd.synthetic_lut import NsrModel
+    from data.make.block_lut import NsrModel
     rng = np.random.default_rng(0)
 
     def draw(count):

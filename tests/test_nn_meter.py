@@ -19,8 +19,8 @@ import yaml
 
 from modules.latency import LatencyError, LatencyPredictor, nn_meter_adapter
 from modules.latency.kernels import Kernel, block_kernels
-from modules.modeling.complexity import block_sizes
-from modules.modeling.layout import block_layout, out_size
+from modules.modeling.layout import block_layout
+from modules.search_space.block import Block, out_size
 from modules.search_space.encoding import subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
 
@@ -41,7 +41,7 @@ def configs(supernets, count=2):
 
 
 def kernels_of(config):
-    return [k for block in config.blocks for k in block_kernels(block.name, block_sizes(block), block.hw)]
+    return [k for block in config.blocks for k in block_kernels(block)]
 
 
 def nn_meter_features(kernel):
@@ -115,7 +115,7 @@ def test_a_subnet_is_the_sum_of_nn_meters_kernels(home, supernet):
         assert blocks.shape == (len(config.blocks),)
         assert blocks.sum() == pytest.approx(theirs, rel=1e-12)
         latency = LatencyPredictor('my_phone', trust_pickles=True)
-        assert latency.predict_block(*config.blocks[3][1:]) == pytest.approx(blocks[3], rel=1e-12)
+        assert latency.predict_block(*config.blocks[3]) == pytest.approx(blocks[3], rel=1e-12)
         assert latency.predict_subnet(config) == pytest.approx(theirs, rel=1e-12)
 
 
@@ -154,7 +154,7 @@ def nn_meter_graph(config):
     tip = []
     for block in config.blocks:
         start, start_hw, hw, shortcut = tip, block.hw, block.hw, None
-        for layer in block_layout(block.name, block_sizes(block)):
+        for layer in block_layout(block):
             at, size = (start, start_hw) if layer.shortcut else (tip, hw)
             size = 1 if layer.op in ('mean', 'linear') else out_size(size, layer.stride)
             shape = [1, size, size, layer.cout]
@@ -252,9 +252,9 @@ def test_no_pickle_is_opened_without_the_flag(written_registry, tmp_path):
 def test_blocks_that_do_not_exist_are_one_line(tmp_path):
     predictor = nn_meter_adapter.NNMeterPredictor('my_phone', tmp_path, {})
     with pytest.raises(LatencyError, match='^my_phone: NoBlock 14 8 8 3 None 1 relu: no block type'):
-        predictor.predict_blocks([('NoBlock', 14, 8, 8, 3, None, 1, 'relu')])
+        predictor.predict_blocks([Block('NoBlock', 14, 8, 8)])
     with pytest.raises(LatencyError, match='^my_phone: MobileNetV2Block 14 8 8 3 None 1 relu: '):
-        predictor.predict_blocks([('MobileNetV2Block', 14, 8, 8, 3, None, 1, 'relu')])
+        predictor.predict_blocks([Block('MobileNetV2Block', 14, 8, 8)])
     assert predictor.predict_blocks([]).shape == (0,)
 
 

@@ -70,7 +70,7 @@ def _results(folder):
                     files[os.path.relpath(path, folder)] = f.read()
             elif name == 'history.csv':                  # in the order of evaluation, which a resume may change
                 with open(path, encoding='utf-8') as f:
-                    files[os.path.relpath(path, folder)] = sorted(f)
+                    files[os.path.relpath(path, folder)] = sorted(line for line in f if not line.startswith('# '))
     return files
 
 

@@ -161,11 +161,15 @@ def test_resume_looks_up_what_was_scored(small, tmp_path, monkeypatch):
 
 
 def test_resume_refuses_another_search(tmp_path):
-    evolution.History(str(tmp_path), ['score'], {'seed': 0}).close()
+    with evolution.History(str(tmp_path), ['score'], {'seed': 0}):
+        pass
     with pytest.raises(UserError, match='seed 0, not 1'):
         evolution.History(str(tmp_path), ['score'], {'seed': 1}, resume=True)
-    (tmp_path / 'history.csv').write_text('encoding,score\nonnx-000000-000000,x\n')
-    with pytest.raises(UserError, match='history.csv:2: not a line'):
+    (tmp_path / 'history.csv').write_text('# {"seed": 0}\nencoding,score\nonnx-000000-000000,x\n')
+    with pytest.raises(UserError, match='history.csv:3: not a line'):
+        evolution.History(str(tmp_path), ['score'], {'seed': 0}, resume=True)
+    (tmp_path / 'history.csv').write_text('encoding,score\nonnx-000000-000000,0.5\n')           # as it once began
+    with pytest.raises(UserError, match='history.csv: .*older version'):
         evolution.History(str(tmp_path), ['score'], {'seed': 0}, resume=True)
 
 
@@ -238,7 +242,7 @@ def test_a_spoilt_history_is_refused_by_line(tmp_path):
     whole = (tmp_path / 'history.csv').read_bytes()
     for spoilt in (b'\xff\xfe\n', b'b\n', b'b,x\n', b'a,2.0\n'):
         (tmp_path / 'history.csv').write_bytes(whole + spoilt)
-        with pytest.raises(UserError, match=r'history.csv:3: '):
+        with pytest.raises(UserError, match=r'history.csv:4: '):
             evolution.History(tmp_path, ['score'], {}, resume=True)
 
 
@@ -246,10 +250,10 @@ def test_a_spoilt_history_is_refused_by_line(tmp_path):
                                     ('acc_loss', '-1')])
 def test_scores_that_no_space_has_are_refused(small, tmp_path, change):
     run_search(small, tmp_path, 30)
-    header, first, *rest = (tmp_path / 'history.csv').read_text().splitlines(keepends=True)
+    facts, header, first, *rest = (tmp_path / 'history.csv').read_text().splitlines(keepends=True)
     numbers = dict(zip(header.strip().split(','), first.strip().split(','))) | dict([change])
-    (tmp_path / 'history.csv').write_text(''.join([header, ','.join(numbers.values()) + '\n', *rest]))
-    with pytest.raises(UserError, match='history.csv:2: '):
+    (tmp_path / 'history.csv').write_text(''.join([facts, header, ','.join(numbers.values()) + '\n', *rest]))
+    with pytest.raises(UserError, match='history.csv:3: '):
         run_search(small, tmp_path, 30, resume=True)
 
 

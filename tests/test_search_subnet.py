@@ -163,7 +163,7 @@ def test_a_broken_search_resumes_to_the_unbroken_ones_end(space, tmp_path, die_a
     expected = _search(space, tmp_path / 'whole', [WINDOW], whole)
     with pytest.raises(KeyboardInterrupt):
         _search(space, tmp_path / 'broken', [WINDOW], broken)
-    kept = _lines(tmp_path / 'broken' / 'history.csv') - 1
+    kept = _lines(tmp_path / 'broken' / 'history.csv') - 2
     assert die_at - 3 < kept <= die_at                              # three are measured at a time
     assert _search(space, tmp_path / 'broken', [WINDOW], rest, resume=True)[:2] == expected[:2]
     assert rest.measured == whole.measured[kept:]
@@ -182,9 +182,9 @@ def test_other_settings_are_refused_and_an_old_history_is_kept_aside(space, tmp_
 @pytest.mark.parametrize('scores', ['inf,0.0,0.0', '-1.0,0.0,0.0', '101.0,0.0,0.0', '50.0,1e9,0.0', '50.0,60.0,-1.0'])
 def test_scores_that_no_subnet_has_are_refused(space, tmp_path, scores):
     _search(space, tmp_path, [WINDOW], Fake())
-    header, first, *rest = (tmp_path / 'history.csv').read_text().splitlines(keepends=True)
-    (tmp_path / 'history.csv').write_text(''.join([header, first.split(',')[0], f',{scores}\n', *rest]))
-    with pytest.raises(UserError, match='history.csv:2: '):
+    facts, header, first, *rest = (tmp_path / 'history.csv').read_text().splitlines(keepends=True)
+    (tmp_path / 'history.csv').write_text(''.join([facts, header, first.split(',')[0], f',{scores}\n', *rest]))
+    with pytest.raises(UserError, match='history.csv:3: '):
         _search(space, tmp_path, [WINDOW], Fake(), resume=True)
 
 
@@ -247,7 +247,7 @@ def test_killed_and_resumed_on_one_and_two_ranks_it_ends_as_the_unbroken_search(
     assert 'another rank is gone' in output, output
     assert 13 < len(_entries(folder)) < len(_entries(whole))
     run_script('search_subnet.py', *arguments, '--resume', ranks=2)
-    for file in ('scored.csv', 'best_c0.9_d0.15.csv', 'best_c1_d0.15.csv', 'settings.json', 'search.png'):
+    for file in ('scored.csv', 'best_c0.9_d0.15.csv', 'best_c1_d0.15.csv', 'search.png'):
         assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
     assert sorted(_entries(folder)) == sorted(_entries(whole))
     with open(whole / 'best_c1_d0.15.csv', newline='', encoding='utf-8') as file:

@@ -16,10 +16,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from modules.cli import parser, run
 from modules.deploy.adb import add_phone_arguments, phone_of
 from modules.deploy.tflite_device import LiteRtDevice, PhoneDevice
-from modules.latency.jobs import add_build_arguments, add_host_arguments, build, run_on_one_core
-from modules.latency.profiling import Turns
+from modules.latency.build_predictor import BuildSettings, add_build_arguments, build
+from modules.latency.profiling import Timing, add_host_arguments, run_on_one_core
+from modules.settings import settings_of
 
-PHONE_TURNS = Turns(rounds=3, warmup=0, runs=20)
+PHONE_TIMING = Timing(rounds=3, warmup=0, runs=20)
 
 
 def get_args():
@@ -34,10 +35,10 @@ def get_args():
 def main(args):
     phone = phone_of(args)
     if phone is not None:
-        build(args, lambda: PhoneDevice(phone, args.phone), PHONE_TURNS)
+        build(settings_of(BuildSettings, args), lambda: PhoneDevice(phone, args.phone), PHONE_TIMING)
         return
     run_on_one_core(args)
-    build(args, lambda: LiteRtDevice(args.threads))
+    build(settings_of(BuildSettings, args), lambda: LiteRtDevice(args.threads))
 
 
 if __name__ == '__main__':

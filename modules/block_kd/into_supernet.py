@@ -35,8 +35,8 @@ def start_from_blocks(supernet, folder, quant=False):
     """Give a Supernet the weights of the blocks in `folder`; returns (students in order, digests of their files).
 
     folder: --output_path of train_block_kd.py (of lsq_block_kd.py for `quant`), or a folder in which that has the
-    superspace's name. Without a head of the supernet's classes its head stays as it is, which a line says.
-    Both results are {block: …}. UserError: a block that is missing, unfinished, of another superspace or of another
+    hyperspace's name. Without a head of the supernet's classes its head stays as it is, which a line says.
+    Both results are {block: …}. UserError: a block that is missing, unfinished, of another hyperspace or of another
     teacher than the others.
     """
     encoding = supernet.encoding

@@ -6,13 +6,15 @@ A file holds random sub-stages of one stage, block type and width window and is 
     sub-stage, 1x<cin>x<hw>x<hw>, NSR loss, FLOPs (M), params (M), predicted int8 latency (ms)
     5#96#8_5#128#8,1x48x20x20,0.2704,80.0384,0.7599,1.7129
 
-hw is the height and width of the stage's input: the image resolution over Superspace.input_stride, rounded up.
+hw is the height and width of the stage's input: the image resolution over Superspace.input_stride, rounded up. In
+memory a row has the sub-stage's Blocks; it is text in its file only.
 """
 import gzip
 import os
 import re
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +23,8 @@ from .. import ROOT
 from ..cli import note
 from ..errors import UserError
 from ..files import atomic_path
-from ..search_space.encoding import EncodingError, parse_block_id, parse_sub_stage
+from ..search_space.block import out_size
+from ..search_space.encoding import format_sub_stage, parse_block_id, sub_stage_blocks
 from ..search_space.superspace import get_superspace
 
 SUFFIXES = ('.csv', '.csv.gz')
@@ -36,23 +39,23 @@ class LutError(UserError):
 
 
 class LutRow(NamedTuple):
-    """One row: cin channels, hw pixels at the stage's input, NSR loss, flops and params (M), latency (ms)."""
-    sub_stage: str
-    cin: int
-    hw: int
+    """A sub-stage, as its Blocks in order, with its NSR loss, flops and params (M) and latency (ms)."""
+    blocks: list
     loss: float
     flops: float
     params: float
     latency: float
 
+    @property
+    def hw(self):
+        """Pixels of the stage's input."""
+        return self.blocks[0].hw
+
 
 @dataclass(frozen=True)
 class BlockLut:
-    """The rows of one file as arrays of shape (rows,)."""
+    """The rows of one file, without their blocks, as arrays of shape (rows,)."""
     path: str
-    lut_id: str
-    sub_stages: list
-    cin: np.ndarray
     hw: np.ndarray
     loss: np.ndarray
     flops: np.ndarray
@@ -60,7 +63,7 @@ class BlockLut:
     latency: np.ndarray
 
     def __len__(self):
-        return len(self.sub_stages)
+        return len(self.hw)
 
 
 def resolutions_of(hw, stride, step=16):
@@ -84,29 +87,33 @@ def _refusal(line):
     return 'malformed'
 
 
+@cache
+def _check_resolution(superspace, stage, hw):
+    """ValueError where no image has `hw` pixels at the input of the stage."""
+    space = get_superspace(superspace)
+    stride, step = space.input_stride(stage), space.resolution_step
+    if not resolutions_of(hw, stride, step):
+        raise ValueError(f'input of {hw} pixels: no image resolution (a multiple of {step}) gives it at down-sampling '
+                         f'{stride}')
+
+
 def parse_row(space, block_id, line):
-    """LutRow of a line without its line end; ValueError or EncodingError with the reason."""
+    """LutRow of a line without its line end; ValueError with the reason."""
     match = _ROW.fullmatch(line)
     if not match:
         raise ValueError(_refusal(line))
-    sub_stage, cin, hw = match[1], int(match[2]), int(match[3])
-    parse_sub_stage(space, block_id, sub_stage)
-    allowed = space.input_widths(block_id.stage)
-    if cin not in allowed:
-        raise ValueError(f'input width {cin} is not one of {" ".join(map(str, allowed))}')
-    stride = space.input_stride(block_id.stage)
-    if not hw or not resolutions_of(hw, stride, space.resolution_step):
-        raise ValueError(f'input of {hw} pixels: no image resolution (a multiple of {space.resolution_step}) '
-                         f'gives it at down-sampling {stride}')
+    cin, hw = int(match[2]), int(match[3])
+    blocks = sub_stage_blocks(space, block_id, match[1], (1, cin, hw, hw))
+    _check_resolution(space.name, block_id.stage, hw)
     values = [float(value) for value in match.groups()[3:]]
     for name, value in zip(COLUMNS[2:], values):
         if not 0 < value < float('inf'):
             raise ValueError(f'{name} {value:g} is not a positive number')
-    return LutRow(sub_stage, cin, hw, *values)
+    return LutRow(blocks, *values)
 
 
-def read_block_lut(path, superspace, lut_id):
-    """BlockLut from a .csv or .csv.gz file whose rows must be sub-stages of `lut_id` (`stage3_1_2`).
+def read_rows(path, superspace, lut_id):
+    """LutRows, one by one, of a .csv or .csv.gz file whose rows must be sub-stages of `lut_id` (`stage3_1_2`).
 
     Raises LutError naming file, line and value at the first bad row.
     """
@@ -130,14 +137,17 @@ def read_block_lut(path, superspace, lut_id):
         lines.pop()
     elif not re.search(r'\.[0-9]{4}\r?$', lines[-1]):
         raise LutError(f'{path}:{len(lines)}: the last row has neither a line end nor 4 decimals: cut off?')
-    rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(parse_row(space, block_id, line.removesuffix('\r')))
-        except (ValueError, EncodingError) as error:
+            yield parse_row(space, block_id, line.removesuffix('\r'))
+        except ValueError as error:
             raise LutError(f'{path}:{number}: {error}') from None
-    columns = list(zip(*rows))
-    return BlockLut(path, str(block_id), list(columns[0]), *(np.array(column) for column in columns[1:]))
+
+
+def read_block_lut(path, superspace, lut_id):
+    """BlockLut of a file; LutError as read_rows()."""
+    columns = zip(*((row.hw, *row[1:]) for row in read_rows(path, superspace, lut_id)))
+    return BlockLut(os.fspath(path), *map(np.array, columns))
 
 
 def lut_folder(lut_path, superspace):
@@ -151,7 +161,7 @@ def lut_folder(lut_path, superspace):
 
 
 def lut_files(lut_path, superspace, lut_ids=None):
-    """{lut id: path} of `lut_ids`, default every block LUT of the superspace. LutError lists the missing ones.
+    """{lut id: path} of `lut_ids`, default every block LUT of the hyperspace. LutError lists the missing ones.
 
     Among the shipped ones a *.csv, such as a published one that was copied there, wins over the *.csv.gz; a line says
     how many of the files are the shipped models of published ones.
@@ -182,7 +192,7 @@ def lut_files(lut_path, superspace, lut_ids=None):
 
 
 def read_luts(lut_path, superspace, lut_ids=None):
-    """{lut id: BlockLut} of `lut_ids`, default a whole superspace's.
+    """{lut id: BlockLut} of `lut_ids`, default a whole hyperspace's.
 
     `lut_path` holds <superspace>/, or is that folder itself.
     """
@@ -207,12 +217,13 @@ def lut_resolutions(luts, superspace):
             reference = lut
             resolutions = {resolutions_of(hw, stride, space.resolution_step)[0]: int(np.argmax(lut.hw == hw)) + 1
                            for hw in sorted(set(lut.hw.tolist()))}
-        expected = {-(-resolution // stride) for resolution in resolutions}
+        expected = {out_size(resolution, stride) for resolution in resolutions}
         here = set(lut.hw.tolist())
         for resolution, line in resolutions.items():
-            if -(-resolution // stride) not in here:
-                raise LutError(f'{lut.path}: no row of resolution {resolution} (1x<cin>x{-(-resolution // stride)}'
-                               f'x{-(-resolution // stride)}), which {reference.path}:{line} has')
+            hw = out_size(resolution, stride)
+            if hw not in here:
+                raise LutError(f'{lut.path}: no row of resolution {resolution} (1x<cin>x{hw}x{hw}), which '
+                               f'{reference.path}:{line} has')
         for hw in sorted(here - expected):
             raise LutError(f'{lut.path}:{int(np.argmax(lut.hw == hw)) + 1}: input of {hw} pixels belongs to none of '
                            f'the resolutions {" ".join(map(str, resolutions))} of {reference.path}')
@@ -221,8 +232,9 @@ def lut_resolutions(luts, superspace):
 
 def format_row(row):
     """The line of a LutRow, 4 decimals, no line end."""
-    return (f'{row.sub_stage},1x{row.cin}x{row.hw}x{row.hw},{row.loss:.4f},{row.flops:.4f},{row.params:.4f},'
-            f'{row.latency:.4f}')
+    first = row.blocks[0]
+    return (f'{format_sub_stage(block.choice for block in row.blocks)},1x{first.cin}x{first.hw}x{first.hw},'
+            f'{row.loss:.4f},{row.flops:.4f},{row.params:.4f},{row.latency:.4f}')
 
 
 def write_block_lut(path, rows):

@@ -14,38 +14,70 @@ import queue
 import random
 import tempfile
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..errors import UserError
-from ..modeling.complexity import sub_stage_complexity
+from ..files import Journal, read_journal
+from ..modeling.complexity import config_complexity
 from ..modeling.ops.op import resize
 from ..search_space import sampling
-from ..search_space.encoding import BlockId, format_sub_stage, parse_sub_stage
-from ..search_space.superspace import get_superspace
+from ..search_space.block import out_size
+from ..search_space.encoding import format_sub_stage, parse_block_id, stage_blocks
+from ..settings import setting
 from ..training.calibrate import calibrate, kept_statistics
 from ..training.distributed import barrier, gather, of_main
 from ..training.log import note, progress
-from ..training.losses import nsr_loss
-from ..training.parallel import one_core, thread_map
+from ..training.losses import NSR_SIGNALS, nsr_loss
+from ..training.parallel import default_workers, one_core, thread_map
 from .checkpoints import build_student, require_checkpoint
-from .lut import LutRow, format_row, parse_row, read_block_lut, write_block_lut
-from .trainer import by_part, check_map_sizes
+from .lut import LutRow, read_block_lut, write_block_lut
+from .trainer import check_map_sizes
+
+REMOVE = 'remove it'                # what helps where the part of a LUT cannot be gone on with
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A row to measure: sub-stage string, input channels and image resolution (pixels)."""
-    sub_stage: str
-    cin: int
+@dataclass(frozen=True, kw_only=True)
+class LutSettings:
+    """How block LUTs are built: the flags of eval_block_kd.py."""
+    output_path: str = setting('./checkpoints/block_kd/lut', 'folder of <superspace>/*.csv')
+    checkpoint_path: str = setting('./checkpoints/block_kd', 'folder of <superspace>/<block>/lsq.pth')
+    width_window_filter: tuple[int, ...] = setting((), 'width windows to do; default: all')
+    hw_list: tuple[int, ...] = setting((), "image resolutions; default: the hyperspace's", least=1)
+    num_samples_per_stage: int = setting(1000, 'rows of a file', least=1)
+    calib_batch_size: int = setting(64, 'images of a calibration batch', least=1)
+    num_calib_batches: int = setting(4, 'of batch-norm calibration', least=1)
+    eval_batch_size: int = setting(50, 'images of an evaluation batch', least=1)
+    num_eval_batches: int | None = setting(None, 'default: all held-out images', least=1)
+    debug: bool = setting(False, 'evaluate on few batches')
+    debug_batches: int = setting(10, 'of --debug', least=1)
+    nsr_signal: str = setting('teacher', 'whose variance divides the loss', choices=NSR_SIGNALS)
+    cache_budget_gb: float = setting(4.0, "GiB of the teacher's maps kept in memory; the rest is memory-mapped under "
+                                     'output_path', above=0)
+    num_threads: int | None = setting(None, 'rows measured at a time by a rank, on a CPU; default: its share of the '
+                                      'cores', least=1, most=1024)
+    seed: int = setting(0, 'of the rows and the calibration images', most=2 ** 32 - 1)
+
+
+class Sample(NamedTuple):
+    """A row to measure: the Blocks of a sub-stage, and the image resolution (pixels) at which they have their hw."""
+    blocks: list
     resolution: int
+
+    @classmethod
+    def of(cls, superspace, block_id, choices, cin, resolution):
+        """Sample of choices [(k, w, e), …] for a BlockId's stage whose input has `cin` channels."""
+        stage, block_type = superspace.stage(block_id.stage), superspace.block_type(*block_id[:2])
+        hw = out_size(resolution, superspace.input_stride(stage.name))
+        return cls(stage_blocks(stage, block_type, choices, cin, hw), resolution)
 
 
 def sample_rows(superspace, lut_id, num_samples, hw_list, seed):
     """The Samples of a block LUT: a function of the arguments alone, whatever the number of ranks."""
-    rng = random.Random(f'{seed} {lut_id}')
-    rows = (sampling.sample_sub_stage(superspace, lut_id, rng, hw_list) for _ in range(num_samples))
-    return [Sample(format_sub_stage(blocks), cin, resolution) for blocks, cin, resolution in rows]
+    rng, block_id = random.Random(f'{seed} {lut_id}'), parse_block_id(superspace, lut_id)
+    return [Sample.of(superspace, block_id, *sampling.sample_sub_stage(superspace, block_id, rng, hw_list))
+            for _ in range(num_samples)]
 
 
 class FeatureCache:
@@ -122,9 +154,8 @@ def _hash_tensors(digest, tensors):
 
 @torch.no_grad()
 def measure(student, sample, cache, nsr_signal='teacher'):
-    """int8 NSR loss of one sub-stage: batch norm calibrated for it, mean over the evaluation images."""
-    block_id = student.block_id
-    student.set_active_sub_stage(sample.cin, parse_sub_stage(student.superspace, block_id, sample.sub_stage))
+    """int8 NSR loss of a Sample: batch norm calibrated for it, mean over the evaluation images."""
+    student.set_active_sub_stage(sample.blocks[0].cin, [block.choice for block in sample.blocks])
     total = count = 0
     with kept_statistics(student):
         calibrate(student, cache.calibration(sample.resolution))
@@ -134,110 +165,142 @@ def measure(student, sample, cache, nsr_signal='teacher'):
     return total / count
 
 
-def build_luts(superspace, block_ids, windows, teacher, folder, output, calibration, evaluation, predictor, job,
-               num_samples=1000, hw_list=(160, 192, 224), nsr_signal='teacher', seed=0, budget_gb=4.0, workers=1):
-    """Write <output>/<block>_<window>.csv for every block id and width window; returns their paths.
+class LutBuilder:
+    """Builds block LUTs of a hyperspace from trained blocks (lsq.pth).
 
-    folder: of the trained blocks' lsq.pth. windows: width windows to do (those a stage has not are left out),
-    None for all. calibration, evaluation: iterables of image batches that can be gone through once per stage.
-    workers: rows measured at a time by this rank. A LUT that is there is kept; one that was begun goes on.
+    teacher: the int8 one, on the job's device; predictor: LatencyPredictor; job: this process's place among others;
+    settings: LutSettings, its hw_list given.
     """
-    check_map_sizes(superspace, block_ids, hw_list)
-    lut_ids = {stage: [BlockId(stage, int(block.split('_')[1]), window) for block in blocks
-                       for window in range(superspace.stage(stage).num_windows) if windows is None or window in windows]
-               for stage, blocks in by_part(block_ids).items()}
-    if not any(lut_ids.values()):
-        raise UserError(f'--width_window_filter {" ".join(map(str, windows))}: no stage has such a width window')
-    for block in block_ids:                     # a missing checkpoint is told before the teacher runs
-        require_checkpoint(folder, block, True, superspace)
-    built = of_main(lambda: {lut_id for ids in lut_ids.values() for lut_id in ids
-                             if _is_built(superspace, output, lut_id)}, job)
-    for lut_id in (lut_id for ids in lut_ids.values() for lut_id in ids if lut_id not in built):
-        for sample in sample_rows(superspace, str(lut_id), num_samples, hw_list, seed):
-            _latency(superspace, lut_id, sample, predictor)     # a block that the platform lacks, too
-    for stage, ids in lut_ids.items():
-        todo = [lut_id for lut_id in ids if lut_id not in built]
-        if len(todo) < len(ids):
-            note(f'{stage}: {len(ids) - len(todo)} finished files in {output} are kept; remove them to build anew')
-        if job.is_main:
-            for lut_id in ids:
-                if lut_id in built:             # killed between writing the LUT and removing its parts
-                    _remove_parts(_path(output, lut_id))
-        barrier(job)
+
+    def __init__(self, superspace, teacher, predictor, job, settings):
+        self.superspace, self.teacher, self.predictor = superspace, teacher, predictor
+        self.job, self.settings = job, settings
+        self.folder = os.path.join(settings.checkpoint_path, superspace.name)
+        self.output = os.path.join(settings.output_path, superspace.name)
+        self.workers = 1 if job.device.type == 'cuda' else settings.num_threads or default_workers()
+
+    def build(self, block_ids, calibration, evaluation):
+        """Write <output>/<block>_<window>.csv for every block id and width window; returns their paths.
+
+        calibration, evaluation: iterables of image batches that can be gone through once per stage. A LUT that is
+        there is kept; one that was begun is gone on with.
+        """
+        check_map_sizes(self.superspace, block_ids, self.settings.hw_list)
+        lut_ids = [parse_block_id(self.superspace, f'{block}_{window}') for block in block_ids
+                   for window in self._windows(block)]
+        if not lut_ids:
+            raise UserError(f'--width_window_filter {" ".join(map(str, self.settings.width_window_filter))}: no stage '
+                            'has such a width window')
+        for block in block_ids:                     # a missing checkpoint is told before the teacher runs
+            require_checkpoint(self.folder, block, True, self.superspace)
+        built = of_main(lambda: set(filter(self._is_built, lut_ids)), self.job)
+        for lut_id in (lut_id for lut_id in lut_ids if lut_id not in built):
+            for sample in self._samples(lut_id):
+                self._latency(sample)               # and a block that the platform lacks
+        for stage in dict.fromkeys(lut_id.stage for lut_id in lut_ids):
+            ids = [lut_id for lut_id in lut_ids if lut_id.stage == stage]
+            self._build_stage(stage, ids, built.intersection(ids), calibration, evaluation)
+        return list(map(self._path, lut_ids))
+
+    def _windows(self, block):
+        """Width windows to do of a block id."""
+        wanted, count = self.settings.width_window_filter, self.superspace.stage(block.split('_')[0]).num_windows
+        return [window for window in range(count) if not wanted or window in wanted]
+
+    def _path(self, lut_id):
+        return os.path.join(self.output, f'{lut_id}.csv')
+
+    def _is_built(self, lut_id):
+        """Whether a finished file is there; LutError where what is there is none."""
+        path = self._path(lut_id)
+        found = [file for file in (path, path + '.gz') if os.path.lexists(file)]
+        for file in found:
+            read_block_lut(file, self.superspace, str(lut_id))
+        return bool(found)
+
+    def _samples(self, lut_id):
+        settings = self.settings
+        return sample_rows(self.superspace, lut_id, settings.num_samples_per_stage, settings.hw_list, settings.seed)
+
+    def _latency(self, sample):
+        """Predicted ms of a Sample."""
+        return sum(self.predictor.predict_blocks(sample.blocks))
+
+    def _build_stage(self, stage, lut_ids, built, calibration, evaluation):
+        """The LUTs of a stage that are not built."""
+        if built:
+            note(f'{stage}: {len(built)} finished files in {self.output} are kept; remove them to build anew')
+        if self.job.is_main:
+            for lut_id in built:                    # killed between writing the LUT and removing its parts
+                _remove_parts(self._path(lut_id))
+        barrier(self.job)
+        todo = {}
+        for lut_id in (lut_id for lut_id in lut_ids if lut_id not in built):
+            todo.setdefault(str(lut_id._replace(window=None)), []).append(lut_id)
         if not todo:
-            continue
-        students = {block: build_student(superspace, block, teacher, folder, quant=True)
-                    for block in dict.fromkeys(f'{lut_id.stage}_{lut_id.block_type}' for lut_id in todo)}
-        cache = FeatureCache(teacher, stage, hw_list, calibration, evaluation, job, budget_gb, output, workers)
+            return
+        students = {block: build_student(self.superspace, block, self.teacher, self.folder, quant=True)
+                    for block in todo}
+        cache = FeatureCache(self.teacher, stage, self.settings.hw_list, calibration, evaluation, self.job,
+                             self.settings.cache_budget_gb, self.output, self.workers)
         for block, student in students.items():
-            student.to(job.device)
-            digest = _prepare(student, cache, seed, f'{nsr_signal} {predictor.platform}')
-            for lut_id in todo:
-                if f'{lut_id.stage}_{lut_id.block_type}' == block:
-                    samples = sample_rows(superspace, str(lut_id), num_samples, hw_list, seed)
-                    _build(superspace, lut_id, samples, student, cache, predictor, output, job, nsr_signal, workers,
-                           hashlib.sha256(f'{digest} {samples}'.encode()).hexdigest()[:16])
+            student.to(self.job.device)
+            digest = self._prepare(student, cache)
+            for lut_id in todo[block]:
+                self._build(lut_id, student, cache, digest)
             student.cpu()
-    return [_path(output, lut_id) for ids in lut_ids.values() for lut_id in ids]
 
+    def _prepare(self, student, cache):
+        """Initialise scales that training never reached, the same on every rank; digest of all a row depends on."""
+        digest = hashlib.sha256(f'{cache.digest} {self.settings.nsr_signal} {self.predictor.platform}'.encode())
+        _hash_tensors(digest, student.state_dict().values())
+        stage_input = next(cache.calibration(max(cache.batches)))
+        with one_core():
+            student.initialize_scales(stage_input, random.Random(f'{self.settings.seed} {student.block_id} scales'))
+        return digest.hexdigest()
 
-def _path(output, lut_id):
-    return os.path.join(output, f'{lut_id}.csv')
+    def _build(self, lut_id, student, cache, digest):
+        """Measure this rank's share of the rows that are not there yet; the last step puts them in order."""
+        path, samples, job = self._path(lut_id), self._samples(lut_id), self.job
+        digest = hashlib.sha256(f'{digest} {samples}'.encode()).hexdigest()[:16]
+        settings = {'block LUT': str(lut_id), 'blocks, images and settings': digest}
+        have = _read_parts(path, settings, len(samples))
+        barrier(job)                                # every rank has read before one writes
+        share = range(job.rank, len(samples), job.world_size)
+        mine = [i for i in share if i not in have]
+        with Journal(f'{path}.part{job.rank}', settings, str, resume=True, otherwise=REMOVE) as part, \
+                progress(len(share), str(lut_id), len(share) - len(mine), job.is_main) as bar:
+            for i, loss in self._losses(lut_id, student, cache, {i: samples[i] for i in mine}):
+                part.append(i, loss)
+                bar.update()
+        barrier(job)
+        parts = gather(_read_parts(path, settings, len(samples)), job)
+        if job.is_main:
+            losses = {i: loss for part in parts for i, loss in part.items()}
+            write_block_lut(path, [LutRow(sample.blocks, losses[i], *config_complexity(sample.blocks),
+                                          self._latency(sample)) for i, sample in enumerate(samples)])
+        barrier(job)
+        _remove_parts(path)                         # by every rank: perhaps of a disk of its own
+        barrier(job)
 
+    def _losses(self, lut_id, student, cache, samples):
+        """(i, int8 NSR loss) of {i: Sample}, measured `workers` at a time."""
+        students = queue.SimpleQueue()
+        for _ in range(self.workers):
+            students.put(copy.deepcopy(student) if self.workers > 1 else student)
 
-def _is_built(superspace, output, lut_id):
-    """Whether a finished file is there; LutError where what is there is none."""
-    found = [path for path in (_path(output, lut_id), _path(output, lut_id) + '.gz') if os.path.lexists(path)]
-    for path in found:
-        read_block_lut(path, superspace, str(lut_id))
-    return bool(found)
-
-
-def _prepare(student, cache, seed, settings):
-    """Initialise scales that training never reached, the same on every rank; digest of all a row depends on."""
-    digest = hashlib.sha256(f'{cache.digest} {settings}'.encode())
-    _hash_tensors(digest, student.state_dict().values())
-    stage_input = next(cache.calibration(max(cache.batches)))
-    with one_core():
-        student.initialize_scales(stage_input, random.Random(f'{seed} {student.block_id} scales'))
-    return digest.hexdigest()
-
-
-def _build(superspace, lut_id, samples, student, cache, predictor, output, job, nsr_signal, workers, digest):
-    """Measure this rank's share of the rows that are not there yet; the last step puts them in order."""
-    os.makedirs(output, exist_ok=True)
-    path, header = _path(output, lut_id), f'{lut_id} {digest}'
-    have = _read_parts(path, header, superspace, lut_id, samples)
-    barrier(job)                                # every rank has read before one writes
-    share = range(job.rank, len(samples), job.world_size)
-    mine = [i for i in share if i not in have]
-    students = queue.SimpleQueue()
-    for _ in range(workers):
-        students.put(copy.deepcopy(student) if workers > 1 else student)
-
-    def row(i):
-        own = students.get()
-        try:
-            return i, _row(superspace, lut_id, samples[i], own, cache, predictor, nsr_signal)
-        finally:
-            students.put(own)
-
-    part = f'{path}.part{job.rank}'
-    _begin_part(part, header)
-    with open(part, 'a', encoding='ascii') as file, \
-            progress(len(share), str(lut_id), len(share) - len(mine), job.is_main) as bar:
-        for i, measured in thread_map(row, mine, workers):
-            file.write(f'{i},{format_row(measured)}\n')
-            file.flush()
-            bar.update()
-    barrier(job)
-    parts = gather(_read_parts(path, header, superspace, lut_id, samples), job)
-    if job.is_main:
-        rows = {i: row for part in parts for i, row in part.items()}
-        write_block_lut(path, [rows[i] for i in range(len(samples))])
-    barrier(job)
-    _remove_parts(path)                         # by every rank: perhaps of a disk of its own
-    barrier(job)
+        def run(item):
+            i, sample = item
+            own = students.get()
+            try:
+                loss = measure(own, sample, cache, self.settings.nsr_signal)
+            finally:
+                students.put(own)
+            if not 5e-5 <= loss < math.inf:
+                raise UserError(f'{lut_id}: {format_sub_stage(block.choice for block in sample.blocks)} at '
+                                f'{sample.resolution} pixels has an NSR of {loss}: is its lsq.pth sound?')
+            return i, loss
+        return thread_map(run, samples.items(), self.workers)
 
 
 def _remove_parts(path):
@@ -246,56 +309,15 @@ def _remove_parts(path):
             os.remove(part)
 
 
-def _input_shape(superspace, lut_id, sample):
-    hw = -(-sample.resolution // superspace.input_stride(lut_id.stage))
-    return 1, sample.cin, hw, hw
+def _read_parts(path, settings, count):
+    """{row number: int8 NSR loss} of what every rank has in its journal of a LUT of `count` rows."""
+    losses = {}
 
-
-def _latency(superspace, lut_id, sample, predictor):
-    """Predicted ms of a Sample."""
-    shape = _input_shape(superspace, lut_id, sample)
-    return predictor.predict_sub_stage(superspace, str(lut_id), sample.sub_stage, shape)
-
-
-def _row(superspace, lut_id, sample, student, cache, predictor, nsr_signal):
-    *_, hw = shape = _input_shape(superspace, lut_id, sample)
-    loss = measure(student, sample, cache, nsr_signal)
-    if not 5e-5 <= loss < math.inf:
-        raise UserError(f'{lut_id}: {sample.sub_stage} at {sample.resolution} pixels has an NSR of {loss}: '
-                        'is its lsq.pth sound?')
-    flops, params = sub_stage_complexity(superspace, str(lut_id), sample.sub_stage, shape)
-    latency = _latency(superspace, lut_id, sample, predictor)
-    return LutRow(sample.sub_stage, sample.cin, hw, loss, flops, params, latency)
-
-
-def _begin_part(part, header):
-    """A part file that starts with its header and ends with a whole line."""
-    if os.path.exists(part):
-        with open(part, 'rb+') as file:
-            data = file.read()
-            if data.startswith(header.encode() + b'\n'):
-                file.truncate(data.rfind(b'\n') + 1)
-                return
-    with open(part, 'w', encoding='ascii') as file:
-        file.write(header + '\n')
-
-
-def _read_parts(path, header, superspace, lut_id, samples):
-    """{row index: LutRow} of the whole lines in every rank's part file of a build with this header."""
-    rows, space = {}, get_superspace(superspace)
+    def read(line):
+        i, loss = line.split(',')
+        if not 0 <= int(i) < count or int(i) in losses or not 0 < float(loss) < math.inf:
+            raise ValueError
+        losses[int(i)] = float(loss)
     for part in glob.glob(f'{glob.escape(path)}.part*'):
-        with open(part, encoding='ascii', errors='replace') as file:
-            first, *rest = file.read().split('\n')[:-1] or [header]     # killed before the header was whole
-        if first != header:
-            raise UserError(f'{part}: begun with other blocks, images or settings; use those, or remove it')
-        for number, line in enumerate(rest, 2):
-            index, _, text = line.partition(',')
-            try:
-                row, sample = parse_row(space, lut_id, text), samples[int(index)]
-                expected = sample.sub_stage, *_input_shape(space, lut_id, sample)[1:3]
-                if int(index) < 0 or int(index) in rows or row[:3] != expected:
-                    raise ValueError
-                rows[int(index)] = row
-            except (ValueError, IndexError):
-                raise UserError(f'{part}:{number}: not a row of this block LUT: {line[:80]!r}; remove it') from None
-    return rows
+        read_journal(part, read, settings, REMOVE)
+    return losses

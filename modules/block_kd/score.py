@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import fft, special
 
+from ..search_space.block import out_size
 from ..search_space.encoding import parse_block_id
 from ..search_space.superspace import get_superspace
 from .lut import lut_resolutions
@@ -43,7 +44,7 @@ class Tables:
         self.rows = {}
         for lut_id, lut in luts.items():
             stride = space.input_stride(parse_block_id(space, lut_id).stage)
-            masks = [lut.hw == -(-resolution // stride) for resolution in self.resolutions]
+            masks = [lut.hw == out_size(resolution, stride) for resolution in self.resolutions]
             self.rows[lut_id] = [(lut.latency[mask], lut.loss[mask]) for mask in masks]
 
     def latency_range(self, lut_ids):

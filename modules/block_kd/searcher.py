@@ -10,7 +10,8 @@ from ..errors import UserError
 from ..files import write_csv
 from ..latency import MFLOPS, unit_of
 from ..search_space import sampling
-from ..search_space.encoding import Supernet, parse_supernet, stage_config, subnet_config
+from ..search_space.block import out_size
+from ..search_space.encoding import Supernet, parse_supernet, stage_blocks, subnet_config
 from ..search_space.macro_arch import IMAGE_CHANNELS, SEARCHABLE_STAGES
 from ..search_space.superspace import get_superspace
 from .lut import read_luts
@@ -39,52 +40,50 @@ def lut_ids(supernet):
 
 
 def unsearched_blocks(superspace, resolution):
-    """BlockConfigs of the unsearched stages at minimum width and depth for an image resolution (pixels).
+    """Blocks of the unsearched stages at minimum width and depth for an image resolution (pixels).
 
     The stages before and after are at their minimum width too, over their whole width list.
     """
     space = get_superspace(superspace)
-    configs, cin, hw = [], IMAGE_CHANNELS, resolution
+    blocks, cin, hw = [], IMAGE_CHANNELS, resolution
     for stage in space.stages:
         if stage.name not in SEARCHABLE_STAGES:
             block_type = space.block_type(stage.name)
-            block = block_type.kernels[0], stage.widths[0], block_type.expands[0]
-            configs += stage_config(stage, block_type, [block] * stage.depths[0], cin, hw)
-        cin, hw = stage.widths[0], -(-hw // stage.stride)
-    configs[-1] = configs[-1]._replace(hw=1, stride=0)      # the linear layer, as block tables write it
-    return configs
+            choice = block_type.kernels[0], stage.widths[0], block_type.expands[0]
+            blocks += stage_blocks(stage, block_type, [choice] * stage.depths[0], cin, hw)
+        cin, hw = stage.widths[0], out_size(hw, stage.stride)
+    return blocks
 
 
 class PlatformLatency(dict):
     """{resolution (pixels): latency in ms of the unsearched stages}, predicted when first asked for."""
 
-    def __init__(self, superspace, platform, **options):
+    def __init__(self, superspace, platform, trust_pickles):
         super().__init__()
-        self.superspace, self.platform, self.options = superspace, platform, options
+        self.superspace, self.platform, self.trust_pickles = superspace, platform, trust_pickles
 
     @cached_property
     def predictor(self):
         from ..latency import LatencyPredictor
-        return LatencyPredictor(self.platform, **self.options)
+        return LatencyPredictor(self.platform, trust_pickles=self.trust_pickles)
 
     def __missing__(self, resolution):
-        self[resolution] = float(sum(self.predictor.predict_block(*config[1:])
-                                     for config in unsearched_blocks(self.superspace, resolution)))
+        self[resolution] = float(sum(self.predictor.predict_blocks(unsearched_blocks(self.superspace, resolution))))
         return self[resolution]
 
 
 class BlockKDSearcher:
-    """Scores the spaces of a superspace on a platform.
+    """Scores the spaces of a hyperspace on a platform.
 
     lut_dir: the folder that holds <superspace>/stage*_*_*.csv[.gz], or that folder itself. latency_constraint:
-    ms, one number or several; then scores add up and the two losses are means. platform: None for the superspace's
-    own, mflops for the LUT's FLOPs in the place of its latencies; fallback, trust_pickles: as for LatencyPredictor.
-    estimator: exact, sample or independent (score.py); the latter two draw with `seed`. wanted: block-LUT ids to read
+    ms, one number or several; then scores add up and the two losses are means. platform: None for the hyperspace's
+    own, mflops for the LUT's FLOPs in the place of its latencies; trust_pickles: as for LatencyPredictor.
+    estimator: exact or independent (score.py), which draws with `seed`. wanted: block-LUT ids to read
     when not all are needed. Raises LutError for a missing file or a bad row.
     """
 
     def __init__(self, lut_dir, superspace, platform, latency_constraint, lat_loss_t=0.1, lat_loss_a=0.01,
-                 estimator='exact', seed=0, wanted=None, fallback=False, trust_pickles=False):
+                 estimator='exact', seed=0, wanted=None, trust_pickles=False):
         self.superspace = get_superspace(superspace)
         self.platform = platform or self.superspace.platform
         given = latency_constraint if isinstance(latency_constraint, (list, tuple)) else [latency_constraint]
@@ -105,7 +104,7 @@ class BlockKDSearcher:
         luts = read_luts(lut_dir, self.superspace, wanted)
         if self.platform == MFLOPS:
             luts = {lut_id: dataclasses.replace(lut, latency=lut.flops) for lut_id, lut in luts.items()}
-        self.latency = PlatformLatency(self.superspace, self.platform, fallback=fallback, trust_pickles=trust_pickles)
+        self.latency = PlatformLatency(self.superspace, self.platform, trust_pickles)
         self.tables = Tables(luts, self.superspace, self.latency)
         options = {} if estimator == 'exact' else {'seed': seed}
         self.estimator = ESTIMATORS[estimator](self.tables, self.constraints, **options)
@@ -127,7 +126,7 @@ class BlockKDSearcher:
         return digest.hexdigest()[:12]
 
     def parse(self, supernet):
-        """Supernet of this superspace from `151122-023231`, its full name or a Supernet."""
+        """Supernet of this hyperspace from `151122-023231`, its full name or a Supernet."""
         return parse_supernet(supernet, self.superspace)
 
     def evaluate(self, supernet):
@@ -182,7 +181,7 @@ def uniform_spaces(superspace):
 
 
 def num_spaces(superspace):
-    """How many spaces a superspace has."""
+    """How many spaces a hyperspace has."""
     space, count = get_superspace(superspace), 1
     for name in space.searchable_stages:
         count *= len(space.block_types) * space.stage(name).num_windows

@@ -11,7 +11,7 @@ from torch import nn
 from ..modeling.dynamic_blocks import DynamicStage
 from ..modeling.ops.dynamic_op import DynamicConv
 from ..search_space import sampling
-from ..search_space.encoding import EncodingError, format_sub_stage, parse_block_id, parse_sub_stage
+from ..search_space.encoding import check_input_width, check_sub_stage, parse_block_id
 from ..search_space.macro_arch import ENDS
 from ..search_space.superspace import get_superspace
 from ..training.calibrate import initialize_all_scales
@@ -71,12 +71,8 @@ class StudentStage(Student):
 
     def set_active_sub_stage(self, cin, blocks):
         """Run the stage with [(k, w, e), …] on `cin` input channels; EncodingError where it is no member."""
-        declared = {e: e for e in self.block_type.expands}
-        blocks = [(k, w, declared.get(e or None, e)) for k, w, e in blocks]
-        blocks = parse_sub_stage(self.superspace, self.block_id, format_sub_stage(blocks))
-        if cin not in self.input_widths:
-            raise EncodingError(f'{self.superspace.name} {self.block_id}: input width {cin} is not one of '
-                                + ' '.join(map(str, self.input_widths)))
+        blocks = check_sub_stage(self.superspace, self.block_id, blocks)
+        cin = check_input_width(self.superspace, self.block_id, cin)
         self.in_proj.active_out_channels, self.active_blocks = cin, blocks
         self.stage.set_active(cin, blocks)
 

@@ -17,7 +17,7 @@ def part_of(block_id):
 
 
 def parts_of(superspace):
-    """All parts of a superspace's networks, in order."""
+    """All parts of a hyperspace's networks, in order."""
     return (STEM, *superspace.searchable_stages, HEAD)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from ..modeling.network import LOGITS, Network, named_blocks
 from ..modeling.ops.lsq_plus import set_quant_mode
-from ..search_space.encoding import BlockConfig, SubnetConfig
+from ..search_space.encoding import SubnetConfig
 from ..training.calibrate import calibrate
 from .graph import IMAGE
 from .int8 import Pending, Real
@@ -17,10 +17,10 @@ IMAGES = 2                  # of noise, for batch-norm statistics and ranges; on
 
 
 def random_chain(blocks):
-    """(Network in int8 and eval mode, its ranges on noise, the noise) of Blocks (kernel_model.Block) in a row."""
+    """(Network in int8 and eval mode, its ranges on noise, the noise) of Blocks (search_space.block) in a row."""
     first = blocks[0]
     stages = [LOGITS if block.name == 'LogitsBlock' else f'block{i}' for i, block in enumerate(blocks)]
-    config = SubnetConfig(first.hw, tuple(BlockConfig(stage, *block) for stage, block in zip(stages, blocks)))
+    config = SubnetConfig(first.hw, {stage: [block] for stage, block in zip(stages, blocks)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Network(config)

@@ -7,7 +7,7 @@ import torch
 from ..cli import SEED, positive
 from ..errors import UserError
 from ..files import check_file, write_csv
-from ..latency.jobs import add_host_arguments, run_on_one_core
+from ..latency.profiling import add_host_arguments, run_on_one_core
 from ..modeling.network import Network
 from ..modeling.ops.lsq_plus import quantised_ops, set_fp32_mode, set_quant_mode
 from ..modeling.ops.op import resize

@@ -1,8 +1,8 @@
 """TFLite as a device of modules/latency/profiling.py: on this machine by ai-edge-litert, or on a phone through adb."""
 import numpy as np
 
-from ..latency.kernel_model import Block
 from ..optional import need, version_of
+from ..search_space.block import Block
 from .chain import is_first, is_last, processor, random_chain, timed, write_chain
 from .int8 import Int8Exporter, Real
 from .tf_graph import TfGraph

@@ -15,7 +15,6 @@ from scipy.optimize import least_squares
 
 from ..errors import UserError
 from ..modeling.complexity import block_complexity
-from ..modeling.layout import Sizes
 from .candidates import make_candidates, named_networks, random_network
 from .kernel_model import kernels_of
 from .regression import Design, fit_corrections, fit_nets
@@ -44,7 +43,7 @@ LEAST_MORE = {FIT: 20, HELD_OUT: 3, NETWORK: 1, TEST: 3}    # or no other platfo
 
 def weights_mb(block):
     """MB of a Block's INT8 weights: a byte per parameter."""
-    return block_complexity(block.name, Sizes(*block[2:]), block.hw)[1] / 1e6
+    return block_complexity(block)[1] / 1e6
 
 
 def test_networks(superspaces, count, seed):
@@ -71,8 +70,8 @@ def measure(profile, superspaces, tests, minutes, seed=0, say=print):
         fresh = candidates.draw(CHUNK[HELD_OUT], held_out=True)
         again = [rng.choice(held) for _ in range(CHUNK[AGAIN] if held else 0)]
         held += fresh
-        first = TESTS[0] * number if number < once else TESTS[1] * (number - once)
-        chosen = [list(tests)[i % len(tests)] for i in range(first, first + TESTS[number >= once])]
+        count, first = (TESTS[0], TESTS[0] * number) if number < once else (TESTS[1], TESTS[1] * (number - once))
+        chosen = [list(tests)[i % len(tests)] for i in range(first, first + count)]
         items = [(f'{TEST} {name}', tests[name]) for name in chosen]
         items += [(FIT, (block,)) for block in _lost(candidates, profile) + candidates.draw(CHUNK[FIT])]
         items += [(HELD_OUT, (block,)) for block in fresh] + [(AGAIN, (block,)) for block in again]

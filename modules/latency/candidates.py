@@ -1,14 +1,14 @@
 """Which blocks and networks are measured for a platform: spread over regions, and more where errors are large."""
+import dataclasses
 import random
 
 import numpy as np
 
-from ..modeling.layout import out_size
-from ..search_space.encoding import subnet_config
+from ..search_space.block import out_size
+from ..search_space.encoding import stage_blocks, subnet_config
 from ..search_space.named import find_subnet, named_subnets
 from ..search_space.sampling import min_subnet, sample_subnet, sample_supernet
 from ..search_space.superspace import get_superspace
-from .kernel_model import Block
 
 FEW = 10                    # a region of fewer blocks (stem, head) is fitted to all of them
 TRUSTED = 4                 # a region's error counts fully beside that of all regions from this many blocks on
@@ -21,46 +21,39 @@ def space_blocks(*superspaces):
     for space, stage in ((s, stage) for s in spaces for stage in s.stages):
         types = [space.fixed[stage.name]] if stage.name in space.fixed else space.block_types
         for resolution in space.resolutions:
-            hw = -(-resolution // space.input_stride(stage.name))
-            places = [(hw, stage.stride, space.input_widths(stage.name))]
-            if max(stage.depths) > 1:
-                places.append((-(-hw // stage.stride), 1, stage.widths))
-            for pixels, stride, inputs in places:
-                if stage.name == 'logits':
-                    pixels, stride = 1, 0
-                blocks.update((Block(t.name, pixels, cin, cout, k, e, stride, t.activation), None)
-                              for t in types for cin in inputs for cout in stage.widths
-                              for k in t.kernels for e in t.expands)
+            hw = out_size(resolution, space.input_stride(stage.name))
+            places = [(stage, hw, space.input_widths(stage.name))]
+            if max(stage.depths) > 1:           # any but the first
+                places.append((dataclasses.replace(stage, stride=1), out_size(hw, stage.stride), stage.widths))
+            for place, pixels, inputs in places:
+                blocks.update((block, None) for t in types for cin in inputs for w in stage.widths
+                              for k in t.kernels for e in t.expands
+                              for block in stage_blocks(place, t, [(k, w, e)], cin, pixels))
     return list(blocks)
 
 
 def region(block):
     """What blocks of similar latency share: type, activation, kernel size and the size of the map, in octaves."""
-    return block.name, block.activation, block.kernel_size, round(np.log2(out_size(block.hw, block.stride or 1)))
-
-
-def network_blocks(config):
-    """Blocks of a SubnetConfig."""
-    return tuple(Block(*block[1:]) for block in config.blocks)
+    return block.name, block.activation, block.kernel, round(np.log2(out_size(block.hw, block.stride or 1)))
 
 
 def named_networks(superspaces):
     """{name: Blocks} of the published networks of the hyperspaces."""
     found = {name: find_subnet(name) for name in named_subnets()}
-    return {name: network_blocks(subnet_config(supernet, subnet)) for name, (supernet, subnet) in found.items()
+    return {name: subnet_config(supernet, subnet).blocks for name, (supernet, subnet) in found.items()
             if supernet.superspace.name in superspaces}
 
 
 def random_network(superspace, rng):
     """Blocks of a random subnet of a random supernet."""
     supernet = sample_supernet(superspace, rng)
-    return network_blocks(subnet_config(supernet, sample_subnet(supernet, rng)))
+    return subnet_config(supernet, sample_subnet(supernet, rng)).blocks
 
 
 def smallest_network(superspace):
     """Blocks of the smallest subnet of the first supernet."""
     supernet = f'{superspace}-{"0" * len(get_superspace(superspace).searchable_stages)}'
-    return network_blocks(subnet_config(supernet, min_subnet(supernet)))
+    return subnet_config(supernet, min_subnet(supernet)).blocks
 
 
 class Candidates:

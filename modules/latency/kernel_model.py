@@ -6,16 +6,15 @@ work is what the kernel computes (multiply-adds or elements), so a net only has 
 factor (present where blocks, not kernels, were measured) is exp of one more net over the block's sizes. On
 top come corrections: log factors of single kernels or single blocks, where the published figures pin them.
 
-Nothing here knows how a model is fitted: see fitting.py. A model is one npz of plain arrays (no pickles).
+Nothing here knows how a model is fitted: see regression.py. A model is one npz of plain arrays (no pickles).
 """
 import json
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import UserError
-from ..modeling.layout import Sizes, out_size
+from ..search_space.block import out_size
 from .kernels import Kernel, block_kernels
 
 
@@ -23,22 +22,10 @@ class LatencyError(UserError):
     """A latency cannot be given; the message is one line that names the platform and the block."""
 
 
-class Block(NamedTuple):
-    """What a block's latency depends on: hw of its input (pixels), channels, k, e (None: none), stride."""
-    name: str
-    hw: int
-    cin: int
-    cout: int
-    kernel_size: int
-    expand_ratio: float | None
-    stride: int
-    activation: str
-
-
 def kernels_of(block):
     """Kernels of a Block, in execution order. A convolution of 1x1 pixels is a fully connected kernel."""
-    kernels = block_kernels(block.name, Sizes(*block[2:]), block.hw)
-    return [Kernel('fc', 1, k.cin, k.cout) if k.name == 'conv-bn-relu' and k.hw == 1 else k for k in kernels]
+    return [Kernel('fc', 1, k.cin, k.cout) if k.name == 'conv-bn-relu' and k.hw == 1 else k
+            for k in block_kernels(block)]
 
 
 def kernel_columns(kernels):
@@ -83,7 +70,7 @@ def kernel_features(kernels, tiled):
 def block_features(blocks, names):
     """Inputs of the block factor's net, block types one-hot by `names`; float array [blocks, features]."""
     out, cin, cout, k, e, stride = np.array(
-        [[out_size(b.hw, b.stride or 1), b.cin, b.cout, b.kernel_size, b.expand_ratio or 1, b.stride or 1]
+        [[out_size(b.hw, b.stride or 1), b.cin, b.cout, b.kernel, b.expand or 1, b.stride or 1]
          for b in blocks], float).T
     phases = [f(2 * np.pi * c / width) for c in (cin, cout)
               for width in (32, 64, 128) for f in (np.sin, np.cos)]
@@ -162,7 +149,7 @@ class KernelModel:
 
     def _kernels(self, block):
         try:
-            if min(block.hw, block.cin, block.cout) < 1 or block.kernel_size < 0 or block.stride < 0:
+            if min(block.hw, block.cin, block.cout) < 1 or block.kernel < 0 or block.stride < 0:
                 raise ValueError('hw and channels must be at least 1, kernel and stride not negative')
             kernels = kernels_of(block)
         except (ValueError, TypeError, ZeroDivisionError) as error:

@@ -6,7 +6,8 @@ tests/test_nn_meter.py compares them.
 """
 from typing import NamedTuple
 
-from ..modeling.layout import block_layout, out_size
+from ..modeling.layout import block_layout
+from ..search_space.block import out_size
 
 FUSED_ACTIVATIONS = (None, 'relu', 'relu6')
 
@@ -41,11 +42,11 @@ class Kernel(NamedTuple):
         return [self.hw, self.cin]
 
 
-def block_kernels(name, sizes, hw):
-    """Kernels of block type `name` at `sizes` (layout.Sizes), its input hw x hw pixels, in execution order."""
-    kernels, pixels = [], hw
-    for layer in block_layout(name, sizes):
-        layer_hw = hw if layer.shortcut else pixels
+def block_kernels(block):
+    """Kernels of a Block, in execution order."""
+    kernels, pixels = [], block.hw
+    for layer in block_layout(block):
+        layer_hw = block.hw if layer.shortcut else pixels
         activation = layer.activation
         if layer.op == 'conv':
             kernels.append(Kernel('conv-bn-relu', layer_hw, layer.cin, layer.cout, layer.kernel, layer.stride))

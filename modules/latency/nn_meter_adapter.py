@@ -26,8 +26,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..modeling.complexity import block_sizes
-from ..search_space.encoding import BlockConfig
 from .kernel_model import LatencyError
 from .kernels import block_kernels
 from .tables import DATA
@@ -128,14 +126,13 @@ class NNMeterPredictor:
         self.platform, self.folder, self.models = platform, folder, models
         self._ms = {}                       # {Kernel: ms}, every kernel predicted so far
 
-    def predict_blocks(self, block_configs):
-        """Array of latencies in ms, one per block: BlockConfigs, or tuples of the same without the stage.
+    def predict_blocks(self, blocks):
+        """Array of latencies in ms, one per Block.
 
         Kernels that were not seen before are predicted with one call per kernel type. Raises LatencyError for
         a kernel that has no predictor.
         """
-        lists = [self._kernels(block if isinstance(block, BlockConfig) else BlockConfig('', *block))
-                 for block in block_configs]
+        lists = [self._kernels(block) for block in blocks]
         rows = {}
         for kernel in dict.fromkeys(kernel for kernels in lists for kernel in kernels):
             if kernel not in self._ms:
@@ -147,9 +144,9 @@ class NNMeterPredictor:
     def _kernels(self, block):
         kernels = []
         try:
-            fused = block_kernels(block.name, block_sizes(block), block.hw)
-        except (ValueError, TypeError) as error:    # unknown block type, or an expand ratio missing
-            raise LatencyError(f'{self.platform}: {" ".join(map(str, block[1:]))}: {error}') from None
+            fused = block_kernels(block)
+        except (ValueError, TypeError, ZeroDivisionError) as error:     # unknown block type, no expand ratio or stride
+            raise LatencyError(f'{self.platform}: {" ".join(map(str, block))}: {error}') from None
         for kernel in fused:
             names = (kernel.name,) if kernel.name in self.models else UNFUSED.get(kernel.name, (kernel.name,))
             for name in names:

@@ -9,51 +9,46 @@
     LatencyPredictor('mflops')                 no latency at all: multiply-adds in millions, to compare with
 
 A network's latency is the sum over its blocks. The first two are models fitted to the latencies that were published
-with SpaceEvo (ICCV 2023); fitting.py says how, and prints their errors on held-out figures. The third was measured by
-build_predictor.py, whose report is in its folder.
+with SpaceEvo (ICCV 2023); data/make/latency.py says how, and prints their errors on held-out figures. The third was
+measured by build_predictor.py, whose report is in its folder.
 """
 import os
 from functools import cache
 
-import numpy as np
-
 from ..cli import note
-from ..modeling.complexity import block_complexity, sub_stage_config
-from ..modeling.layout import Sizes
+from ..modeling.complexity import block_complexity
+from ..search_space.block import Block
+from ..search_space.encoding import sub_stage_blocks
 from .kernel_model import LatencyError
-from .tables import DATA, as_block, format_key, load_platform, read_table
+from .tables import DATA, format_key, load_platform, read_table
 
 MFLOPS = 'mflops'               # the platform whose latencies are multiply-adds
 PUBLISHED = ('onnx_lut', 'tflite27_cpu_int8')
-MIN_BLOCKS_OF_A_TYPE = 5        # a table's block types with fewer share one factor
-MAX_BLOCKS_OF_A_TYPE = 1000     # of a block type, this many are enough for its factor
 
 
 def add_platform_arguments(parser):
-    """--platform, --fallback and --trust_pickles, of open_predictor()."""
-    parser.add_argument('--platform', help="latency platform, or a block table *.json; default: the superspace's")
-    parser.add_argument('--fallback', action='store_true', help='predict the blocks that a block table lacks')
+    """--platform and --trust_pickles, of open_predictor()."""
+    parser.add_argument('--platform', help="latency platform, or a block table *.json; default: the hyperspace's")
     parser.add_argument('--trust_pickles', action='store_true', help="open nn-Meter's pickles, which are code")
 
 
 def open_predictor(args, superspace):
     """The LatencyPredictor of add_platform_arguments(); superspace: a Superspace, whose platform is the default."""
-    return LatencyPredictor(args.platform or superspace.platform, args.fallback, args.trust_pickles)
+    return LatencyPredictor(args.platform or superspace.platform, trust_pickles=args.trust_pickles)
 
 
 class LatencyPredictor:
     """Predicts latencies of one platform.
 
-    platform: see the module. fallback: blocks that a JSON table lacks are predicted by a model fitted to the
-    table, else they are an error that names the key. trust_pickles: nn-Meter's predictors are pickles, which
-    run code when they are opened; without this flag they are refused.
+    platform: see the module. trust_pickles: nn-Meter's predictors are pickles, which run code when they are opened;
+    without this flag they are refused.
 
     Raises LatencyError (one line) for an unknown platform and for a block the platform cannot predict.
     """
 
-    def __init__(self, platform, fallback=False, trust_pickles=False):
+    def __init__(self, platform, *, trust_pickles=False):
         self.platform = str(platform)
-        self._table, self._model = _open_platform(self.platform, fallback, trust_pickles)
+        self._table, self._model = _open_platform(self.platform, trust_pickles)
         self._predicted = {}
 
     @property
@@ -63,42 +58,35 @@ class LatencyPredictor:
 
     @property
     def table(self):
-        """{(name, hw, cin, cout, k, e, stride, activation): ms} of the blocks the platform has figures of."""
+        """{Block, or its plain tuple: ms} of the blocks the platform has figures of."""
         return dict(self._table)
 
     def predict_block(self, name, hw, cin, cout, kernel_size, expand_ratio, stride, activation):
         """ms of one block; hw: pixels of its input; expand_ratio None (or 0) where the block has none."""
-        return self.predict_blocks([(name, hw, cin, cout, kernel_size, expand_ratio, stride, activation)])[0]
+        block = Block(name, hw, cin, cout, kernel_size, expand_ratio or None, stride, activation)
+        return self.predict_blocks([block])[0]
 
     def predict_sub_stage(self, superspace, block_id, sub_stage, input_shape):
         """ms for one image of a sub-stage, as ('mobilew', 'stage3_5', '5#72#6_3#112#8', (1, 32, 28, 28)).
 
         input_shape: (N, C, H, W) with H = W. Raises EncodingError where the sub-stage is not in the space.
         """
-        return sum(self.predict_blocks(sub_stage_config(superspace, block_id, sub_stage, input_shape)))
+        return sum(self.predict_blocks(sub_stage_blocks(superspace, block_id, sub_stage, input_shape)))
 
     def predict_subnet(self, config):
         """ms of a network, stem and head included; config: encoding.SubnetConfig."""
         return sum(self.predict_blocks(config.blocks))
 
     def predict_blocks(self, blocks):
-        """List of ms of BlockConfigs, or of tuples (name, hw, cin, cout, k, e, stride, activation)."""
-        keys = [tuple(block[-8:]) for block in blocks]
-        found = [self._table.get(key) or self._predicted.get(key) for key in keys]
-        if None not in found:
-            return found
-        missing = list(dict.fromkeys(key for key, ms in zip(keys, found) if ms is None))
-        self._predicted.update(zip(missing, self._predict([as_block(*key) for key in missing])))
-        return [self._predicted[key] if ms is None else ms for key, ms in zip(keys, found)]
-
-    def _predict(self, blocks):
-        """ms of Blocks that were looked up in vain as they were written."""
-        unknown = [block for block in blocks if block not in self._table]
-        if unknown and self._model is None:
-            raise LatencyError(f'{self.platform}: no latency of {format_key(unknown[0])}; '
-                               'with --fallback it is predicted by a model fitted to the table')
-        ms = dict(zip(unknown, map(float, self._model.predict_blocks(unknown)))) if unknown else {}
-        return [self._table[block] if block in self._table else ms[block] for block in blocks]
+        """List of ms of Blocks."""
+        found = [self._table.get(block) or self._predicted.get(block) for block in blocks]
+        missing = list(dict.fromkeys(block for block, ms in zip(blocks, found) if ms is None))
+        if missing and self._model is None:
+            raise LatencyError(f'{self.platform}: no latency of {format_key(missing[0])}; onnx_tools/import_lut.py '
+                               'makes a platform of the table that predicts what it lacks')
+        if missing:
+            self._predicted.update(zip(missing, map(float, self._model.predict_blocks(missing))))
+        return [self._predicted[block] if ms is None else ms for block, ms in zip(blocks, found)]
 
 
 def unit_of(platform):
@@ -112,53 +100,7 @@ class FlopsModel:
     @staticmethod
     def predict_blocks(blocks):
         """MFLOPs of Blocks."""
-        return [block_complexity(block.name, Sizes(*block[2:]), block.hw)[0] / 1e6 for block in blocks]
-
-
-class TableModel:
-    """Predictions for blocks a table lacks: a published platform's, scaled to the table.
-
-    The published platform whose latencies follow the table's most closely is taken, each block type scaled by
-    the median ratio of the table's latencies to the platform's (all types together where there are few).
-    """
-
-    def __init__(self, path, table):
-        self.path, by_type = path, {}
-        for block in table:
-            by_type.setdefault(block.name, []).append(block)
-        fits = [self._fit(LatencyPredictor(platform), table, by_type) for platform in PUBLISHED]
-        if not any(fits):
-            raise LatencyError(f'{path}: no block type of it is known to a published platform, nothing to fit '
-                               'a fallback to')
-        _, self.base, self.log_factors = min((fit for fit in fits if fit), key=lambda fit: fit[0])
-
-    def predict_blocks(self, blocks):
-        """ms of Blocks. Raises LatencyError for a block type that platform does not know."""
-        factors = [self.log_factors.get(block.name, self.log_factors[None]) for block in blocks]
-        try:
-            return np.exp(factors) * self.base.predict_blocks(blocks)
-        except LatencyError as error:
-            raise LatencyError(f'{self.path}: not in it, and the fallback fails: {error}') from None
-
-    @staticmethod
-    def _fit(base, table, by_type):
-        """(what is left, base, {block type, None for all: log factor}); None where none is known."""
-        log_ratios = {}
-        for name, blocks in by_type.items():
-            blocks = blocks[::-(-len(blocks) // MAX_BLOCKS_OF_A_TYPE)]
-            try:
-                predicted = base.predict_blocks(blocks)
-            except LatencyError:
-                continue
-            log_ratios[name] = np.log([table[block] for block in blocks]) - np.log(predicted)
-        if not log_ratios:
-            return None
-        log_factors = {name: np.median(ratios) for name, ratios in log_ratios.items()
-                       if len(ratios) >= MIN_BLOCKS_OF_A_TYPE}
-        log_factors[None] = np.median(np.concatenate(list(log_ratios.values())))
-        left = np.concatenate([np.abs(ratios - log_factors.get(name, log_factors[None]))
-                               for name, ratios in log_ratios.items()])
-        return np.median(left) * len(by_type) / len(log_ratios), base, log_factors
+        return [block_complexity(block)[0] / 1e6 for block in blocks]
 
 
 def _platforms():
@@ -169,13 +111,12 @@ def _platforms():
 _say = cache(note)              # once, however many predictors are opened
 
 
-def _open_platform(platform, fallback, trust_pickles):
+def _open_platform(platform, trust_pickles):
     """({Block: ms}, model or None); a model has predict_blocks(Blocks) -> ms."""
     if platform == MFLOPS:
         return {}, FlopsModel()
     if platform.endswith('.json'):
-        table = read_table(platform)
-        return table, TableModel(platform, table) if fallback else None
+        return read_table(platform), None
     from . import nn_meter_adapter
     folder = os.path.join(DATA, platform)
     if os.path.basename(platform) == platform and os.path.isdir(folder):

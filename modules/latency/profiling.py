@@ -1,4 +1,4 @@
-"""Stable latency measurements on any device, appended to a CSV as they come, so that a killed run goes on.
+"""Stable latency measurements on any device, in a journal as they come, so that a killed run goes on.
 
 A device has prepare(blocks) -> run and str(device); run(count) -> [ms] times `count` runs of an INT8 model of the
 Blocks in a row, of an empty model for no blocks. modules/deploy has one for each runtime.
@@ -6,7 +6,6 @@ Blocks in a row, of an empty model for no blocks. modules/deploy has one for eac
 Models are measured in chunks. All models of a chunk take turns, several rounds of them, beside a reference model that
 is in every chunk: a chunk in which the reference is slow was disturbed and is measured again.
 """
-import csv
 import json
 import math
 import os
@@ -16,17 +15,45 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from ..cli import positive, within
 from ..errors import UserError
-from ..files import hold, set_aside, write_text
-from .kernel_model import LatencyError
+from ..files import Journal, hold, read_journal
 from .tables import format_key, parse_key
 
 FIRST_BLOCK = 'FirstConvBlock'      # begins whole networks, whose latency includes that of the call
 QUANTILE = 0.25                     # of the rounds: other processes only ever add time, so the lower half is nearer
 QUICK_CHUNKS = 0.1                  # quantile of the chunks: on a busy machine most may be disturbed
 TRIES = 3                           # measurements of a disturbed chunk
-FIELDS = 'chunk', 'use', 'ms', 'rounds_spread', 'reference_ms', 'seconds', 'blocks'
+
+
+def add_host_arguments(parser, runtime):
+    """--core and --threads of a runtime on this machine."""
+    parser.add_argument('--core', type=within(int, 0, 4095),
+                        help='core of this machine to run on; default: the last one')
+    parser.add_argument('--threads', type=positive(int), default=1,
+                        help=f'of {runtime}; with more than one the process is not pinned')
+
+
+def run_on_one_core(args):
+    """Pin a run of one thread, as add_host_arguments() say."""
+    if args.threads == 1:
+        torch.set_num_threads(1)
+        pin(args.core)
+
+
+def pin(core=None):
+    """Keep this process and its threads on one core, by default the last it may use; the core, None where the system
+    cannot."""
+    if not hasattr(os, 'sched_setaffinity'):
+        return None
+    allowed = os.sched_getaffinity(0)
+    core = max(allowed) if core is None else core
+    if core not in allowed:
+        raise UserError(f'--core {core}: this process may use {" ".join(map(str, sorted(allowed)))}')
+    os.sched_setaffinity(0, {core})
+    return core
 
 
 class Row(NamedTuple):
@@ -45,7 +72,7 @@ class Row(NamedTuple):
 
 
 @dataclass
-class Turns:
+class Timing:
     """How a chunk is measured: rounds of turns; in a turn one untimed run, then timed ones for about turn_ms.
 
     runs: so many timed ones and no untimed one, of a device that warms up by itself; warmup: untimed runs before.
@@ -57,45 +84,39 @@ class Turns:
     runs: int | None = None
 
 
-def take_turns(runs, turns):
+def time_in_turns(runs, timing):
     """([ms], [spread]) of runs of prepared models, measured in turns."""
     medians = [[] for _ in runs]
-    for run in runs if turns.warmup else ():
-        run(turns.warmup)
-    for _ in range(turns.rounds):
+    for run in runs if timing.warmup else ():
+        run(timing.warmup)
+    for _ in range(timing.rounds):
         for run, seen in zip(runs, medians):
-            count = turns.runs
+            count = timing.runs
             if count is None:
                 first, = run(1)         # brings the model back into the caches
-                count = max(1, min(turns.max_runs, int(turns.turn_ms / max(first, 1e-6))))
+                count = max(1, min(timing.max_runs, int(timing.turn_ms / max(first, 1e-6))))
             seen.append(statistics.median(run(count)))
     ms = np.quantile(medians, QUANTILE, axis=1)
     return ms.tolist(), (np.median(medians, axis=1) / ms - 1).tolist()
 
 
 class Profile:
-    """Measurements of a device in a CSV; what is in it already is not measured again.
+    """Measurements of a device in a Journal; what is in it already is not measured again.
 
-    facts: {name: value} of what the measurements depend on, the file's first line. A file of other facts, or one
-    that is damaged before its last line, is a UserError; a last line that a killed run left unfinished goes.
-    max_drift: see quiet_chunks(); max_disturbed: share of the chunks that may be disturbed.
+    settings: {name: value} of what the measurements depend on. max_drift: see quiet_chunks(); max_disturbed: share of
+    the chunks that may be disturbed.
     """
 
-    def __init__(self, path, device, reference, facts, resume=False, max_drift=0.1, max_disturbed=0.33,
-                 turns=None):
+    def __init__(self, path, device, reference, settings, resume=False, max_drift=0.1, max_disturbed=0.33,
+                 timing=None):
         self.path, self.device, self.reference = path, device, reference
         self.max_drift, self.max_disturbed = max_drift, max_disturbed
-        self.turns = turns or Turns()
-        self._by_chunk, self._saved, self._prepared = {}, {}, None
+        self.timing = timing or Timing()
+        self._by_chunk, self._prepared = {}, None
         self.new = 0                        # chunks that this run measured
         hold(path)
-        header = '# ' + json.dumps(facts) + '\n' + ','.join(FIELDS) + '\n'
-        if resume and os.path.isfile(path):
-            for row in _read(path, header):
-                self._saved.setdefault(row.chunk, []).append(row)
-        else:
-            set_aside(path)
-            write_text(path, header)
+        self._journal = Journal(path, settings, _parse_chunk, resume)
+        self._saved = {rows[0].chunk: rows for rows in self._journal.entries}
         self._before = max((rows[-1].seconds for rows in self._saved.values()), default=0.0)
         self._began = time.monotonic()
 
@@ -129,7 +150,7 @@ class Profile:
         ms, spread, reference_ms = self._measure([blocks for _, blocks in items])
         rows = [Row(number, use, *row, reference_ms, self.seconds, tuple(blocks))
                 for (use, blocks), *row in zip(items, ms, spread)]
-        _append(self.path, rows)
+        self._journal.append(_format_chunk(rows))
         self._by_chunk[number] = rows
         self.new += 1
         return rows
@@ -140,10 +161,10 @@ class Profile:
         runs = self._prepared + [self.device.prepare(blocks) for blocks in items]
         best = None
         for _ in range(TRIES):
-            (call, reference, *ms), (_, _, *spread) = take_turns(runs, self.turns)
+            (call, reference, *ms), (_, _, *spread) = time_in_turns(runs, self.timing)
             if best is None or reference < best[2]:
-                best = [max(t - call * (blocks[0].name != FIRST_BLOCK), t / 100) for t, blocks in zip(ms, items)], \
-                    spread, reference
+                ms = [t if blocks[0].name == FIRST_BLOCK else max(t - call, t / 100) for t, blocks in zip(ms, items)]
+                best = ms, spread, reference
             if best[2] <= self.level(best[2]) * (1 + self.max_drift):
                 break
         return best
@@ -176,53 +197,24 @@ class Profile:
                 'platform is written. Stop what else runs here, then --resume, or with a larger --max_disturbed')
 
 
-def _append(path, rows):
-    """Whole chunks only: one write, so that a killed run leaves at most an unfinished last line."""
-    lines = [[row.chunk, row.use, repr(row.ms), f'{row.spread:.4f}', repr(row.reference_ms), f'{row.seconds:.1f}',
-              ' '.join(map(format_key, row.blocks))] for row in rows]
-    with open(path, 'ab', buffering=0) as f:
-        f.write((''.join(','.join(map(str, line)) + '\n' for line in lines) + f'# end {rows[0].chunk}\n').encode())
-
-
-def _read(path, header):
-    """[Row] of a file's whole chunks; cuts off what a killed run left after them."""
-    try:
-        with open(path, encoding='utf-8', newline='') as f:
-            text = f.read()
-    except UnicodeDecodeError as error:
-        raise LatencyError(f'{path}: not text ({error.reason}); begin anew, without --resume') from None
-    if not text.startswith(header):
-        raise UserError(f'{path}: measured on another device, for other spaces or with another seed '
-                        f'({text.partition(chr(10))[0][:200]}); begin anew, without --resume')
-    rows, chunk, whole = [], [], len(header)
-    position = whole
-    for line in text[len(header):].splitlines(keepends=True):
-        position += len(line)
-        if line.startswith('# end ') and line.endswith('\n'):
-            rows, chunk, whole = rows + chunk, [], position
-        elif line.endswith('\n'):
-            chunk.append(_parse(path, line))
-    if whole < len(text):
-        write_text(path, text[:whole])
-    return rows
-
-
 def quiet_rows(path, max_drift=0.1):
-    """[Row] of a measurements.csv, those of disturbed chunks left out, see Profile.quiet_chunks()."""
-    with open(path, encoding='utf-8', newline='') as f:
-        header = f.readline() + f.readline()
-    rows = _read(path, header)
-    level = np.quantile(list({row.chunk: row.reference_ms for row in rows}.values()), QUICK_CHUNKS)
-    return [row for row in rows if row.reference_ms <= level * (1 + max_drift)]
+    """[Row] of a file of measurements, those of disturbed chunks left out, see Profile.quiet_chunks()."""
+    _, chunks, _ = read_journal(path, _parse_chunk)
+    level = np.quantile([rows[0].reference_ms for rows in chunks], QUICK_CHUNKS)
+    return [row for rows in chunks for row in rows if row.reference_ms <= level * (1 + max_drift)]
 
 
-def _parse(path, line):
-    cells = next(csv.reader([line]))
-    try:
-        number, use, *numbers, blocks = cells
-        ms, spread, reference_ms, seconds = values = list(map(float, numbers))
-        if not all(map(math.isfinite, values)):
-            raise ValueError('numbers have to be finite')
-        return Row(int(number), use, ms, spread, reference_ms, seconds, tuple(map(parse_key, blocks.split(' '))))
-    except ValueError as error:
-        raise LatencyError(f'{path}: {line.strip()[:120]!r}: not a measurement ({error})') from None
+def _format_chunk(rows):
+    """A chunk as a line, so that a kill leaves all of it or nothing."""
+    return json.dumps({'chunk': rows[0].chunk, 'reference_ms': rows[0].reference_ms, 'seconds': rows[0].seconds,
+                       'rows': [[row.use, row.ms, row.spread, ' '.join(map(format_key, row.blocks))] for row in rows]})
+
+
+def _parse_chunk(line):
+    chunk = json.loads(line)
+    rows = [Row(int(chunk['chunk']), use, float(ms), float(spread), float(chunk['reference_ms']),
+                float(chunk['seconds']), tuple(map(parse_key, blocks.split(' '))))
+            for use, ms, spread, blocks in chunk['rows']]
+    if not all(math.isfinite(value) for row in rows for value in row[2:6]) or not rows:
+        raise ValueError('numbers have to be finite')
+    return rows

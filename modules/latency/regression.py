@@ -8,8 +8,8 @@ import numpy as np
 from scipy.sparse import coo_matrix, diags, identity, vstack
 from scipy.sparse.linalg import lsmr
 
-from ..modeling.layout import out_size
-from .kernel_model import Block, KernelModel, block_features, kernel_features, kernel_work, kernels_of
+from ..search_space.block import Block, out_size
+from .kernel_model import KernelModel, block_features, kernel_features, kernel_work, kernels_of
 from .kernels import Kernel
 
 MIN_KERNELS_FOR_A_NET = 8           # with fewer figures a kernel is taken as proportional to its work

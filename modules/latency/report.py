@@ -1,7 +1,7 @@
 """What a person wants to see of predicted latencies: a network's breakdown, a space's distribution."""
 import numpy as np
 
-from ..modeling.complexity import block_complexity, block_sizes
+from ..modeling.complexity import block_complexity
 from ..pictures import new_figure, save_figure
 from ..search_space.encoding import subnet_config
 
@@ -9,17 +9,17 @@ from ..search_space.encoding import subnet_config
 def breakdown(supernet, subnet, predictor):
     """Lines of a table: predicted ms, share, MFLOPs and Mparams of every block of a subnet, and their sums."""
     config = subnet_config(supernet, subnet)
-    latencies = predictor.predict_blocks(config.blocks)
-    total = sum(latencies)
+    total = predictor.predict_subnet(config)
     lines = [f'{"stage":<12} {"block":<22} {"input":>14} {"out":>5} {"k":>2} {"e":>4} {"s":>2}'
              f' {"ms":>8} {"%":>5} {"MFLOPs":>8} {"Mparams":>8}']
     sums = [0, 0]
-    for block, ms in zip(config.blocks, latencies):
-        counts = [n / 1e6 for n in block_complexity(block.name, block_sizes(block), block.hw)]
+    for stage, block in ((stage, block) for stage, blocks in config.stages.items() for block in blocks):
+        ms, = predictor.predict_blocks([block])
+        counts = [n / 1e6 for n in block_complexity(block)]
         sums = [a + b for a, b in zip(sums, counts)]
         shape = f'{block.cin}x{block.hw}x{block.hw}'
-        e = '-' if block.expand_ratio is None else block.expand_ratio
-        lines.append(f'{block.stage:<12} {block.name:<22} {shape:>14} {block.cout:>5} {block.kernel_size:>2} {e:>4}'
+        e = '-' if block.expand is None else block.expand
+        lines.append(f'{stage:<12} {block.name:<22} {shape:>14} {block.cout:>5} {block.kernel:>2} {e:>4}'
                      f' {block.stride:>2} {ms:8.3f} {100 * ms / total:5.1f} {counts[0]:8.2f} {counts[1]:8.3f}')
     lines.append(f'{"total":<67} {total:8.3f} {100:5.1f} {sums[0]:8.2f} {sums[1]:8.3f}')
     return lines

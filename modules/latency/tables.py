@@ -6,6 +6,7 @@ stem and head, 0.5 / 1.0 / 1.5 for ResNet blocks, an integer otherwise.
 A fitted platform: model.npz (KernelModel.save) and blocks.npz, the model's predictions for every block of its
 spaces. The predictions also hold the corrections of single blocks and kernels, and make look-ups fast.
 """
+import gzip
 import json
 import os
 from functools import cache
@@ -15,24 +16,20 @@ import numpy as np
 from .. import ROOT
 from ..errors import one_line
 from ..files import atomic_path, write_text
-from .kernel_model import Block, KernelModel, LatencyError
+from ..search_space.block import Block
+from .kernel_model import KernelModel, LatencyError
 
 DATA = os.path.join(ROOT, 'data', 'latency')
-MS = 1e-4                               # resolution of predictions in blocks.npz, ms; an imported table keeps its own
+RESOLUTION = 1e-4                        # resolution of predictions in blocks.npz, ms; an imported table keeps its own
 MOST_SIZE = 2 ** 15 - 1               # of hw and channels in a table
 MS_RANGE = 1e-6, 1e6                    # of a block's latency
-COLUMNS = {'hw': np.int16, 'cin': np.int16, 'cout': np.int16, 'kernel_size': np.int8,
-           'expand_ratio': np.float64, 'stride': np.int8}           # expand_ratio: 0 for none
-
-
-def as_block(name, hw, cin, cout, kernel_size, expand_ratio, stride, activation):
-    """The Block of these sizes; `no expand ratio` may be None or 0."""
-    return Block(name, hw, cin, cout, kernel_size, expand_ratio or None, stride, activation)
+COLUMNS = {'hw': np.int16, 'cin': np.int16, 'cout': np.int16, 'kernel_size': np.int8,      # of blocks.npz, in the
+           'expand_ratio': np.float64, 'stride': np.int8}           # order of a Block; expand_ratio: 0 for none
 
 
 def format_key(block):
     """`MobileNetV2ResBlock_112_16_16_3_4_1_relu6` of a Block."""
-    e = block.expand_ratio
+    e = block.expand
     if e is None:
         e = 0 if block.name.startswith('MobileNetV1') else None
     else:
@@ -45,7 +42,7 @@ def parse_key(key):
     name, hw, cin, cout, k, e, stride, activation = key.split('_')
     e = None if e in ('None', '0') else float(e)
     block = Block(name, int(hw), int(cin), int(cout), int(k), e, int(stride), activation)
-    if not (all(0 < value <= MOST_SIZE for value in block[1:4]) and 0 <= block.kernel_size < 128
+    if not (all(0 < value <= MOST_SIZE for value in block[1:4]) and 0 <= block.kernel < 128
             and 0 <= block.stride < 128 and (e is None or 0 < e < MOST_SIZE)):
         raise ValueError('sizes out of range')
     if format_key(block) != key:
@@ -64,9 +61,9 @@ def _unique(path):
 
 
 def read_table(path):
-    """{Block: ms} from a JSON block table (utf-8). LatencyError names the file, the key and the value."""
+    """{Block: ms} from a JSON block table (utf-8), perhaps gzipped. LatencyError names file, key and value."""
     try:
-        with open(path, encoding='utf-8-sig') as file:
+        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rt', encoding='utf-8-sig') as file:
             table = json.load(file, object_pairs_hook=_unique(path))
     except OSError as error:
         raise LatencyError(f'{path or repr(path)}: {error.strerror or error}') from None
@@ -104,13 +101,13 @@ def save_platform(folder, model, blocks):
     """
     given, blocks = blocks, sorted(blocks, key=lambda block: tuple(value or 0 for value in block))
     types = sorted({(block.name, block.activation) for block in blocks})
-    arrays = {column: np.array([getattr(block, column) or 0 for block in blocks], dtype)
-              for column, dtype in COLUMNS.items()}
+    arrays = {column: np.array([value or 0 for value in values], dtype)
+              for (column, dtype), values in zip(COLUMNS.items(), list(zip(*blocks))[1:7])}
     arrays['type'] = np.array([types.index((block.name, block.activation)) for block in blocks], np.int8)
     if isinstance(given, dict):
         arrays['ms'] = np.array([given[block] for block in blocks], np.float64)
     else:
-        arrays['ms'] = np.maximum(np.round(model.predict_blocks(blocks) / MS), 1).astype(np.int32)
+        arrays['ms'] = np.maximum(np.round(model.predict_blocks(blocks) / RESOLUTION), 1).astype(np.int32)
     _save(os.path.join(folder, 'model.npz'), model.save)
     _save(os.path.join(folder, 'blocks.npz'),
           lambda file: np.savez_compressed(file, types=np.array(types), **arrays))
@@ -138,7 +135,7 @@ def _read_blocks(data):
     columns = {name: data[name] for name in (*COLUMNS, 'type')}
     if len({array.shape for array in (ms, *columns.values())}) > 1 or ms.ndim != 1 or not len(ms):
         raise ValueError('blocks.npz: its columns are not of one length')
-    ms = ms if ms.dtype.kind == 'f' else (ms * MS).round(4)
+    ms = ms if ms.dtype.kind == 'f' else (ms * RESOLUTION).round(4)
     if not (np.isfinite(ms) & (ms > 0)).all():
         raise ValueError('blocks.npz: latencies that are no positive numbers')
     columns = {name: array.tolist() for name, array in columns.items()}

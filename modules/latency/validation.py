@@ -50,11 +50,11 @@ def named(networks):
     return [entry for entry in networks if '@' in entry[0]]
 
 
-def report_lines(platform, facts, disturbed):
-    """Lines of the report on a builder.Platform; facts: {what: value}; disturbed: share of chunks."""
+def report_lines(platform, details, disturbed):
+    """Lines of the report on a builder.Platform; details: {what: value}; disturbed: share of chunks."""
     counts = ', '.join(f'{len(rows)} {use}' for use, rows in platform.rows.items())
     blocks, networks = Errors(pairs_of(platform.held_out)), Errors(pairs_of(platform.networks))
-    lines = [f'# {platform.name}', '', *(f'- {key}: {value}' for key, value in facts.items()),
+    lines = [f'# {platform.name}', '', *(f'- {key}: {value}' for key, value in details.items()),
              f'- measured undisturbed: {counts}; {disturbed:.0%} of the chunks were disturbed and left out',
              f'- a block alone becomes one of a network: + {platform.context.rate:.4f} ms per MB of weights (a loop of '
              f'one block keeps them in the caches), {-1000 * platform.context.call:+.2f} µs (its call, beyond an empty '

@@ -27,13 +27,12 @@ def run_layers(layers, apply, x, add=_add):
     return y
 
 
-class Block(nn.Module):
-    """A block of type `name` at fixed sizes (layout.Sizes); (N, cin, H, W) to (N, cout, H/stride, W/stride)."""
+class StaticBlock(nn.Module):
+    """The torch module of a Block (search_space.block); (N, cin, H, W) to (N, cout, H/stride, W/stride)."""
 
-    def __init__(self, name, sizes):
+    def __init__(self, block):
         super().__init__()
-        self.name, self.sizes = name, sizes
-        self.layers = block_layout(name, sizes)
+        self.name, self.layers = block.name, block_layout(block)
         for layer in self.layers:
             if layer.op != 'add':
                 self.add_module(layer.name, UNITS[layer.op](layer))

@@ -1,8 +1,9 @@
 """Dynamic blocks: the layout at the largest sizes allocates, the layout at the active sizes says what runs."""
 from torch import nn
 
-from .blocks import NORMALISED, Block, run_layers
-from .layout import Sizes, block_layout
+from ..search_space.block import Block
+from .blocks import NORMALISED, StaticBlock, run_layers
+from .layout import block_layout
 from .ops.dynamic_op import (
     DynamicConvNormAct,
     DynamicDepthConvNormAct,
@@ -22,14 +23,14 @@ STATELESS_UNITS = {'mean': GlobalMean, 'flatten': nn.Flatten, 'dropout': lambda:
 class DynamicBlock(nn.Module):
     """A block of type `block_type` (superspace.BlockType) with the largest weights.
 
-    cin, cout: largest channels; stride as built. `active` (layout.Sizes) is what the next forward computes.
+    cin, cout: largest channels; stride as built. `active` (search_space.block.Block) is what the next forward computes.
     """
 
     def __init__(self, block_type, cin, cout, stride):
         super().__init__()
         self.name, self.stride, self.activation = block_type.name, stride, block_type.activation
         largest = block_type.kernels[-1], cout, block_type.expands[-1]
-        self.layers = block_layout(self.name, self._sizes(cin, *largest), full=True)
+        self.layers = block_layout(self._at(cin, *largest), full=True)
         for layer in self.layers:
             if layer.op in DYNAMIC_UNITS:
                 self.add_module(layer.name, DYNAMIC_UNITS[layer.op](layer))
@@ -37,13 +38,13 @@ class DynamicBlock(nn.Module):
                 self.add_module(layer.name, STATELESS_UNITS[layer.op]())
         self.set_active(cin, *largest)
 
-    def _sizes(self, cin, kernel, cout, expand):
-        return Sizes(cin, cout, kernel, expand, self.stride, self.activation)
+    def _at(self, cin, kernel, cout, expand):
+        return Block(self.name, 0, cin, cout, kernel, expand, self.stride, self.activation)
 
     def set_active(self, cin, kernel, cout, expand):
         """Use `cin` input and `cout` output channels, kernel `kernel` and expand ratio `expand` from now on."""
-        self.active = self._sizes(cin, kernel, cout, expand)
-        self.active_layers = block_layout(self.name, self.active)
+        self.active = self._at(cin, kernel, cout, expand)
+        self.active_layers = block_layout(self.active)
 
     def forward(self, x):
         return run_layers(self.active_layers, self._run_layer, x)
@@ -62,12 +63,12 @@ class DynamicBlock(nn.Module):
         return getattr(self, last.name).norm
 
     def get_active_block(self):
-        """A static Block with copies of the active slices, which computes the same numbers.
+        """A StaticBlock with copies of the active slices, which computes the same numbers.
 
         In int8 mode that holds once the scales are initialised: they belong to the whole weight, of which a
         static copy has only its slice.
         """
-        block = Block(self.name, self.active)
+        block = StaticBlock(self.active)
         source = {_static_name(name): tensor for name, tensor in self.state_dict().items()}
         block.load_state_dict({name: take(source[name], tensor.shape)
                                for name, tensor in block.state_dict().items()})

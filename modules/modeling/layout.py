@@ -11,19 +11,8 @@ A block type of your own: register_block(), docs/your_hyperspace.md.
 Block definitions: SpaceEvo; their parts are MobileNetV1-V3, ResNet, SE-Net and EfficientNetV2's Fused-MBConv.
 """
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..errors import UserError
-
-
-class Sizes(NamedTuple):
-    """Sizes of one block: channels, kernel k, expand ratio e (None where the block has none), stride."""
-    cin: int
-    cout: int
-    kernel: int = 3
-    expand: float | None = None
-    stride: int = 1
-    activation: str = 'relu'
 
 
 @dataclass(frozen=True)
@@ -160,7 +149,7 @@ LAYOUTS = {
 
 
 def register_block(name, layout):
-    """Make `layout`, a function (Sizes, full) -> [Layer, …], the block type `name` for BlockType rows.
+    """Make `layout`, a function (Block, full) -> [Layer, …], the block type `name` for BlockType rows.
 
     full: also the layers only some sizes need, such as a shortcut's convolution. Raises UserError for a name that is
     taken, or that a latency table's keys, parts joined by _, cannot hold.
@@ -170,16 +159,11 @@ def register_block(name, layout):
     LAYOUTS[name] = layout
 
 
-def block_layout(name, sizes, full=False):
-    """List of Layers of block type `name` at `sizes`; `full` keeps the layers only some sizes need.
+def block_layout(block, full=False):
+    """List of Layers of a search_space.block.Block; `full` keeps the layers only some sizes need.
 
     Raises ValueError for an unknown block type.
     """
-    if name not in LAYOUTS:
-        raise ValueError(f'no block type {name!r}; known: {" ".join(LAYOUTS)}')
-    return LAYOUTS[name](sizes, full)
-
-
-def out_size(hw, stride):
-    """Height and width after a convolution with padding k//2: hw / stride, rounded up."""
-    return -(-hw // stride)
+    if block.name not in LAYOUTS:
+        raise ValueError(f'no block type {block.name!r}; known: {" ".join(LAYOUTS)}')
+    return LAYOUTS[block.name](block, full)

@@ -2,10 +2,10 @@
 import torch
 from torch import nn
 
+from ..search_space.block import Block, out_size
 from ..search_space.encoding import subnet_config
-from .blocks import Block
-from .complexity import block_sizes
-from .layout import out_size
+from ..search_space.macro_arch import HEAD_STAGES
+from .blocks import StaticBlock
 from .ops.lsq_plus import quantised_ops
 from .ops.op import resize
 
@@ -21,10 +21,8 @@ class Network(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.resolution, self._drop_rate = config, config.resolution, 0.0
-        names = dict.fromkeys(block.stage for block in config.blocks)
-        self.stages = nn.ModuleDict({
-            name: nn.Sequential(*(Block(block.name, block_sizes(block))
-                                  for block in config.blocks if block.stage == name)) for name in names})
+        self.stages = nn.ModuleDict({name: nn.Sequential(*map(StaticBlock, blocks))
+                                     for name, blocks in config.stages.items()})
 
     @classmethod
     def build(cls, supernet, subnet, num_classes=1000):
@@ -39,7 +37,7 @@ class Network(nn.Module):
     @property
     def num_features(self):
         """Channels of the features that the classifier sees."""
-        return [block.cout for block in self.config.blocks if block.stage != LOGITS][-1]
+        return [blocks[-1].cout for name, blocks in self.config.stages.items() if name != LOGITS][-1]
 
     head_hidden_size = num_features                     # timm's other name
 
@@ -67,19 +65,17 @@ class Network(nn.Module):
         """
         if global_pool not in (None, 'avg'):
             raise ValueError(f'global_pool {global_pool!r}: the network pools itself, by the average (avg)')
-        body = tuple(block for block in self.config.blocks if block.stage != LOGITS)
+        body = {name: blocks for name, blocks in self.config.stages.items() if name != LOGITS}
         like, last = next(self.parameters()), quantised_ops(self)[-1]
         if LOGITS in self.stages:
             del self.stages[LOGITS]
-        self.config = self.config._replace(blocks=body)
+        self.config = self.config._replace(stages=body)
         if num_classes:
-            block = body[-1]._replace(stage=LOGITS, name='LogitsBlock', hw=1, cin=body[-1].cout, cout=num_classes,
-                                      kernel_size=0, expand_ratio=None, stride=0, activation='relu')
-            head = Block(block.name, block_sizes(block)).to(like.device, like.dtype).train(self.training)
+            body[LOGITS] = [Block('LogitsBlock', 1, self.num_features, num_classes, kernel=0, stride=0)]
+            head = StaticBlock(*body[LOGITS]).to(like.device, like.dtype).train(self.training)
             for attribute in ('nbits_w', 'nbits_a', 'zero_points'):
                 setattr(head.linear, attribute, getattr(last, attribute))
             self.stages[LOGITS] = nn.Sequential(head).train(self.training)
-            self.config = self.config._replace(blocks=(*body, block))
             self.drop_rate = self._drop_rate
 
     def forward_features(self, x):
@@ -102,7 +98,7 @@ class Network(nn.Module):
 
 
 def named_blocks(network):
-    """(name, Block) of a Network in order; the name is the prefix of the block's state-dict keys."""
+    """(name, StaticBlock) of a Network in order; the name is the prefix of the block's state-dict keys."""
     for stage, blocks in network.stages.items():
         for i, block in enumerate(blocks):
             yield f'stages.{stage}.{i}', block
@@ -138,9 +134,9 @@ class FeatureMaps(nn.Module):
 def feature_stages(config):
     """[(stage, channels, reduction)] of a SubnetConfig: the last stage at each size of the map, the head left out."""
     last, reduction = {}, 1
-    for block in config.blocks:
-        if block.stage in ('final_expand', 'feature_mix', LOGITS):
+    for name, blocks in config.stages.items():
+        if name in HEAD_STAGES:
             break
-        reduction *= block.stride
-        last[reduction] = (block.stage, block.cout, reduction)
+        reduction *= blocks[0].stride
+        last[reduction] = (name, blocks[-1].cout, reduction)
     return list(last.values())

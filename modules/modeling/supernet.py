@@ -8,7 +8,6 @@ from torch import nn
 from ..search_space import sampling
 from ..search_space.encoding import Supernet as Encoding
 from ..search_space.encoding import parse_subnet, parse_supernet, subnet_config
-from ..search_space.macro_arch import IMAGE_CHANNELS
 from .dynamic_blocks import DynamicStage
 from .network import Network
 from .ops.op import resize
@@ -94,12 +93,8 @@ class Supernet(nn.Module):
         """Make `subnet` (string or encoding.Subnet) the one that runs; EncodingError where the weights do not hold it.
         """
         self.active_subnet = parse_subnet(subnet, self.encoding, 'weights')
-        cin, blocks = IMAGE_CHANNELS, iter(self.get_active_subnet_config().blocks)
-        stages = self.active_subnet.stages()
-        for name, stage in self.stages.items():
-            configs = [next(blocks) for _ in range(len(stages[name]) if name in stages else 1)]
-            stage.set_active(cin, [(b.kernel_size, b.cout, b.expand_ratio) for b in configs])
-            cin = configs[-1].cout
+        for name, blocks in self.get_active_subnet_config().stages.items():
+            self.stages[name].set_active(blocks[0].cin, [block.choice for block in blocks])
         return str(self.active_subnet)
 
     def set_max_subnet(self):

@@ -77,7 +77,7 @@ def absorb(block, matrix, offset):
 
 def can_absorb(block, block_type):
     """Whether the main path of a DynamicBlock begins with a convolution that mixes channels, at every expand ratio."""
-    return all(block_layout(block.name, block.active._replace(expand=e))[0].op == 'conv' for e in block_type.expands)
+    return all(block_layout(block.active._replace(expand=e))[0].op == 'conv' for e in block_type.expands)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from ..evolution import read_history
 from ..files import write_text
 from ..latency import LatencyPredictor
 from ..latency.predictor import MFLOPS
@@ -161,12 +162,11 @@ class Pipeline:
         """Of the spaces with the block types that one would take by hand, compare_types, the one of the best score by
         latency; without any the one found."""
         def find():
-            path = os.path.join(self.search_folder(self.window[0]), 'history.csv')
-            with open(path, encoding='utf-8', newline='') as f:
-                scores = {row['encoding']: float(row['score']) for row in csv.DictReader(f)
-                          if row['encoding'].startswith(f'{self.space}-{self.settings.compare_types}-')}
+            folder = self.search_folder(self.window[0])
+            scores = {row['encoding']: float(row['score']) for row in read_history(folder)[1]
+                      if row['encoding'].startswith(f'{self.space}-{self.settings.compare_types}-')}
             if not scores:
-                raise UserError(f'{path}: no space of the types {self.settings.compare_types}')
+                raise UserError(f'{folder}: no space of the types {self.settings.compare_types}')
             return parse_supernet(max(scores, key=scores.get))
         return self.known('HAND_SPACE', find) if self.settings.compare_types else self.found_space
 

@@ -123,12 +123,10 @@ def _text(pipeline, steps, rows):
 def _stages(network):
     """A table of the space, stage by stage, with what the network takes of it."""
     lines = ['| stage | block type | widths of the space | blocks: width, kernel, expand ratio |', '|---|---|---|---|']
-    blocks = {}
-    for block in subnet_config(network.supernet, network.subnet).blocks:
-        blocks.setdefault(block.stage, []).append(block)
+    blocks = subnet_config(network.supernet, network.subnet).stages
     for name, (_, block_type, widths) in network.supernet.choices.items():
-        chosen = '; '.join(f'{block.cout}, {block.kernel_size}'
-                           + (f', {block.expand_ratio:g}' if block.expand_ratio else '') for block in blocks[name])
+        chosen = '; '.join(f'{block.cout}, {block.kernel}' + (f', {block.expand:g}' if block.expand else '')
+                           for block in blocks[name])
         lines.append(f'| {name} | {block_type.name} | {" ".join(map(str, widths))} | {chosen} |')
     return lines
 
@@ -184,11 +182,9 @@ def _draw_front(pipeline, rows):
 def _draw_breakdown(pipeline, rows):
     """Predicted latency of each subnet, stacked by stage."""
     configs = [subnet_config(row.network.supernet, row.network.subnet) for row in rows]
-    stages = list(dict.fromkeys(block.stage for config in configs for block in config.blocks))
-    shares = np.zeros((len(rows), len(stages)))
-    for i, config in enumerate(configs):
-        for block, ms in zip(config.blocks, pipeline.predictor.predict_blocks(config.blocks)):
-            shares[i, stages.index(block.stage)] += ms
+    stages = list(dict.fromkeys(stage for config in configs for stage in config.stages))
+    shares = np.array([[sum(pipeline.predictor.predict_blocks(config.stages.get(stage, ()))) for stage in stages]
+                       for config in configs])
     figure, axes = new_figure(figsize=(8, 3), layout='constrained')
     left = np.zeros(len(rows))
     for j, stage in enumerate(stages):

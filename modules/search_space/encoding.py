@@ -14,7 +14,8 @@ from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
 from ..cli import note
-from .macro_arch import DEPTH_STAGES, HEAD_STAGES, IMAGE_CHANNELS
+from .block import Block, out_size
+from .macro_arch import DEPTH_STAGES, IMAGE_CHANNELS
 from .superspace import SUPERSPACES, SearchSpaceError, Superspace, get_superspace
 
 
@@ -36,15 +37,15 @@ def _allowed(values):
     return ' '.join(str(value) for value in values)
 
 
-def _short(text):
-    """The text as an error line shows it: subnets are long, what somebody pastes by mistake may be longer."""
-    text = str(text)
-    return text if len(text) <= 400 else text[:400] + '…'
-
-
 def _check(condition, text, message):
     if not condition:
-        raise EncodingError(f'{_short(text)}: {_short(message)}')
+        raise EncodingError(f'{text}: {message}')
+
+
+def _member(where, kind, value, allowed):
+    """The one of `allowed` that equals the value, so as it is declared; EncodingError where none does."""
+    _check(value in allowed, where, f'{kind} {value} is not one of {_allowed(allowed)}')
+    return allowed[allowed.index(value)]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def parse_supernet(text, superspace=None):
         try:
             space = get_superspace(name)
         except SearchSpaceError as error:
-            raise EncodingError(f'{_short(text)}: {error}') from None
+            raise EncodingError(f'{text}: {error}') from None
         _check(superspace is None or space == get_superspace(superspace), text,
                f'a supernet of {space.name}, not of {getattr(superspace, "name", superspace)}')
     else:
@@ -132,7 +133,7 @@ def parse_supernet(text, superspace=None):
     try:
         return Supernet(space, _digits(space, 'block types', types), _digits(space, 'width windows', windows))
     except EncodingError as error:
-        raise EncodingError(f'{_short(text)!r}: {error}') from None
+        raise EncodingError(f'{text!r}: {error}') from None
 
 
 class BlockId(NamedTuple):
@@ -172,24 +173,60 @@ def format_sub_stage(blocks):
 
 
 @cache
-def _sub_stage_choices(superspace, block_id):
-    """(kernels, widths, {printed expand: expand}, depths) of a block id."""
+def _stage_of(superspace, block_id):
+    """(Stage, BlockType, input widths) of a BlockId."""
     space = get_superspace(superspace)
-    stage, block_type = space.stage(block_id.stage), space.block_type(*block_id[:2])
+    return space.stage(block_id.stage), space.block_type(*block_id[:2]), space.input_widths(block_id.stage)
+
+
+@cache
+def _sub_stage_choices(superspace, block_id):
+    """(kernels, widths, expands, depths) of a block id."""
+    stage, block_type, _ = _stage_of(superspace, block_id)
     widths = stage.widths if block_id.window is None else stage.window_widths(block_id.window)
-    return block_type.kernels, widths, {str(e): e for e in block_type.expands}, stage.depths
+    return block_type.kernels, widths, block_type.expands, stage.depths
 
 
 @lru_cache(maxsize=1 << 16)
-def _parse_block(superspace, block_id, part):
+def _parse_choice(superspace, block_id, part):
+    """(k, w, e) of `5#32#8`, printed as it is declared."""
     kernels, widths, expands, _ = _sub_stage_choices(superspace, block_id)
-    match = re.fullmatch(rf'({_NUMBER})#({_NUMBER})#(None|[0-9.]{{1,8}})', part)
-    _check(match, f'{part[:40]!r}', f'not kernel#width#expand: kernels {_allowed(kernels)}, '
-                                    f'widths {_allowed(widths)}, expand ratios {_allowed(expands)}')
-    k, w, e = int(match[1]), int(match[2]), match[3]
-    for key, value, allowed in (('kernel', k, kernels), ('width', w, widths), ('expand ratio', e, expands)):
-        _check(value in allowed, part, f'{key} {value} is not one of {_allowed(allowed)}')
-    return k, w, expands[e]
+    match = re.fullmatch(rf'({_NUMBER})#({_NUMBER})#(None|[0-9.]+)', part)
+    _check(match, f'{part!r}', f'not kernel#width#expand: kernels {_allowed(kernels)}, widths {_allowed(widths)}, '
+                               f'expand ratios {_allowed(expands)}')
+    printed = {str(e): e for e in expands}
+    k, w, e = _check_choice(part, (int(match[1]), int(match[2]), match[3]), (kernels, widths, tuple(printed)))
+    return k, w, printed[e]
+
+
+def _check_choice(where, choice, allowed):
+    """(k, w, e) as they are declared in `allowed`, the values of each."""
+    return tuple(map(_member, [where] * 3, ('kernel', 'width', 'expand ratio'), choice, allowed))
+
+
+def _check_sub_stage(superspace, block_id, choices, check, show):
+    """[check(choice)] of choices, in the right number; EncodingError names the block of show(choices)."""
+    checked = []
+    for i, choice in enumerate(choices):
+        try:
+            checked.append(check(choice))
+        except EncodingError as error:
+            raise EncodingError(f'{show(choices)!r}: {superspace} {block_id} block {i}: {error}') from None
+    depths = _sub_stage_choices(superspace, block_id)[-1]
+    if len(checked) not in depths:
+        raise EncodingError(f'{show(choices)}: {superspace} {block_id}: depth {len(checked)} is not one of '
+                            + _allowed(depths))
+    return checked
+
+
+def check_sub_stage(superspace, block_id, choices):
+    """[(k, w, e), …] as they are declared (e: 3, 0.5, None), 0 also standing for no expand ratio.
+
+    EncodingError where they are no sub-stage of the BlockId's kernels, widths, expands and depths.
+    """
+    *allowed, _ = _sub_stage_choices(superspace.name, block_id)
+    return _check_sub_stage(superspace.name, block_id, [(k, w, e or None) for k, w, e in choices],
+                            lambda choice: _check_choice(choice, choice, allowed), format_sub_stage)
 
 
 def parse_sub_stage(superspace, block_id, text):
@@ -198,17 +235,9 @@ def parse_sub_stage(superspace, block_id, text):
     The expand ratio comes back as it is declared (3, 0.5, None).
     """
     space = get_superspace(superspace)
-    block_id = block_id if isinstance(block_id, BlockId) else parse_block_id(space, block_id)
-    blocks = []
-    for i, part in enumerate(_as_text(text).split('_')):
-        try:
-            blocks.append(_parse_block(space.name, block_id, part))
-        except EncodingError as error:
-            raise EncodingError(f'{text[:200]!r}: {space.name} {block_id} block {i}: {error}') from None
-    depths = _sub_stage_choices(space.name, block_id)[-1]
-    _check(len(blocks) in depths, text,
-           f'{space.name} {block_id}: depth {len(blocks)} is not one of {_allowed(depths)}')
-    return blocks
+    block_id = parse_block_id(space, block_id)
+    return _check_sub_stage(space.name, block_id, _as_text(text).split('_'),
+                            lambda part: _parse_choice(space.name, block_id, part), '_'.join)
 
 
 @dataclass(frozen=True)
@@ -251,12 +280,12 @@ def parse_subnet(text, supernet=None, allow='window'):
         subnet = text
     else:
         match = _SUBNET.fullmatch(_as_text(text))
-        _check(match, f'{text[:200]!r}', 'not a subnet encoding d…_k…_w…_e…_r… with values joined by #')
+        _check(match, f'{text!r}', 'not a subnet encoding d…_k…_w…_e…_r… with values joined by #')
         try:
             depths, kernels, widths = (tuple(int(v) for v in part.split('#')) for part in match.groups()[:3])
             expands = tuple(float(v) or None for v in match[4].split('#'))
         except ValueError:
-            raise EncodingError(f'{_short(text)}: empty or malformed number between #') from None
+            raise EncodingError(f'{text}: empty or malformed number between #') from None
         subnet = Subnet(depths, kernels, widths, expands, int(match[5]))
         _check(str(subnet) == text, text, f'not as it would be printed: {subnet}')
     stages = DEPTH_STAGES if supernet is None else parse_supernet(supernet).superspace.depth_stages
@@ -309,36 +338,51 @@ def check_subnet(subnet, supernet, allow='window'):
     return Subnet(subnet.depths, subnet.kernels, subnet.widths, tuple(expands), subnet.resolution)
 
 
-class BlockConfig(NamedTuple):
-    """One block of a concrete network: what a latency predictor and a static network are built from.
-
-    hw is the height and width of the block's input (pixels); cin, cout channels.
-    """
-    stage: str
-    name: str
-    hw: int
-    cin: int
-    cout: int
-    kernel_size: int
-    expand_ratio: float | None
-    stride: int
-    activation: str
-
-
 class SubnetConfig(NamedTuple):
-    """A concrete network: input resolution (pixels) and its BlockConfigs from first_conv to logits."""
+    """A concrete network: input resolution (pixels) and its Blocks from first_conv to logits, {stage name: [Block, …]}.
+    """
     resolution: int
-    blocks: tuple
+    stages: dict
+
+    @property
+    def blocks(self):
+        """All its Blocks, in order."""
+        return tuple(block for blocks in self.stages.values() for block in blocks)
 
 
-def stage_config(stage, block_type, blocks, cin, hw):
-    """BlockConfigs of one stage whose input has `cin` channels and `hw` pixels; blocks [(k, w, e), …]."""
-    configs = []
-    for i, (k, w, e) in enumerate(blocks):
+def stage_blocks(stage, block_type, choices, cin, hw):
+    """Blocks of one stage whose input has `cin` channels and `hw` pixels; choices [(k, w, e), …]."""
+    if block_type.name == 'LogitsBlock':                # as block tables write the linear layer
+        return [Block(block_type.name, 1, cin, w, k, e, 0, block_type.activation) for k, w, e in choices]
+    blocks = []
+    for i, (k, w, e) in enumerate(choices):
         stride = stage.stride if i == 0 else 1
-        configs.append(BlockConfig(stage.name, block_type.name, hw, cin, w, k, e, stride, block_type.activation))
-        cin, hw = w, -(-hw // stride)
-    return configs
+        blocks.append(Block(block_type.name, hw, cin, w, k, e, stride, block_type.activation))
+        cin, hw = w, out_size(hw, stride)
+    return blocks
+
+
+def sub_stage_blocks(superspace, block_id, sub_stage, input_shape):
+    """Blocks of a sub-stage string; input_shape is (N, C, H, W) of the stage's input, H = W.
+
+    Raises EncodingError where the sub-stage or its input channels are not in the space.
+    """
+    space = get_superspace(superspace)
+    block_id = parse_block_id(space, block_id)
+    choices = parse_sub_stage(space, block_id, sub_stage)
+    shape = tuple(input_shape or ())
+    if len(shape) != 4 or shape[2] != shape[3] or shape[2] < 1:
+        raise EncodingError(f'{block_id}: input shape {input_shape} is not (N, C, H, W) with H = W')
+    stage, block_type, _ = _stage_of(space.name, block_id)
+    return stage_blocks(stage, block_type, choices, check_input_width(space, block_id, shape[1]), shape[2])
+
+
+def check_input_width(superspace, block_id, cin):
+    """The input width of a BlockId's stage; EncodingError where it is none of the previous stage's."""
+    widths = _stage_of(superspace.name, block_id)[-1]
+    if cin not in widths:
+        raise EncodingError(f'{superspace.name} {block_id}: input width {cin} is not one of {_allowed(widths)}')
+    return cin
 
 
 def subnet_config(supernet, subnet, num_classes=None):
@@ -348,18 +392,11 @@ def subnet_config(supernet, subnet, num_classes=None):
     """
     supernet = parse_supernet(supernet)
     subnet = parse_subnet(subnet, supernet, 'stage')
-    stages = subnet.stages()
-    configs, cin, hw = [], IMAGE_CHANNELS, subnet.resolution
+    chosen, stages, cin, hw = subnet.stages(), {}, IMAGE_CHANNELS, subnet.resolution
     for stage, block_type, _ in supernet.choices.values():
-        blocks = stages.get(stage.name) or [(block_type.kernels[0], stage.widths[0], block_type.expands[0])]
-        configs += stage_config(stage, block_type, blocks, cin, hw)
-        cin = cout = configs[-1].cout
-        hw = -(-hw // stage.stride)
-    # block tables write the linear layer with hw 1 and stride 0
-    configs[-1] = configs[-1]._replace(hw=1, stride=0, cout=num_classes or cout)
-    return SubnetConfig(subnet.resolution, tuple(configs))
-
-
-__all__ = ['BlockConfig', 'BlockId', 'DEPTH_STAGES', 'EncodingError', 'HEAD_STAGES', 'Subnet', 'SubnetConfig',
-           'Supernet', 'check_subnet', 'format_sub_stage', 'parse_block_id', 'parse_sub_stage', 'parse_subnet',
-           'parse_supernet', 'stage_config', 'subnet_config']
+        choices = chosen.get(stage.name) or [(block_type.kernels[0], stage.widths[0], block_type.expands[0])]
+        blocks = stages[stage.name] = stage_blocks(stage, block_type, choices, cin, hw)
+        cin, hw = blocks[-1].cout, out_size(hw, stage.stride)
+    if num_classes:
+        blocks[-1] = blocks[-1]._replace(cout=num_classes)
+    return SubnetConfig(subnet.resolution, stages)

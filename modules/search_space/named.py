@@ -70,7 +70,7 @@ def listed_subnet(text, supernet):
         raise EncodingError(f'{path}: not a table ({one_line(error)})') from None
     if 'subnet' not in columns:
         raise EncodingError(f"{path}: no column 'subnet'; expected such as best_c15_d2.csv of search_subnet.py")
-    if not re.fullmatch('[1-9][0-9]{0,8}', row) or int(row) > len(rows):
+    if row not in map(str, range(1, len(rows) + 1)):
         raise EncodingError(f'{path}: no row {row!r}; it has {len(rows)}, counted from 1')
     try:
         return parse_subnet(rows[int(row) - 1]['subnet'], supernet)

@@ -97,7 +97,7 @@ def sample_sub_stage(superspace, block_id, rng, hw_list=None, width_list=None):
     the space's.
     """
     space = get_superspace(superspace)
-    block_id = parse_block_id(space, str(block_id))
+    block_id = parse_block_id(space, block_id)
     stage, block_type = space.stage(block_id.stage), space.block_type(*block_id[:2])
     widths = width_list or (stage.widths if block_id.window is None else stage.window_widths(block_id.window))
     blocks = _sample_blocks(block_type, widths, rng.choice(stage.depths), rng)

@@ -1,4 +1,4 @@
-"""Hyperspaces (superspaces) as data: a stage table, the block types of the searchable stages, stem and head.
+"""Hyperspaces as data, here `Superspace`: a stage table, the block types of the searchable stages, stem and head.
 
 A new hyperspace is one more row of `SUPERSPACES`; a new block type is one more layout function
 (modules/modeling/layout.py) and its name in a row here. Nothing else has to know. Without editing this file:
@@ -217,5 +217,5 @@ def get_superspace(superspace):
 
 
 def get_available_superspaces():
-    """Names of the superspaces, the registered ones too."""
+    """Names of the hyperspaces, the registered ones too."""
     return list(SUPERSPACES)

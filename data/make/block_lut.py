@@ -1,6 +1,6 @@
 """Make the shipped block LUTs (data/block_lut) from models fitted to the published ones.
 
-    python -m modules.block_kd.synthetic_lut --reference ../shared/reference/lut --output data/block_lut
+    python data/make/block_lut.py --reference ../shared/reference/lut --output data/block_lut
 
 The published LUTs are not ours to ship. For each file 4000 sub-stages are drawn with our own sampler; FLOPs and
 params are computed, latency comes from the shipped latency predictors, and the NSR loss from a regression on
@@ -12,34 +12,38 @@ draws have. Seeded: the same rows every time. About 10 minutes on 2 cores; needs
 import math
 import os
 import random
+import sys
 
 import numpy as np
 
-from .. import ROOT, cli
-from ..errors import UserError
-from ..files import new_folder
-from ..latency import LatencyPredictor
-from ..modeling.complexity import config_complexity
-from ..search_space.encoding import format_sub_stage, parse_block_id, parse_sub_stage, stage_config
-from ..search_space.sampling import sample_sub_stage
-from ..search_space.superspace import get_superspace
-from .lut import LutRow, read_luts, write_block_lut
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from modules import cli
+from modules.block_kd.lut import SHIPPED, LutRow, lut_files, read_rows, write_block_lut
+from modules.block_kd.lut_builder import Sample
+from modules.errors import UserError
+from modules.files import new_folder
+from modules.latency import LatencyPredictor
+from modules.modeling.complexity import config_complexity
+from modules.search_space.encoding import parse_block_id
+from modules.search_space.sampling import sample_sub_stage
+from modules.search_space.superspace import get_superspace
 
 NEIGHBOURS = 40         # published rows among which a residual is drawn
 POOL = 4                # rows drawn for each row kept
 
 
-def features(depths, blocks, cin, hw, flops, params):
-    """Features of a sub-stage for the regression: a list of floats whose length depends on `depths` only.
+def features(depths, blocks, flops, params):
+    """Features of a sub-stage's Blocks for the regression: a list of floats whose length depends on `depths` only.
 
     Sizes of the whole, means and extremes over the blocks, then each block's k and w relative to the others,
     and e (0 past the last block).
     """
-    kernels, widths = [k for k, _, _ in blocks], [w for _, w, _ in blocks]
-    expands, depth = [e or 0 for _, _, e in blocks], len(blocks)
+    kernels, widths = [block.kernel for block in blocks], [block.cout for block in blocks]
+    expands, depth = [block.expand or 0 for block in blocks], len(blocks)
     kernel, width, widest = sum(kernels) / depth, sum(widths) / depth, max(widths)
-    row = [depth, 1 / depth, cin, hw, math.log(flops), math.log(params), kernel, sum(map(math.log, kernels)),
-           width, math.log(width), sum(expands) / depth, min(widths), widest,
+    row = [depth, 1 / depth, blocks[0].cin, blocks[0].hw, math.log(flops), math.log(params), kernel,
+           sum(map(math.log, kernels)), width, math.log(width), sum(expands) / depth, min(widths), widest,
            kernels[0], widths[0], expands[0], kernels[-1], widths[-1], expands[-1]]
     row += [float(depth == d) for d in depths]
     for values in ([k - kernel for k in kernels], [math.log(w / widest) for w in widths], expands):
@@ -86,20 +90,18 @@ class NsrModel:
         return predicted + self.residuals[first + rng.integers(count, size=len(predicted))]
 
 
-def fit_models(luts, superspace):
-    """{block id: NsrModel} from published BlockLuts."""
+def fit_models(reference, superspace):
+    """{block id: NsrModel} from the published LUTs in a folder."""
     space, models = get_superspace(superspace), {}
+    files = lut_files(reference, space)
     for block_id in space.block_ids():
-        depths, rows, loss = space.stage(block_id.split('_')[0]).depths, [], []
-        for lut_id, lut in luts.items():
-            if lut_id.rpartition('_')[0] == block_id:
-                loss += lut.loss.tolist()
-                rows += [features(depths, parse_sub_stage(space, lut_id, sub_stage), *numbers) for
-                         sub_stage, *numbers in zip(lut.sub_stages, lut.cin, lut.hw, lut.flops, lut.params)]
-        models[block_id] = NsrModel(rows, loss)
-        print(f'{space.name} {block_id}: {len(rows)} published rows, R2 on unseen rows {models[block_id].r2:.3f}, '
-              f'share of the polynomial {models[block_id].weights[1]:.2f}',
-              flush=True)
+        depths = space.stage(block_id.split('_')[0]).depths
+        rows = [row for lut_id, path in files.items() if lut_id.rpartition('_')[0] == block_id
+                for row in read_rows(path, space, lut_id)]
+        model = models[block_id] = NsrModel([features(depths, row.blocks, row.flops, row.params) for row in rows],
+                                            [row.loss for row in rows])
+        print(f'{space.name} {block_id}: {len(rows)} published rows, R2 on unseen rows {model.r2:.3f}, '
+              f'share of the polynomial {model.weights[1]:.2f}', flush=True)
     return models
 
 
@@ -120,34 +122,28 @@ def spread_evenly(latency, loss, count, rng):
 
 def make_rows(space, lut_id, model, predictor, count, seed):
     """`count` LutRows of a block LUT, the resolutions in equal shares."""
-    rng = random.Random(f'{seed} {space.name} {lut_id}')
-    stage = space.stage(parse_block_id(space, lut_id).stage)
-    block_type = space.block_type(*parse_block_id(space, lut_id)[:2])
-    stride, drawn, rows = space.input_stride(stage.name), [], []
+    rng, block_id = random.Random(f'{seed} {space.name} {lut_id}'), parse_block_id(space, lut_id)
+    drawn, rows = [], []
     for _ in range(POOL * count):
-        blocks, cin, resolution = sample_sub_stage(space, lut_id, rng)
-        configs = stage_config(stage, block_type, blocks, cin, -(-resolution // stride))
-        flops, params = config_complexity(configs)
-        latency = max(sum(predictor.predict_blocks(configs)), 1e-4)
-        drawn.append((format_sub_stage(blocks), cin, configs[0].hw, flops, params, latency))
-        rows.append(features(stage.depths, blocks, cin, configs[0].hw, flops, params))
+        blocks = Sample.of(space, block_id, *sample_sub_stage(space, block_id, rng)).blocks
+        complexity = config_complexity(blocks)
+        drawn.append((blocks, *complexity, max(sum(predictor.predict_blocks(blocks)), 1e-4)))
+        rows.append(features(space.stage(block_id.stage).depths, blocks, *complexity))
     generator = np.random.default_rng(rng.getrandbits(64))
     loss = np.maximum(model.sample(rows, generator), 1e-4)
-    hw, latency = (np.array([row[i] for row in drawn]) for i in (2, 5))
+    hw, latency = np.array([blocks[0].hw for blocks, *_ in drawn]), np.array([row[-1] for row in drawn])
     kept, sizes = [], sorted(set(hw.tolist()))
     for i, size in enumerate(sizes):
         here = np.flatnonzero(hw == size)
         share = count // len(sizes) + (i < count % len(sizes))
         kept += here[spread_evenly(latency[here], loss[here], share, generator)].tolist()
-    return [LutRow(*drawn[i][:3], float(loss[i]), *drawn[i][3:]) for i in sorted(kept)]
+    return [LutRow(drawn[i][0], float(loss[i]), *drawn[i][1:]) for i in sorted(kept)]
 
 
 def make_luts(reference, output, superspaces, count=1000, seed=0):
     """Write `output`/<superspace>/ anew; it appears when it is complete."""
     for space in map(get_superspace, superspaces):
-        published = read_luts(reference, space)
-        predictor = LatencyPredictor(space.platform)
-        models = fit_models(published, space)
+        predictor, models = LatencyPredictor(space.platform), fit_models(reference, space)
         target = os.path.join(output, space.name)
         with new_folder(target) as folder:
             for lut_id in space.lut_ids():
@@ -159,8 +155,8 @@ def make_luts(reference, output, superspaces, count=1000, seed=0):
 def get_args():
     parser = cli.parser(__doc__)
     parser.add_argument('--reference', required=True, help='folder of the published LUTs')
-    parser.add_argument('--output', default=os.path.join(ROOT, 'data', 'block_lut'), help='folder to write to')
-    parser.add_argument('--superspace', nargs='+', default=['mobilew', 'onnxw'], help='superspaces to make')
+    parser.add_argument('--output', default=SHIPPED, help='folder to write to')
+    parser.add_argument('--superspace', nargs='+', default=['mobilew', 'onnxw'], help='hyperspaces to make')
     parser.add_argument('--num_rows', type=cli.positive(int), default=1000, help='rows of a file')
     parser.add_argument('--seed', type=cli.SEED, default=0, help='of the rows drawn')
     args = parser.parse_args()

@@ -1,27 +1,28 @@
 """Fit the shipped latency platforms to the published figures and write data/latency/<platform>/.
 
-    python -m modules.latency.fitting --reference ../shared/reference
+    python data/make/latency.py --reference ../shared/reference
 
 First a part of the figures is held out and scored, then the model fitted to all of them is written (about ten
 minutes on one core). The published figures themselves stay where they are: what is written are the weights of
 a platform's nets (model.npz) and their predictions for every block of its spaces (blocks.npz).
 """
 import csv
-import gzip
-import json
 import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 
-from .. import cli
-from ..search_space.encoding import parse_block_id, parse_sub_stage, stage_config
-from ..search_space.superspace import get_superspace
-from .candidates import space_blocks
-from .kernel_model import Block, LatencyError, kernels_of
-from .kernels import Kernel
-from .regression import Design, fit_corrections, fit_nets, interpolate_corrections
-from .tables import DATA, parse_key, save_platform
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from modules import cli
+from modules.block_kd.lut import lut_files, read_rows
+from modules.latency.candidates import space_blocks
+from modules.latency.kernel_model import kernels_of
+from modules.latency.kernels import Kernel
+from modules.latency.regression import Design, fit_corrections, fit_nets, interpolate_corrections
+from modules.latency.tables import DATA, read_table, save_platform
+from modules.search_space.superspace import get_superspace
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,14 @@ class Figures:
     """
 
     def __init__(self, recipe, reference):
-        single = read_kernels if recipe.figures.endswith('.csv') else read_blocks
-        figures = single(os.path.join(reference, recipe.figures))
-        rows = read_rows(os.path.join(reference, 'lut', recipe.lut), recipe.lut)
+        path = os.path.join(reference, recipe.figures)
+        figures = read_kernels(path) if path.endswith('.csv') else list(read_table(path).items())
+        rows = read_lut_rows(os.path.join(reference, 'lut', recipe.lut), recipe.lut)
         self.items = [[item] for item, _ in figures] + [blocks for blocks, _, _ in rows]
         self.ms = np.array([ms for _, ms in figures] + [ms for _, ms, _ in rows])
         self.origin = [('', 0)] * len(figures) + [origin for _, _, origin in rows]
         self.is_row = np.arange(len(self.ms)) >= len(figures)
         self.design = Design(self.items)
-
-
-def read_blocks(path):
-    """[(Block, ms), …] of a gzipped nn-Meter block table."""
-    with gzip.open(path, 'rt', encoding='utf-8') as file:
-        return [(parse_key(key), ms) for key, ms in json.load(file).items()]
 
 
 def read_kernels(path):
@@ -87,24 +82,11 @@ def read_kernels(path):
     return figures
 
 
-def read_rows(folder, superspace):
+def read_lut_rows(folder, superspace):
     """[(Blocks of the sub-stage, ms, (lut id, resolution)), …] of a hyperspace's block LUTs."""
-    space, rows = get_superspace(superspace), []
-    for lut_id in space.lut_ids():
-        block_id = parse_block_id(space, lut_id)
-        stage, block_type = space.stage(block_id.stage), space.block_type(*block_id[:2])
-        path = os.path.join(folder, f'{lut_id}.csv')
-        with open(path, newline='', encoding='utf-8') as file:
-            for number, row in enumerate(csv.reader(file), 1):
-                try:
-                    _, cin, hw, _ = map(int, row[1].split('x'))
-                    blocks = parse_sub_stage(space, block_id, row[0])
-                    config = stage_config(stage, block_type, blocks, cin, hw)
-                    rows.append(([Block(*c[1:]) for c in config], float(row[5]),
-                                 (lut_id, hw * space.input_stride(block_id.stage))))
-                except (ValueError, IndexError) as error:
-                    raise LatencyError(f'{path}:{number}: {",".join(row)}: {error}') from None
-    return rows
+    space = get_superspace(superspace)
+    return [(row.blocks, row.latency, (lut_id, row.hw * space.input_stride(lut_id.split('_')[0])))
+            for lut_id, path in lut_files(folder, space).items() for row in read_rows(path, space, lut_id)]
 
 
 def fit(platform, recipe, figures, train, epochs=None, seed=0):
