@@ -27,12 +27,17 @@ def add_evaluation_arguments(parser):
     parser.add_argument('--num_calib_batches', type=positive(int), default=20,
                         help='of training images, for batch-norm calibration; ranks share them')
     parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
-    parser.add_argument('--cache_gb', type=positive(float), default=8.0,
-                        help='GiB a rank for test images that several subnets share; above it they are decoded anew')
+    add_cache(parser)
     add_platform_arguments(parser)
     parser.add_argument('--seed', type=SEED, default=0, help='of the calibration images')
     add_data_arguments(parser, trains=False)
     add_distributed_arguments(parser)
+
+
+def add_cache(parser):
+    """--cache_gb of what evaluates several networks on the same images."""
+    parser.add_argument('--cache_gb', type=positive(float), default=8.0, help='GiB a rank for test images that several '
+                        'subnets share; above it they are decoded for each')
 
 
 def add_confusion(parser):
@@ -68,7 +73,7 @@ def images_to_test(data, job, batch_size, limit_images=None, passes=1, cache_gb=
     test = test.to(job.device)
     total = len(test)
     if passes > 1:
-        size = total * batch_size * data.test[0][0].numel() / 2 ** 30
+        size = total * batch_size * 3 * data.image_size ** 2 / 2 ** 30
         if size <= cache_gb:
             test = DecodedImages(test)
         else:
@@ -76,8 +81,11 @@ def images_to_test(data, job, batch_size, limit_images=None, passes=1, cache_gb=
     return _Watched(test, total, job)
 
 
-def complete_scales(supernet, subnets, data, batch_size, job, seed=0):
-    """Initialise LSQ+ scales of the subnets that training never reached, on one batch, the same on every rank."""
+def complete_scales(supernet, subnets, first_images, job):
+    """Initialise LSQ+ scales of the subnets that training never reached.
+
+    first_images(): a batch (N, 3, S, S) of training images, the same on every rank; called only where one is needed.
+    """
     def untrained(subnet):
         supernet.set_active_subnet(subnet)
         return sum(op.is_quantised and not op.scales_initialized for op in quantised_ops(supernet.get_active_subnet()))
@@ -85,8 +93,8 @@ def complete_scales(supernet, subnets, data, batch_size, job, seed=0):
     with kept_subnet(supernet):
         most = max(map(untrained, subnets))
         if most:
-            note(f'the LSQ+ scales of {most} ops were never trained: initialised on {batch_size} training images')
-            images, _ = next(iter(calibration_batches(data.train, batch_size, 1, seed)))
+            images = first_images()
+            note(f'the LSQ+ scales of {most} ops were never trained: initialised on {len(images)} training images')
             again = itertools.cycle(subnets)
             initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet,
                                   lambda: supernet.set_active_subnet(next(again)), patience=len(subnets))
@@ -116,7 +124,10 @@ def evaluation(title, supernet, path, subnets, args, held_out=False):
         model.to(job.device)
         images = evaluation_images(data, job, args.batch_size, args.num_calib_batches, args.num_eval_images,
                                    len(subnets), args.cache_gb, args.seed, args.num_workers)
-        complete_scales(model, list(subnets.values()), data, args.batch_size, job, args.seed)
+
+        def first_images():                 # the same on every rank, unlike images
+            return next(images_of(calibration_batches(data.train, args.batch_size, 1, args.seed)))
+        complete_scales(model, list(subnets.values()), first_images, job)
         yield model, images, class_names(data), job
 
 

@@ -19,8 +19,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_reduce_range, add_runtime
-from modules.deploy.ort_device import OrtDevice
+from modules.deploy.devices import OnnxDevice
+from modules.deploy.export import add_reduce_range, add_runtime
 from modules.latency.jobs import add_build_arguments, add_host_arguments, build, run_on_one_core
 
 
@@ -35,7 +35,7 @@ def get_args():
 
 def main(args):
     run_on_one_core(args)
-    build(args, lambda: OrtDevice(args.threads, args.reduce_range, args.runtime))
+    build(args, lambda: OnnxDevice(args.threads, args.reduce_range, args.runtime))
 
 
 if __name__ == '__main__':

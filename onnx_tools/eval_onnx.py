@@ -12,8 +12,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_evaluation_arguments, add_runtime, evaluate
-from modules.deploy.onnx_run import open_runtime, run_session
+from modules.deploy.evaluate import EvaluationSettings, add_evaluation_arguments, evaluate
+from modules.deploy.export import add_runtime, settings_of
 from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
 
 
@@ -25,10 +25,7 @@ def get_args():
 
 
 def main(args):
-    def open_model(model):
-        session = open_runtime(args.runtime)(model, args.threads)
-        return lambda images: run_session(session, images)
-    evaluate(args, ONNX_RUNTIMES[args.runtime], open_model)
+    evaluate(settings_of(EvaluationSettings, args), ONNX_RUNTIMES[args.runtime])
 
 
 if __name__ == '__main__':

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from modules.deploy.export import Entry, read_entries
 from modules.deploy.runtimes import ONNX, TFLITE
-from modules.deploy.store import Entry, read_entries, read_model, write_model
 from modules.search_space.sampling import max_subnet, min_subnet
 
 from .blocks import DEMO, subnet_list, write_trained
@@ -46,7 +46,8 @@ def test_missing_packages_are_one_line(tools, tmp_path, monkeypatch, capsys):
     for package in tools.runtime.packages:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            for script in (tools.benchmark, tools.evaluate, *[tools.export] * (package in tools.runtime.exporters)):
+            exports = [tools.export] if package in tools.runtime.export_packages else []
+            for script in (tools.benchmark, tools.evaluate, *exports):
                 fails(script, monkeypatch, capsys, said.format(package), *options)
     assert not (tmp_path / 'models').exists()
 
@@ -73,7 +74,7 @@ def test_models_are_used_again(tools, tmp_path, monkeypatch, capsys):
     (models / plain).write_bytes(b'half a model')
     assert as_it_was() == 1
     assert as_it_was('--seed', 1) == 0              # other weights
-    facts = runtime.facts(read_model(models / plain, runtime))
+    facts = runtime.metadata(runtime.read(models / plain))
     assert facts['subnet'] == str(min_subnet(DEMO)) and facts['supernet'] == str(DEMO)
     os.remove(models / int8)
     for _ in range(2):
@@ -103,13 +104,13 @@ def test_two_exports_at_once_do_not_mix(tools, tmp_path):
     paths = sorted(models.iterdir())
     assert len(paths) == 2
     for path in paths:
-        facts = runtime.facts(read_model(path, runtime))
+        facts = runtime.metadata(runtime.read(path))
         assert facts['weights'] in ('random weights, seed 0', 'random weights, seed 1')
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        write_model(tmp_path / 'models' / 'a.onnx', 'no bytes')
+        TFLITE.write(tmp_path / 'models' / 'a.tflite', 'no bytes')
     assert not list((tmp_path / 'models').iterdir())
 
 

@@ -14,8 +14,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.adb import add_phone_arguments, phone_of
-from modules.deploy.tflite_device import LiteRtDevice, PhoneDevice
+from modules.deploy.devices import LiteRtDevice, PhoneDevice
+from modules.deploy.phone import add_phone_arguments, phone_of
 from modules.latency.jobs import add_build_arguments, add_host_arguments, build, run_on_one_core
 from modules.latency.profiling import Turns
 

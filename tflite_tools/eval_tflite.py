@@ -12,9 +12,9 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_evaluation_arguments, evaluate
+from modules.deploy.evaluate import EvaluationSettings, add_evaluation_arguments, evaluate
+from modules.deploy.export import settings_of
 from modules.deploy.runtimes import TFLITE
-from modules.deploy.tflite_run import open_interpreter
 
 
 def get_args():
@@ -24,7 +24,7 @@ def get_args():
 
 
 def main(args):
-    evaluate(args, TFLITE, lambda model: open_interpreter(model, args.threads).run)
+    evaluate(settings_of(EvaluationSettings, args), TFLITE)
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_export_arguments, export_all
+from modules.deploy.export import ExportSettings, add_export_arguments, export_all, settings_of
 from modules.deploy.runtimes import TFLITE
 
 
@@ -30,7 +30,7 @@ def get_args():
 
 
 def main(args):
-    export_all(args, TFLITE)
+    export_all(settings_of(ExportSettings, args), TFLITE)
 
 
 if __name__ == '__main__':
