@@ -19,22 +19,24 @@ import os
 
 import torch
 
-from modules.cli import early_value, parser, run, within
+from modules.cli import early_value, parser, run
 from modules.errors import UserError
 from modules.files import file_digest
 from modules.modeling.ops.lsq_plus import quantisation_of, requantise
 from modules.search_space.superspace import SUPERSPACES
+from modules.settings import add_settings, settings_of
 from modules.training.checkpoint import checkpoint_name, precision
 from modules.training.classes import fit_classes
 from modules.training.data import add_data_arguments, eval_loader, open_data, seed_of
 from modules.training.distributed import add_distributed_arguments, distributed_job, of_main
 from modules.training.downstream import (
     ORIGINAL,
+    DownstreamRecipe,
     add_quantisation_arguments,
-    add_recipe_arguments,
+    add_recipe_argument,
     finetune,
+    learning_rate_of,
     quantisation_for,
-    recipe_of,
 )
 from modules.training.evaluate import Accuracy, accuracy
 from modules.training.log import note
@@ -66,15 +68,13 @@ def get_args():
     p.add_argument('--fp32', action='store_true', help='without quantisation')
     add_quantisation_arguments(p)
     p.add_argument('--keep_head', action='store_true', help='go on with the head of the supernet, on its data')
-    p.add_argument('--distill', type=within(float, 0, 1), nargs='?', const=0.5, metavar='SHARE',
-                   help='of the loss: learned from the largest subnet, 0.5 without a value; implies --keep_head')
-    add_recipe_arguments(p)
+    add_settings(p, DownstreamRecipe)
+    add_recipe_argument(p)
     p.add_argument('--output_path', default='./checkpoints/downstream', help='root of the fine-tuned networks')
-    p.add_argument('--resume', action='store_true', help='go on from the checkpoint in output_path, if there is one')
     p.add_argument('--test_only', action='store_true', help='evaluate the file of a fine-tuning before')
     add_data_arguments(p, more_paths=())
     p.set_defaults(valid_size=0, dataset=None, dataset_path=None, augment=None)     # nothing held out, as published
-    add_distributed_arguments(p, int8_training=True)
+    add_distributed_arguments(p)
     if early_value('--recipe') == 'original':
         p.set_defaults(**ORIGINAL)
     args = p.parse_args()
@@ -98,7 +98,9 @@ def fine_tune(args, job):
     keep_head, original = args.keep_head, args.recipe == 'original'
     if keep_head and args.from_scratch:
         raise UserError('--from_scratch: random weights have no head for --keep_head, and no teacher for --distill')
-    recipe, quant, quantisation = recipe_of(args), not args.fp32, quantisation_for(args)
+    rate = args.learning_rate or learning_rate_of(args.dataset, keep_head)
+    recipe = settings_of(DownstreamRecipe, args, learning_rate=rate, distill=args.distill or None)
+    quant, quantisation = not args.fp32, quantisation_for(args)
     shown = folder_name(name, supernet, subnet)
     path = (os.path.join(args.output_path, f'{shown}_{args.dataset}.pth') if original else
             os.path.join(args.output_path, shown, plain_name(args.dataset), checkpoint_name(quant)))
@@ -133,8 +135,7 @@ def fine_tune(args, job):
     note(f'{name} in {precision(quant)} from {path if resumes else start or "random weights"}: learning rate '
          f'{recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, {data.num_classes} classes'
          + (f', {args.distill:g} of the loss from the largest subnet of {start}' if args.distill else ''))
-    result = finetune(network, data, recipe, path, job, identity, args.resume, args.num_workers, teacher,
-                      calibration, args.compile)
+    result = finetune(network, data, recipe, path, job, identity, teacher, calibration)
     if job.is_main:
         print(f'{name} on {args.dataset}: {Accuracy(**result)}\n{path}', flush=True)
 

@@ -8,24 +8,22 @@
 Writes <output_path>/<block>/lsq.pth. The teacher is int8 too (lsq_finetune_teacher.py makes one).
 """
 from modules.block_kd.teacher import build_teacher
+from modules.block_kd.trainer import LsqBlockKDSettings
 from modules.cli import run
 from modules.training.distributed import distributed_job
 from train_block_kd import get_parser, train
 
-LEARNING_RATES = (0.0025, 0.00025, 0.00025, 0.00025, 0.00025, 0.00025)
-
 
 def get_args():
-    p = get_parser(__doc__, num_epochs=1, learning_rates=LEARNING_RATES, stem_rate=0.001, head_rate=0.0001)
+    p = get_parser(__doc__, LsqBlockKDSettings)
     p.add_argument('--teacher_checkpoint_path', required=True, help='checkpoint of the int8 teacher')
-    p.add_argument('--from_scratch', action='store_true', help='without an fp32 checkpoint')
     return p.parse_args()
 
 
 def main(args):
     with distributed_job(args.local_rank, args.device, args.deterministic) as job:
         teacher = build_teacher(args.teacher_arch, quant=True, checkpoint=args.teacher_checkpoint_path)
-        train(args, job, teacher, quant=True, from_scratch=args.from_scratch)
+        train(args, job, teacher, LsqBlockKDSettings)
 
 
 if __name__ == '__main__':

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from modules.block_kd.teacher import DEFAULT_ARCH, DEFAULT_ROOT, Teacher, build_teacher, default_checkpoint
-from modules.cli import SEED, SHARE, not_negative, parser, positive, run, within
+from modules.cli import parser, run
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import set_quant_mode
+from modules.settings import add_settings, deciding, setting, settings_of
 from modules.training import distributed
-from modules.training.acceleration import choose_quantisers
+from modules.training.acceleration import TrainingSettings, choose_quantisers
 from modules.training.checkpoint import load_weights, save_checkpoint
 from modules.training.data import add_data_arguments, eval_loader, open_data
 from modules.training.gradients import GradientAverage
@@ -29,26 +30,32 @@ from modules.training.optim import cosine, parameter_groups, set_learning_rate
 from modules.training.resumable import ResumableRun, Schedule, checkpoint_to_resume, steps_per_epoch, train
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(TrainingSettings):
+    """How to fine-tune a teacher: SGD, down to 0 by a cosine."""
+    from_teacher: bool = setting(False, 'learn the fp32 logits instead of labels')
+    epochs: int = setting(1, 'passes over the training images', flags=('num_epochs',), least=1, decides=False)
+    batch_size: int = setting(12, 'images a step and rank', flags=('train_batch_size',), least=1, decides=False)
+    learning_rate: float = setting(1e-3, 'the first; down to 0 by a cosine', above=0)
+    momentum: float = setting(0.9, 'of SGD', below=1)
+    weight_decay: float = setting(1e-5, 'not of norms, biases and scales')
+    image_size: int = setting(224, 'pixels', least=16, most=2048)
+    max_steps: int | None = setting(None, 'steps in all, for short runs', least=1, decides=False)
+    num_eval_images: int = setting(5000, 'of the evaluation at the end', least=1, decides=False)
+    checkpoint_freq: int = setting(500, 'steps between unfinished.pth', least=1, decides=False)
+    seed: int = setting(0, 'of order and augmentation', most=2 ** 32 - 1)
+    augment: str = setting('default', 'of the training images', flags=())
+
+
 def get_args():
     p = parser(__doc__)
     p.add_argument('--teacher_arch', '--arch', default=DEFAULT_ARCH, help='efficientnet-b0..b7, -lite0..lite4')
     p.add_argument('--weights', help="file of pretrained weights; default: an installed package, or timm's hub")
     p.add_argument('--output_path', default=DEFAULT_ROOT, help='folder of the int8 teachers')
-    p.add_argument('--from_teacher', action='store_true', help='learn the fp32 logits instead of labels')
-    p.add_argument('--num_epochs', type=positive(int), default=1, help='passes over the training images')
-    p.add_argument('--train_batch_size', type=positive(int), default=12, help='images a step and rank')
-    p.add_argument('--learning_rate', type=positive(float), default=1e-3, help='the first; down to 0 by a cosine')
-    p.add_argument('--momentum', type=SHARE, default=0.9, help='of SGD')
-    p.add_argument('--weight_decay', type=not_negative(float), default=1e-5, help='not of norms, biases and scales')
-    p.add_argument('--image_size', type=within(int, 16, 2048), default=224, help='pixels')
-    p.add_argument('--max_steps', type=positive(int), help='steps in all, for short runs')
-    p.add_argument('--num_eval_images', type=positive(int), default=5000, help='of the evaluation at the end')
-    p.add_argument('--checkpoint_freq', type=positive(int), default=500, help='steps between unfinished.pth')
-    p.add_argument('--resume', action='store_true', help='go on from unfinished.pth')
+    add_settings(p, TeacherSettings, skip=('channels_last',))
     p.add_argument('--test_only', action='store_true', help='report on the int8 teacher that is there')
-    p.add_argument('--seed', type=SEED, default=0, help='of order and augmentation')
     add_data_arguments(p)
-    distributed.add_distributed_arguments(p, int8_training=True)
+    distributed.add_distributed_arguments(p)
     return p.parse_args()
 
 
@@ -60,6 +67,7 @@ def main(args):
                 lambda: args.resume and os.path.isfile(path) and not os.path.isfile(unfinished), job):
             note(f'{path}: already fine-tuned')
             return
+        settings = settings_of(TeacherSettings, args)
         original = build_teacher(args.teacher_arch, weights=args.weights).to(job.device)
         data = open_data(args.dataset_path, args.dataset, args.valid_size, args.augment, args.image_size,
                          labelled=not args.from_teacher, seed=args.seed, normalize=original.normalize)
@@ -69,17 +77,17 @@ def main(args):
                             'apart; --from_teacher does without labels')
         if args.test_only:
             teacher = build_teacher(args.teacher_arch, quant=True, checkpoint=path).to(job.device)
-            report(teacher, original, data.test, args, job)
+            report(teacher, original, data.test, settings, job)
             return
         teacher = set_quant_mode(copy.deepcopy(original))
         with teacher.fine_tuning():
-            finetune(teacher, original, data, unfinished, args, job)
+            finetune(teacher, original, data, unfinished, settings, job)
         if job.is_main:
             save_checkpoint(path, teacher.checkpoint())
             if os.path.isfile(unfinished):
                 os.remove(unfinished)
             print(f'int8 teacher: {path}', flush=True)
-        report(teacher, original, data.test, args, job)
+        report(teacher, original, data.test, settings, job)
 
 
 @dataclass(kw_only=True)
@@ -92,32 +100,31 @@ class TeacherTraining(ResumableRun):
         return self.teacher.checkpoint()
 
 
-def finetune(teacher, original, data, path, args, job):
+def finetune(teacher, original, data, path, settings, job):
     """SGD on labels, or on the original's logits; its state is written to `path` now and then."""
-    steps = steps_per_epoch(data, args.train_batch_size, args.seed, job)
-    total = min(args.num_epochs * steps, args.max_steps or math.inf)
-    choose_quantisers(args.compile, True, total, job.device)
-    names = ('learning_rate', 'momentum', 'weight_decay', 'image_size', 'from_teacher', 'augment', 'seed')
-    settings = {name: getattr(args, name) for name in names} | {
-        'images': len(data.train), 'images a step': args.train_batch_size * job.world_size, 'steps': total,
+    steps = steps_per_epoch(data, settings.batch_size, settings.seed, job)
+    total = min(settings.epochs * steps, settings.max_steps or math.inf)
+    choose_quantisers(settings.compile, True, total, job.device)
+    decided_by = deciding(settings) | {
+        'images': len(data.train), 'images a step': settings.batch_size * job.world_size, 'steps': total,
         'steps an epoch': steps}
-    resumed = checkpoint_to_resume(path, args.resume, job)
+    resumed = checkpoint_to_resume(path, settings.resume, job)
     if resumed is not None:
         load_weights(teacher, resumed, f'{path}: not the weights of the teacher')
-    training = TeacherTraining(path=path, teacher=teacher, settings=settings, optimizer=torch.optim.SGD(
-        parameter_groups(teacher, args.weight_decay), args.learning_rate, args.momentum))
+    training = TeacherTraining(path=path, teacher=teacher, settings=decided_by, optimizer=torch.optim.SGD(
+        parameter_groups(teacher, settings.weight_decay), settings.learning_rate, settings.momentum))
     if resumed is not None:
         training.resume(resumed, total, job)
     training.check_ranks(job)
 
     def take_step(_, images, labels, epoch, writer):
-        target = original(images).softmax(1) if args.from_teacher else labels
+        target = original(images).softmax(1) if settings.from_teacher else labels
         loss = F.cross_entropy(teacher(images), target)
         mean_loss, = distributed.average(loss.detach()[None], job)
         if not math.isfinite(mean_loss):
             raise training.failure(f'step {training.step}: the loss is not finite')
         training.prove(job)
-        set_learning_rate(training.optimizer, cosine(args.learning_rate, training.step, total))
+        set_learning_rate(training.optimizer, cosine(settings.learning_rate, training.step, total))
         training.optimizer.zero_grad()
         gradients = GradientAverage(teacher.parameters(), job)
         gradients.backward(loss)
@@ -127,23 +134,24 @@ def finetune(teacher, original, data, path, args, job):
             writer.add_scalar('loss', mean_loss, training.step)
         return {'loss': f'{mean_loss:.3f}'}
 
-    schedule = Schedule(data, args.train_batch_size, args.seed, steps, total, args.checkpoint_freq, args.num_workers)
+    schedule = Schedule(data, settings.batch_size, settings.seed, steps, total, settings.checkpoint_freq,
+                        settings.num_workers)
     train([training], schedule, job, f'int8 {teacher.arch}', os.path.join(os.path.dirname(path), 'tensorboard'),
           take_step)
 
 
 @torch.no_grad()
-def report(teacher, original, images, args, job):
+def report(teacher, original, images, settings, job):
     """Print how often int8 and fp32 give the same answer and, with labels, how often each is right."""
     counts = [0, 0, 0, 0]
-    for batch, labels in eval_loader(images, args.train_batch_size, job.rank, job.world_size, args.num_workers,
-                                     limit_images=args.num_eval_images).to(job.device):
+    for batch, labels in eval_loader(images, settings.batch_size, job.rank, job.world_size, settings.num_workers,
+                                     limit_images=settings.num_eval_images).to(job.device):
         ours, theirs = (network(batch).argmax(1).cpu() for network in (teacher, original))
         agreed = [ours == theirs, ours == labels, theirs == labels]
         counts = [c + new for c, new in zip(counts, [len(batch), *(int(a.sum()) for a in agreed)])]
     total, same, int8, fp32 = (count * job.world_size for count in distributed.average(counts, job))
     if job.is_main and total:
-        accuracy = '' if args.from_teacher else f'; right: int8 {int8 / total:.2%}, fp32 {fp32 / total:.2%}'
+        accuracy = '' if settings.from_teacher else f'; right: int8 {int8 / total:.2%}, fp32 {fp32 / total:.2%}'
         print(f'{total:.0f} held-out images: int8 answers as fp32 on {same / total:.2%}{accuracy}')
 
 

@@ -23,7 +23,7 @@ from modules.pipeline.runner import alone, check_flags, chosen_steps, print_step
 from modules.pipeline.settings import OWN_FLAGS, Settings, load_settings
 from modules.pipeline.steps import STEPS, Pipeline
 from modules.pipeline.summary import write_summary
-from modules.training.config import add_config_arguments
+from modules.settings import add_settings
 
 
 def get_args():
@@ -33,7 +33,7 @@ def get_args():
     p.add_argument('--dataset', help='CIFAR10, fashion-mnist, elpv, digits, imagenet for a folder of your own, …; '
                    "default: the config file's")
     p.add_argument('--dry_run', action='store_true', help='print the commands, run nothing')
-    add_config_arguments(p, Settings, skip=OWN_FLAGS)
+    add_settings(p, Settings, skip=OWN_FLAGS, from_file=True)
     return p.parse_args()
 
 

@@ -17,8 +17,9 @@ from modules.errors import UserError
 from modules.files import file_digest
 from modules.latency import open_predictor
 from modules.search_space.named import find_supernet
+from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
-from modules.subnet_report import add_evaluation_arguments, images_to_test, open_supernet
+from modules.subnet_report import add_evaluation_arguments, complete_scales, images_to_test, open_supernet
 from modules.subnet_results import all_members, evaluate_best, write_results
 from modules.subnet_search import (
     BEST,
@@ -27,7 +28,6 @@ from modules.subnet_search import (
     SubnetSpace,
     best_members,
     initial_population,
-    initialise_scales,
     measure_with,
     note_trained_images,
     score_subnets,
@@ -42,6 +42,8 @@ from modules.training.evaluate import DecodedImages
 from modules.training.log import run_log
 from modules.training.parallel import default_workers
 from modules.zoo import CHECKPOINTS, find_checkpoint
+
+SCALE_SUBNETS = 50              # random ones, whose LSQ+ scales have values before the first subnet is scored
 
 
 def get_args():
@@ -108,7 +110,9 @@ def main(args):
                                                         args.num_workers)).to(job.device)
         valid = DecodedImages(eval_loader(data.valid, args.batch_size, workers=args.num_workers,
                                           limit_images=args.num_valid_images)).to(job.device)
-        initialise_scales(model, data, args.batch_size, job, args.seed, args.align_sample)
+        rng = random.Random(f'{args.seed} scales')
+        some = [sample_subnet(supernet, rng, args.align_sample) for _ in range(SCALE_SUBNETS)]
+        complete_scales(model, some, data, args.batch_size, job, args.seed)
         threads = share(1 if job.device.type == 'cuda' else args.num_threads or default_workers(), job)
         measure = measure_with(model, calibration, valid, job, threads)
         found = search_windows(space, starts, lambda subnets, tick: score_subnets(subnets, measure, history, job,

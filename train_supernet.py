@@ -20,14 +20,13 @@ from modules.modeling.ops.lsq_plus import requantise, set_quant_mode
 from modules.modeling.supernet import Supernet
 from modules.search_space.named import find_supernet
 from modules.search_space.superspace import SUPERSPACES
-from modules.training.acceleration import choose_quantisers, use_amp
+from modules.settings import add_settings, load_config
+from modules.training.acceleration import use_amp
 from modules.training.checkpoint import checkpoint_folder, checkpoint_name
-from modules.training.config import add_config_arguments, load_config
 from modules.training.data import add_data_arguments, open_data, seed_of
 from modules.training.distributed import add_distributed_arguments, distributed_job, of_main
 from modules.training.evaluate import Accuracy
 from modules.training.log import note
-from modules.training.resumable import steps_per_epoch
 from modules.training.supernet_trainer import SupernetRecipe, train_supernet, validate_checkpoint
 
 
@@ -37,19 +36,14 @@ def get_args():
                    default='supernet_training_configs/train.yaml', help='YAML file of the recipe')
     p.add_argument('--superspace', choices=sorted(SUPERSPACES), help='not needed with a full supernet name')
     p.add_argument('--supernet_choice', required=True, help='supernet, such as 121122-133333 or spaceevo@vnni')
-    p.add_argument('--quant_mode', action='store_true', help='LSQ+, from checkpoint.pth')
-    p.add_argument('--align_sample', action='store_true', help='all blocks of a stage share k, w, e')
     p.add_argument('--output_path', default='./checkpoints/supernet_training', help='root of the checkpoints')
-    p.add_argument('--resume', action='store_true', help='go on from the checkpoint of this stage, if there is one')
     p.add_argument('--test_only', action='store_true', help='validate the checkpoint of this stage')
-    p.add_argument('--from_scratch', action='store_true', help='--quant_mode without an fp32 checkpoint')
     p.add_argument('--init_block_kd', metavar='FOLDER', help='start from the blocks that block KD has trained there, '
                    '--quant_mode from their lsq.pth; default: from random weights')
-    p.add_argument('--amp', action='store_true', help='bf16 autocast, for GPUs')
     add_data_arguments(p)
     p.set_defaults(augment=None, valid_size=None)           # keys of the configuration
-    add_config_arguments(p, SupernetRecipe, skip=('augment', 'valid_size'))
-    add_distributed_arguments(p, int8_training=True)
+    add_settings(p, SupernetRecipe, skip=('augment', 'valid_size'), from_file=True)
+    add_distributed_arguments(p)
     return p.parse_args()
 
 
@@ -57,8 +51,7 @@ def main(args):
     if args.from_scratch and args.init_block_kd:
         raise UserError('--from_scratch and --init_block_kd: give one of them')
     supernet = find_supernet(args.supernet_choice, args.superspace)
-    overrides = {field.name: getattr(args, field.name) for field in dataclasses.fields(SupernetRecipe)}
-    recipe = load_config(SupernetRecipe, args.config_file, overrides, 'quant' if args.quant_mode else None)
+    recipe = load_config(SupernetRecipe, args.config_file, vars(args), 'quant' if args.quant_mode else None)
     if 0 < recipe.max_batch_size_per_gpu < recipe.batch_size_per_gpu:
         note(f'--batch_size_per_gpu {recipe.batch_size_per_gpu} is cut to {recipe.max_batch_size_per_gpu}')
         recipe = dataclasses.replace(recipe, batch_size_per_gpu=recipe.max_batch_size_per_gpu)
@@ -66,39 +59,36 @@ def main(args):
                      max(supernet.superspace.resolutions), seed=recipe.seed)
     if not len(data.valid):
         raise UserError(f'--valid_size {recipe.valid_size}: no held-out images to validate on')
-    folder, name = checkpoint_folder(args.output_path, supernet, args.align_sample), checkpoint_name(args.quant_mode)
+    folder = checkpoint_folder(args.output_path, supernet, recipe.align_sample)
+    name = checkpoint_name(recipe.quant_mode)
     with distributed_job(args.local_rank, args.device, args.deterministic) as job:
-        if not args.test_only:
-            steps = steps_per_epoch(data, recipe.batch_size_per_gpu, recipe.seed, job, recipe.max_steps)
-            choose_quantisers(args.compile, args.quant_mode, steps * recipe.epochs, job.device)
-        model = build(supernet, data.num_classes, recipe, args.quant_mode)
+        recipe = dataclasses.replace(recipe, amp=use_amp(recipe.amp, job.device))
+        model = build(supernet, data.num_classes, recipe)
         blocks = None
         if args.init_block_kd and not args.test_only:
-            students, blocks, state = of_main(lambda: (*start_from_blocks(model, args.init_block_kd, args.quant_mode),
+            students, blocks, state = of_main(lambda: (*start_from_blocks(model, args.init_block_kd, recipe.quant_mode),
                                                        model.state_dict()), job)
             model.load_state_dict(state)
-            if not of_main(lambda: args.resume and os.path.isfile(os.path.join(folder, name)), job):
+            if not of_main(lambda: recipe.resume and os.path.isfile(os.path.join(folder, name)), job):
                 learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, recipe.seed, job.device,
-                           args.num_workers)
+                           recipe.num_workers)
         requantise(model, recipe.weight_bits)
         if args.test_only:
-            results = validate_checkpoint(model, data, recipe, folder, job, args.quant_mode, args.align_sample,
-                                          args.num_workers)
+            results = validate_checkpoint(model, data, recipe, folder, job)
         else:
-            results = train_supernet(model, data, recipe, folder, job, args.quant_mode, args.resume, args.from_scratch,
-                                     args.align_sample, use_amp(args.amp, job.device), args.num_workers, blocks)
+            results = train_supernet(model, data, recipe, folder, job, blocks)
     if job.is_main:
         for subnet, result in results.items():
             print(f'{supernet} {subnet}: {Accuracy(**result)}')
         print(os.path.join(folder, name))
 
 
-def build(supernet, num_classes, recipe, quant):
+def build(supernet, num_classes, recipe):
     """The Supernet with seeded random weights, the same on every rank."""
     torch.manual_seed(seed_of(recipe.seed, 'weights'))
     model = Supernet(supernet, num_classes)
     model.initialize_weights(recipe.zero_last_gamma)
-    return set_quant_mode(model) if quant else model
+    return set_quant_mode(model) if recipe.quant_mode else model
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ from modules.errors import UserError
 from modules.latency import LatencyPredictor
 from modules.search_space.encoding import parse_supernet, subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
-from modules.training.config import load_config
+from modules.settings import load_config
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
 from modules.training.evaluate import DecodedImages, evaluate_subnet
@@ -87,16 +87,17 @@ def window_subnets(supernet, predictor, constraint, count, seed):
 
 def measure(supernet, constraint, predictor, args):
     """(top-1 of the subnets in the window, best first, of the largest, of the smallest) of a space, in percent."""
-    recipe = load_config(SupernetRecipe, CONFIGS[bool(args.init_block_kd)], {'max_steps': args.steps})
+    recipe = load_config(SupernetRecipe, CONFIGS[bool(args.init_block_kd)], {
+        'max_steps': args.steps, 'resume': True, 'align_sample': True})
     data = open_data(args.dataset_path, args.dataset, recipe.valid_size, recipe.augment,
                      max(supernet.superspace.resolutions), seed=recipe.seed)
-    model, job, blocks = build(supernet, data.num_classes, recipe, quant=False), Job(), None
+    model, job, blocks = build(supernet, data.num_classes, recipe), Job(), None
     if args.init_block_kd:
         students, blocks = start_from_blocks(model, args.init_block_kd)
         learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, recipe.seed)
     start = 'block_kd' if args.init_block_kd else 'scratch'
     folder = os.path.join(args.output, f'{plain_name(args.dataset)}-{start}-{args.steps}', str(supernet))
-    train_supernet(model, data, recipe, folder, job, resume=True, align_sample=True, blocks=blocks)
+    train_supernet(model, data, recipe, folder, job, blocks)
     calibration = DecodedImages(calibration_batches(data.train, 64, 8, args.seed))
     valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images))
 

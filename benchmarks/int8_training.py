@@ -46,7 +46,8 @@ def get_args():
 def block_kd(args, quant):
     """step(number) of block KD of all block types of the stage."""
     torch.manual_seed(0)
-    space, recipe = get_superspace(args.superspace), trainer.Recipe(1, args.batch_size, {}, quant=quant)
+    space, recipe = get_superspace(args.superspace), trainer.BlockKDSettings(hw_list=(160, 192, 224), quant=quant,
+                                                                                inplace_distill_from_teacher=True)
     teacher = build_teacher(args.teacher_arch, quant=quant, weights='random').to(memory_format=torch.channels_last)
     trainees = []
     for block in trainer.select_blocks(space, [args.stage]):
@@ -65,7 +66,7 @@ def fine_tuning(args, quant):
     torch.manual_seed(0)
     network = get_subnet(args.subnet)
     network = (set_quant_mode(network) if quant else network).to(memory_format=torch.channels_last)
-    recipe = downstream.DownstreamRecipe(1e-3, 1e-5)
+    recipe = downstream.DownstreamRecipe(learning_rate=1e-3)
     tuning = downstream.FineTuning(path='', settings={}, network=network, identity={},
                                    optimizer=torch.optim.SGD(parameter_groups(network, 1e-5), lr=1e-3))
     images, labels = torch.randn(args.batch_size, 3, 224, 224), torch.randint(1000, (args.batch_size,))

@@ -27,12 +27,11 @@ from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import SEED, parser, positive, run
 from modules.errors import UserError
 from modules.latency import LatencyPredictor
-from modules.modeling.ops.lsq_plus import quantised_ops
 from modules.pictures import new_figure, save_figure
 from modules.search_space.encoding import parse_supernet, subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
-from modules.training.calibrate import initialize_all_scales
-from modules.training.config import load_config
+from modules.settings import load_config
+from modules.subnet_report import complete_scales
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
 from modules.training.evaluate import DecodedImages, evaluate_subnet
@@ -74,18 +73,18 @@ def train(args, supernet, rate, seed, folder):
     recipe = load_config(SupernetRecipe, os.path.join(CONFIGS, config), {
         'epochs': args.curve, 'max_steps': args.steps // args.curve, 'base_lr': rate, 'seed': seed,
         'warmup_epochs': args.curve * warmup, 'num_valid_images': args.images if args.curve > 1 else 100,
-        'num_calib_batches': 8})
+        'num_calib_batches': 8, 'quant_mode': args.quant_mode, 'resume': True, 'align_sample': True,
+        'from_scratch': not args.after})
     data = open_data(args.dataset_path, args.dataset, recipe.valid_size, recipe.augment,
                      max(supernet.superspace.resolutions), seed=seed)
-    model, blocks = build(supernet, data.num_classes, recipe, args.quant_mode), None
+    model, blocks = build(supernet, data.num_classes, recipe), None
     if args.after:
         os.makedirs(folder, exist_ok=True)
         shutil.copy(os.path.join(args.output, args.after, 'checkpoint.pth'), folder)
     elif args.init_block_kd:
         students, blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode)
         learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, seed)
-    train_supernet(model, data, recipe, folder, Job(), args.quant_mode, resume=True, from_scratch=not args.after,
-                   align_sample=True, blocks=blocks)
+    train_supernet(model, data, recipe, folder, Job(), blocks)
     return model, data
 
 
@@ -118,10 +117,8 @@ def evaluate(args, model, data):
     supernet, job = model.encoding, Job()
     calibration = DecodedImages(calibration_batches(data.train, 32, 8))
     valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images))
-    if any(op.is_quantised and not op.scales_initialized for op in quantised_ops(model)):
-        rng, (images, _) = random.Random(0), next(iter(calibration))
-        initialize_all_scales(model, images, model.set_max_subnet, lambda: model.sample_active_subnet(rng, True))
     subnets = evaluated_subnets(supernet, LatencyPredictor(args.platform), args.subnets)
+    complete_scales(model, [subnet for members in subnets.values() for subnet in members], data, 32, job)
     return {kind: [evaluate_subnet(model, subnet, calibration, valid, job).top1 for subnet in members]
             for kind, members in subnets.items()}
 

@@ -1,6 +1,6 @@
 """What flags of the original's command lines and keys of its train.yaml are here, where they are not the same.
 
-cli.parser() and training.config read this. A flag or key that a script or recipe knows itself is never looked up, so
+cli.parser() and settings.py read this. A flag or key that a script or recipe knows itself is never looked up, so
 that nothing here changes what a command line of ours means.
 """
 # {name of the original: the names here; of them the first that a script or recipe has is meant}

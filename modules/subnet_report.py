@@ -1,19 +1,19 @@
 """Accuracy of subnets of a trained supernet: what eval_supernet.py, eval_specific_net.py and search_subnet.py share."""
 import contextlib
 import dataclasses
-import itertools
+import functools
 
 from .cli import SEED, positive
 from .files import write_csv
 from .latency import add_platform_arguments
 from .modeling.complexity import config_complexity
 from .modeling.ops.lsq_plus import quantise_weights_once, quantised_ops
-from .training.calibrate import calibrate, initialize_all_scales, kept_statistics
+from .training.calibrate import initialize_all_scales
 from .training.checkpoint import precision
 from .training.classes import by_class, class_names, fit_classes, write_confusion
 from .training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from .training.distributed import add_distributed_arguments, distributed_job
-from .training.evaluate import DecodedImages, accuracy, evaluate_subnet, images_of, kept_subnet
+from .training.evaluate import DecodedImages, accuracy, calibrated_subnet, evaluate_subnet, images_of, kept_subnet
 from .training.log import note, progress
 from .zoo import load_supernet
 
@@ -82,22 +82,21 @@ def images_to_test(data, job, batch_size, limit_images=None, passes=1, cache_gb=
 
 
 def complete_scales(supernet, subnets, first_images, job):
-    """Initialise LSQ+ scales of the subnets that training never reached.
+    """Initialise the LSQ+ scales of subnets that training never reached.
 
     first_images(): a batch (N, 3, S, S) of training images, the same on every rank; called only where one is needed.
     """
     def untrained(subnet):
         supernet.set_active_subnet(subnet)
-        return sum(op.is_quantised and not op.scales_initialized for op in quantised_ops(supernet.get_active_subnet()))
+        return any(op.is_quantised and not op.scales_initialized for op in quantised_ops(supernet.get_active_subnet()))
 
     with kept_subnet(supernet):
-        most = max(map(untrained, subnets))
-        if most:
+        needing = [subnet for subnet in subnets if untrained(subnet)]
+        if needing:
             images = first_images()
-            note(f'the LSQ+ scales of {most} ops were never trained: initialised on {len(images)} training images')
-            again = itertools.cycle(subnets)
-            initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet,
-                                  lambda: supernet.set_active_subnet(next(again)), patience=len(subnets))
+            others = (functools.partial(supernet.set_active_subnet, subnet) for subnet in needing)
+            count = initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet, others)
+            note(f'the LSQ+ scales of {count} ops were never trained: initialised on {len(images)} training images')
 
 
 def open_supernet(supernet, path, args):
@@ -133,9 +132,7 @@ def evaluation(title, supernet, path, subnets, args, held_out=False):
 
 def calibrated_network(supernet, subnet, calibration, job):
     """The static Network of a subnet with batch-norm statistics of its own; the supernet stays as it was."""
-    with kept_subnet(supernet), kept_statistics(supernet):
-        supernet.set_active_subnet(subnet)
-        calibrate(supernet, images_of(calibration, job.device), job)
+    with calibrated_subnet(supernet, subnet, calibration, job):
         return supernet.get_active_subnet()
 
 

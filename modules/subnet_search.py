@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 from .errors import UserError
 from .evolution import History
-from .modeling.ops.lsq_plus import local_initialisation, quantise_weights_once, quantised_ops
+from .modeling.ops.lsq_plus import local_initialisation, quantise_weights_once
 from .search_space import sampling
 from .search_space.encoding import Subnet, parse_subnet, subnet_config
-from .training.calibrate import calibrate, initialize_all_scales
+from .training.calibrate import calibrate
 from .training.checkpoint import load_checkpoint
-from .training.data import calibration_batches, seed_of
-from .training.distributed import broadcast, share, sum_over_ranks
+from .training.data import seed_of
+from .training.distributed import share, sum_over_ranks
 from .training.evaluate import accuracy, images_of, kept_subnet
 from .training.log import note, progress
 from .training.parallel import thread_map
@@ -262,18 +262,6 @@ def measure_with(model, calibration, valid, job, threads=1):
             yield from thread_map(run, map(copy, subnets), threads)
 
     return measure
-
-
-def initialise_scales(model, data, batch_size, job, seed=0, align=False):
-    """Initialise the LSQ+ scales that training never reached, the same on every rank."""
-    if all(op.scales_initialized for op in quantised_ops(model) if op.is_quantised):
-        return
-    images, _ = next(iter(calibration_batches(data.train, batch_size, 1, seed)))
-    rng = random.Random(f'{seed} scales')
-    with kept_subnet(model):
-        initialize_all_scales(model, images.to(job.device), model.set_max_subnet,
-                              lambda: model.sample_active_subnet(rng, align), patience=10)
-    broadcast(model, job)
 
 
 def search_windows(space, starts, score, recipe, seed, job, say):

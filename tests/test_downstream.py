@@ -22,7 +22,7 @@ from modules.training.calibrate import calibrate, norm_statistics
 from modules.training.checkpoint import load_checkpoint
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
-from modules.training.downstream import DownstreamRecipe, find_recipe, finetune, mixed_loss
+from modules.training.downstream import DownstreamRecipe, finetune, learning_rate_of, mixed_loss
 from modules.training.evaluate import accuracy, images_of
 from modules.zoo import build_network, load_network, take_out
 
@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 DEMO = 'demo-012-111'
 IDENTITY = {'subnet_name': 'min', 'supernet': DEMO, 'subnet': str(min_subnet(DEMO)), 'num_classes': 10,
             'quant_mode': True}
-RECIPE = DownstreamRecipe(0.1, 4e-5, epochs=1, batch_size=8, warmup_epochs=0, max_steps=1, num_calib_batches=2,
-                          num_eval_images=32)
+RECIPE = DownstreamRecipe(learning_rate=0.1, weight_decay=4e-5, epochs=1, batch_size=8, warmup_epochs=0, max_steps=1,
+                          num_calib_batches=2, num_eval_images=32)
 FOLDER = f'{DEMO}_min/digits'
 
 
@@ -177,13 +177,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path,
 def test_the_recipes_are_the_published_ones():
     names = ['CIFAR10', 'CIFAR100', 'Flowers102', 'OxfordIIITPet', 'Food101', 'StanfordCars', 'FGVCAircraft']
     rates = (0.0125, 0.0125, 0.15, 0.00375, 0.15, 0.15, 0.075)
-    assert [find_recipe(name) for name in names] == [(rate, 1e-5) for rate in rates]
-    assert find_recipe('cifar-10', weight_decay=0.0) == (0.0125, 0.0)
-    assert find_recipe('CIFAR10', weight_decay=0.0, keep_head=True) == (0.02, 0.0)
-    assert find_recipe('fashion-mnist', keep_head=True) == (0.02, 1e-5)
-    recipe = DownstreamRecipe(0.1, 0.0)
-    assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs, recipe.label_smoothing, recipe.grad_clip_norm,
-            recipe.momentum) == (200, 128, 2, 0.1, 1, 0.9)
+    assert tuple(map(learning_rate_of, names)) == rates and learning_rate_of('cifar-10') == 0.0125
+    assert learning_rate_of('CIFAR10', keep_head=True) == learning_rate_of('fashion-mnist', keep_head=True) == 0.02
+    recipe = DownstreamRecipe()
+    assert (recipe.weight_decay, recipe.epochs, recipe.batch_size, recipe.warmup_epochs, recipe.label_smoothing,
+            recipe.grad_clip_norm, recipe.momentum) == (1e-5, 200, 128, 2, 0.1, 1, 0.9)
+
 
 
 @pytest.fixture
@@ -222,7 +221,7 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path, lsq, monkeypatch, capsys)
          '--quant_mode, or give --from_scratch', '--checkpoint_path', 'nowhere')
     said('7 is not one of', '--subnet_name', str(min_subnet(DEMO)).replace('k3#3#3', 'k3#3#7'))
     said('is negative', '--weight_decay', -1)
-    said('not from 0 to below 1', '--label_smoothing', 1)
+    said('is not below 1', '--label_smoothing', 1)
     said('fewer than one step', '--batch_size', 5000)
     fails(downstream_cls, monkeypatch, capsys, 'no published recipe (there are CIFAR10',
           '--subnet_name', 'SEQnet@vnni-A0', '--dataset', 'digits')

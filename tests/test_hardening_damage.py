@@ -127,8 +127,6 @@ def _stopped():
 
 
 RUNS = [('step', True), ('step', 2.0), ('step', -1), ('step', 99), ('best', float('nan')), ('best', 1), ('best', None)]
-BUFFERS = ['x', 5, torch.tensor(1.0), torch.ones(3), torch.ones(2, 2, dtype=torch.int32), torch.full((2, 2), torch.nan),
-           torch.ones(2, 2).to_sparse()]
 
 
 @pytest.mark.parametrize('key, value', RUNS, ids=str)
@@ -139,22 +137,12 @@ def test_progress_of_a_run(key, value):
     one_line(error, 'run.pth', key)
 
 
-@pytest.mark.parametrize('buffer', BUFFERS, ids=lambda value: str(value)[:24].replace('\n', ' '))
-def test_buffers_of_an_optimizer(buffer):
+def test_the_state_of_other_parameters():
     optimizer, state = _stopped()
-    state['optimizer']['state'][0]['momentum_buffer'] = buffer
+    state['optimizer']['state'][0]['momentum_buffer'] = torch.ones(3)
     with pytest.raises(UserError) as error:
         restore('run.pth', state, {'seed': 0}, optimizer, {'step': int}, 10)
     one_line(error, 'run.pth', 'momentum_buffer')
-
-
-@pytest.mark.parametrize('step', ['x', torch.ones(2), [1]], ids=str)
-def test_steps_of_an_optimizer(step):
-    optimizer, state = _stopped()
-    state['optimizer']['state'][0]['step'] = step
-    with pytest.raises(UserError) as error:
-        restore('run.pth', state, {'seed': 0}, optimizer, {'step': int}, 10)
-    one_line(error, 'run.pth')
 
 
 def test_settings_of_an_optimizer_are_the_scripts():

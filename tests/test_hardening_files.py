@@ -266,5 +266,5 @@ def test_pickles_are_opened_behind_a_flag_only():
         '_inert_pickle' in line or 'class _Unpickler' in line or 'return _Unpickler' in line
         for line in found.pop('modules/training/checkpoint.py')
     )
-    assert found.pop('modules/training/config.py') == ['content = yaml.load(file, _Loader)']  # a SafeLoader
+    assert found.pop('modules/settings.py') == ['content = yaml.load(file, _Loader)']  # a SafeLoader
     assert not found

@@ -16,7 +16,7 @@ from modules.modeling.supernet import Supernet
 from modules.search_space.encoding import EncodingError, parse_subnet, subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet
 from modules.search_space.superspace import get_available_superspaces
-from modules.training.config import load_config
+from modules.settings import load_config
 from modules.training.losses import NSRLoss, nsr_loss
 from modules.training.supernet_trainer import SupernetRecipe
 

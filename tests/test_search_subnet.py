@@ -1,5 +1,6 @@
 """Subnet search: the evolution with a fake accuracy, and search_subnet.py as users run it, killed and resumed."""
 import csv
+import itertools
 import os
 import random
 
@@ -209,7 +210,7 @@ def root(tmp_path_factory):
         supernet = set_quant_mode(Supernet.build_from_str(encoding, classes))
         if encoding == 'demo-012-111':
             initialize_all_scales(supernet, torch.randn(4, 3, 48, 48), supernet.set_max_subnet,
-                                  lambda: supernet.sample_active_subnet(rng))
+                                  itertools.repeat(lambda: supernet.sample_active_subnet(rng)), patience=20)
         else:
             for op in quantised_ops(supernet):
                 op.initialize_scales(torch.tensor([-1.0, 5.0]))

@@ -19,10 +19,10 @@ from modules.modeling.ops.lsq_plus import QBase, quantised_ops, set_quant_mode
 from modules.modeling.ops.op import is_norm
 from modules.modeling.supernet import Supernet
 from modules.search_space.sampling import min_subnet
+from modules.settings import load_config, save_config
 from modules.training import supernet_trainer
 from modules.training.calibrate import norm_statistics
 from modules.training.checkpoint import load_checkpoint, save_checkpoint
-from modules.training.config import load_config, save_config
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
 from modules.training.evaluate import DecodedImages, accuracy, evaluate_subnet
@@ -231,14 +231,14 @@ def test_a_published_checkpoint_goes_on_from_its_epoch_or_is_refused(digits, tmp
     published = {'epoch': 1, 'state_dict': state['state_dict'], 'optimizer': state['optimizer']}
     save_checkpoint(path, published)
     before = path.read_bytes()
-    train_supernet(_build(), digits, short, str(tmp_path), Job(), resume=True)
+    train_supernet(_build(), digits, dataclasses.replace(short, resume=True), str(tmp_path), Job())
     assert load_checkpoint(path)['step'] == 2 and (tmp_path / 'checkpoint_old.pth').read_bytes() == before
     for change, said in (({'optimizer': None}, 'cannot go on from'), ({}, 'checkpoint_old.pth is there'),
                          ({'epoch': 2}, 'epoch 2 of 2')):
         save_checkpoint(path, published | change)
         before = path.read_bytes()
         with pytest.raises(UserError, match=said):
-            train_supernet(_build(), digits, short, str(tmp_path), Job(), resume=True)
+            train_supernet(_build(), digits, dataclasses.replace(short, resume=True), str(tmp_path), Job())
         assert path.read_bytes() == before
     with pytest.raises(UserError, match='less than two images'):
         train_supernet(_build(), digits, dataclasses.replace(short, accumulate=100), str(tmp_path), Job())
@@ -267,17 +267,17 @@ def test_collapse_to_guessing_stops(digits, tmp_path, monkeypatch):
 
 def test_quantisation_starts_from_fp32_and_initialises_every_used_scale(digits, tmp_path):
     with pytest.raises(UserError, match='no fp32 checkpoint to start from'):
-        train_supernet(_build(quant=True), digits, RECIPE, str(tmp_path), Job(), quant=True)
+        train_supernet(_build(quant=True), digits, dataclasses.replace(RECIPE, quant_mode=True), str(tmp_path), Job())
     short = dataclasses.replace(RECIPE, epochs=1, max_steps=1)
     train_supernet(_build(), digits, short, str(tmp_path), Job())
     supernet = _build(quant=True)
-    train_supernet(supernet, digits, short, str(tmp_path), Job(), quant=True)
+    train_supernet(supernet, digits, dataclasses.replace(short, quant_mode=True), str(tmp_path), Job())
     missing = [name for name, op in supernet.named_modules() if isinstance(op, QBase) and not op.scales_initialized]
     # only a shortcut convolution between equal widths is never used
     assert all('downsample' in name for name in missing), missing
     assert len(missing) < len(list(quantised_ops(supernet))) / 10
     with pytest.raises(UserError, match='begun with seed 0, not 1'):
-        train_supernet(_build(), digits, dataclasses.replace(short, seed=1), str(tmp_path), Job(), resume=True)
+        train_supernet(_build(), digits, dataclasses.replace(short, seed=1, resume=True), str(tmp_path), Job())
 
 
 def _words(folder, data, *more):

@@ -299,15 +299,14 @@ def test_training_goes_on_from_the_same_blocks_only(blocks, digits, tmp_path):
     for quant in (False, True):
         supernet = _supernet(quant)
         digests = start_from_blocks(supernet, str(blocks), quant)[1]
-        train_supernet(supernet, digits, recipe, str(tmp_path), Job(), quant, blocks=digests)
+        train_supernet(supernet, digits, dataclasses.replace(recipe, quant_mode=quant), str(tmp_path), Job(), digests)
         ops = {name: op for name, op in supernet.named_modules() if op in quantised_ops(supernet)}
         assert all(op.scales_initialized == quant for name, op in ops.items() if 'downsample' not in name)
     name = os.path.join(tmp_path, 'lsq.pth')
     assert load_checkpoint(name)['settings']['init_block_kd'] == digests
     for other in (None, {**digests, 'stem': '0' * 16}):
         with pytest.raises(UserError, match='begun with init_block_kd'):
-            train_supernet(_supernet(), digits, dataclasses.replace(recipe), str(tmp_path), Job(), resume=True,
-                           blocks=other)
+            train_supernet(_supernet(), digits, dataclasses.replace(recipe, resume=True), str(tmp_path), Job(), other)
 
 
 def test_a_killed_start_from_blocks_is_resumed_by_the_same_command(blocks, tmp_path):

@@ -3,6 +3,7 @@
 A StudentStage is a candidate block type of a searchable stage. The two ends of the network are an EndStudent each: the
 stem has images for its input and no in_proj, the head ends in logits and has no out_proj.
 """
+import itertools
 import random
 
 from torch import nn
@@ -35,7 +36,8 @@ class Student(nn.Module):
 
         Ranks that call this with the same x and rng get the same scales. The active sub-stage is then any.
         """
-        initialize_all_scales(self, x, self.set_max_sub_stage, lambda: self.sample_active_sub_stage(rng=rng), 100)
+        others = itertools.repeat(lambda: self.sample_active_sub_stage(rng=rng))
+        initialize_all_scales(self, x, self.set_max_sub_stage, others, patience=100)
 
     def forward(self, x):
         for part in (self.in_proj, *self.named_stages().values(), self.out_proj):

@@ -16,12 +16,14 @@ from ..errors import UserError
 from ..modeling.ops.lsq_plus import local_initialisation, set_quant_mode
 from ..modeling.ops.op import resize
 from ..search_space.encoding import EncodingError, parse_block_id
-from ..training.acceleration import autocast, choose_quantisers, memory_format
+from ..settings import deciding, setting, with_default
+from ..training.acceleration import TrainingSettings, autocast, choose_quantisers, memory_format
 from ..training.calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from ..training.checkpoint import load_weights
 from ..training.data import calibration_batches, eval_loader
 from ..training.distributed import average, broadcast, check_same, of_main
 from ..training.gradients import average_gradients
+from ..training.losses import NSR_SIGNALS
 from ..training.memory import keep_freed_memory
 from ..training.optim import cosine, parameter_groups, set_learning_rate
 from ..training.resumable import ResumableRun, Schedule, checkpoint_to_resume, steps_per_epoch, train
@@ -30,31 +32,52 @@ from .student import Student
 from .targets import HEAD, STEM, kd_loss, part_of, parts_of, teacher_maps
 
 SUB_STAGES = ('max', 'min', 'random')
+NUM_RANDOM = 2                              # random sub-stages of a sandwich
 DIVERGED = 1e4                              # a loss (NSR) above this; a useless student is at about 1
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; learning_rates {part: rate} (targets.parts_of), hw_list in pixels, checkpoint_freq in steps."""
-    epochs: int
-    batch_size: int
-    learning_rates: dict
-    lr_step_size: int = 20
-    weight_decay: float = 1e-4
-    hw_list: tuple = (160, 192, 224)
-    from_teacher: bool = True
-    nsr_signal: str = 'teacher'
-    num_random: int = 2
-    num_calib_batches: int = 20
-    checkpoint_freq: int = 200
-    max_steps: int | None = None            # of an epoch, for short runs
-    num_valid_batches: int | None = None    # None: all held-out images
-    amp: bool = False
-    channels_last: bool = True
-    quant: bool = False
-    from_scratch: bool = False
-    seed: int = 0
-    workers: int = 0
+@dataclass(frozen=True, kw_only=True)
+class BlockKDSettings(TrainingSettings):
+    """How to train blocks in fp32: the flags of train_block_kd.py."""
+    epochs: int = setting(5, 'passes over the training images', flags=('num_epochs',), least=1)
+    batch_size: int = setting(64, 'images a step and rank', flags=('train_batch_size',), least=1, decides=False)
+    hw_list: tuple[int, ...] = setting((), "image resolutions; default: the superspace's", least=1)
+    learning_rate_list: tuple[float, ...] = setting(
+        (0.005, 0.01, 0.01, 0.01, 0.01, 0.005), 'learning rate of stage1, stage2, …: as many as the superspace has, or '
+        'six', above=0, decides=False)
+    stem_learning_rate: float = setting(0.01, 'of first_conv and stage0', above=0, decides=False)
+    head_learning_rate: float = setting(0.001, 'of final_expand, feature_mix and logits', above=0, decides=False)
+    lr_step_size: int = setting(20, 'batches between learning-rate updates', least=1)
+    weight_decay: float = setting(1e-4, 'not of norms, biases and scales')
+    inplace_distill_from_teacher: bool = setting(False, 'every sub-stage learns from the teacher; else max does, and '
+                                                 'the others from max')
+    nsr_signal: str = setting('teacher', 'whose variance divides the loss', choices=NSR_SIGNALS)
+    num_calib_batches: int = setting(20, 'of batch-norm calibration', least=1, decides=False)
+    checkpoint_freq: int = setting(200, 'steps between checkpoints', least=1, decides=False)
+    max_steps: int | None = setting(None, 'steps of an epoch, for short runs', least=1, decides=False)
+    num_valid_batches: int | None = setting(None, 'of the evaluation; default: all held-out images', least=1,
+                                            decides=False)
+    amp: bool = setting(False, 'bf16 autocast, for GPUs', decides=False)
+    seed: int = setting(0, 'of weights, sub-stages and augmentation', most=2 ** 32 - 1)
+    quant: bool = setting(False, 'with LSQ+', flags=(), decides=False)
+    from_scratch: bool = setting(False, 'without an fp32 checkpoint', flags=(), decides=False)
+
+    def learning_rate(self, part, superspace):
+        """That of a part (targets.parts_of) of a hyperspace."""
+        stages = dict(zip(superspace.searchable_stages, self.learning_rate_list))
+        return {STEM: self.stem_learning_rate, HEAD: self.head_learning_rate, **stages}[part]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LsqBlockKDSettings(BlockKDSettings):
+    """The same with LSQ+: the flags of lsq_block_kd.py."""
+    epochs: int = with_default(BlockKDSettings, 'epochs', 1)
+    learning_rate_list: tuple[float, ...] = with_default(BlockKDSettings, 'learning_rate_list',
+                                                         (0.0025, 0.00025, 0.00025, 0.00025, 0.00025, 0.00025))
+    stem_learning_rate: float = with_default(BlockKDSettings, 'stem_learning_rate', 0.001)
+    head_learning_rate: float = with_default(BlockKDSettings, 'head_learning_rate', 0.0001)
+    quant: bool = with_default(BlockKDSettings, 'quant', True)
+    from_scratch: bool = with_default(BlockKDSettings, 'from_scratch', False, flags=None)
 
 
 @dataclass(kw_only=True)
@@ -110,10 +133,10 @@ def by_part(block_ids):
     return parts
 
 
-def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resume=False, compiled='auto'):
+def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job):
     """Train blocks part by part into `folder`; returns {block id: {'max': loss, 'min': loss, 'random': loss}}.
 
-    compiled: see acceleration.choose_quantisers().
+    recipe: BlockKDSettings.
     """
     keep_freed_memory()
     results = {}
@@ -121,12 +144,14 @@ def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job, resu
     if recipe.quant and not recipe.from_scratch:
         of_main(lambda: [require_checkpoint(folder, block, False, superspace) for block in block_ids], job)
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
-    choose_quantisers(compiled, recipe.quant, steps * recipe.epochs * len(block_ids), job.device)
+    choose_quantisers(recipe.compile, recipe.quant, steps * recipe.epochs * len(block_ids), job.device)
     digest = teacher.weights_digest()
     check_same("the teacher's weights", digest, job)
+    facts = deciding(recipe) | {
+        'steps an epoch': steps, 'training images': len(data.train), 'teacher': teacher.arch, 'teacher weights': digest,
+        'images a step': recipe.batch_size * job.world_size, 'ranks': job.world_size}
     for part, blocks in by_part(block_ids).items():
-        trainees = [_trainee(superspace, block, teacher, digest, folder, recipe, job, resume, steps, len(data.train))
-                    for block in blocks]
+        trainees = [_trainee(superspace, block, teacher, folder, recipe, job, steps, facts) for block in blocks]
         _train_part(part, trainees, teacher, data, recipe, job, steps)
         results.update(_finish(part, trainees, teacher, data, recipe, job))
     return results
@@ -160,20 +185,14 @@ def independent_ranks(independent):
         yield
 
 
-def _settings(recipe, learning_rate, steps, num_images, teacher, digest, job):
-    """What decides the weights, as plain values: a run is resumed with the same or not at all."""
-    return {'steps an epoch': steps, 'epochs': recipe.epochs, 'training images': num_images,
-            'teacher': teacher.arch, 'teacher weights': digest, 'images a step': recipe.batch_size * job.world_size,
-            'ranks': job.world_size, 'learning rate': learning_rate, 'lr_step_size': recipe.lr_step_size,
-            'weight_decay': recipe.weight_decay, 'hw_list': list(recipe.hw_list), 'nsr_signal': recipe.nsr_signal,
-            'inplace_distill_from_teacher': recipe.from_teacher, 'seed': recipe.seed}
+def _trainee(superspace, block_id, teacher, folder, recipe, job, steps, facts):
+    """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch.
 
-
-def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume, steps, num_images):
-    """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch."""
+    facts: {name: plain value} on which its weights depend, beside its learning rate.
+    """
     torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
     path = checkpoint_file(folder, block_id, recipe.quant)
-    resumed = checkpoint_to_resume(path, resume, job, lambda path: read_block(path, superspace, block_id))
+    resumed = checkpoint_to_resume(path, recipe.resume, job, lambda path: read_block(path, superspace, block_id))
     if recipe.quant and resumed is None and not recipe.from_scratch:
         student = of_main(lambda: build_student(superspace, block_id, teacher, folder), job)
     else:
@@ -185,13 +204,13 @@ def _trainee(superspace, block_id, teacher, digest, folder, recipe, job, resume,
     student.to(job.device)
     student.to(memory_format=memory_format(recipe))
     broadcast(student, job)
-    learning_rate = recipe.learning_rates[part_of(block_id)]
+    learning_rate = recipe.learning_rate(part_of(block_id), superspace)
     trainee = Trainee(path=path, block_id=block_id, student=student, learning_rate=learning_rate,
                       optimizer=torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate),
-                      settings=_settings(recipe, learning_rate, steps, num_images, teacher, digest, job))
+                      settings={**facts, 'learning rate': learning_rate})
     if resumed is not None:
         if isinstance(resumed.get('settings'), dict):
-            resumed['settings'].setdefault('teacher weights', digest)       # which older ones do not say
+            resumed['settings'].setdefault('teacher weights', facts['teacher weights'])     # older ones do not say
         trainee.resume({'done': False, **resumed}, steps * recipe.epochs, job)
     trainee.check_ranks(job)
     return trainee
@@ -207,7 +226,7 @@ def _train_part(part, trainees, teacher, data, recipe, job, steps):
             _report(active, step, writer, kind)
         return {t.block_id: f'{sum(t.losses.values()) / len(t.losses):.3f}' for t in active}
 
-    schedule = Schedule(data, recipe.batch_size, recipe.seed, steps, total, recipe.checkpoint_freq, recipe.workers)
+    schedule = Schedule(data, recipe.batch_size, recipe.seed, steps, total, recipe.checkpoint_freq, recipe.num_workers)
     folder = os.path.dirname(os.path.dirname(trainees[0].path))
     train(trainees, schedule, job, f'{part} {kind}', os.path.join(folder, 'tensorboard', kind, part), take_step)
 
@@ -249,7 +268,7 @@ def _resolutions(recipe, part, epoch, step):
     """Image resolutions of the sandwich: max, min, then random ones, the same for all blocks of a stage."""
     rng = random.Random(f'{recipe.seed} {part} hw {epoch} {step}')
     return [max(recipe.hw_list), min(recipe.hw_list)] + [rng.choice(recipe.hw_list)
-                                                         for _ in range(recipe.num_random)]
+                                                         for _ in range(NUM_RANDOM)]
 
 
 def _part_maps(teacher, superspace, part, images, hw, recipe, job):
@@ -265,14 +284,14 @@ def _sandwich(part, student, hws, features, rng, recipe, job):
     for i, hw in enumerate(hws):
         name = _activate(student, i, rng)
         part_input, target = features[hw]
-        if i > 0 and not recipe.from_teacher:
+        if i > 0 and not recipe.inplace_distill_from_teacher:
             target = of_max[hw]
         with autocast(job.device, recipe.amp):
             output = student(part_input)
         loss = kd_loss(part, output, target, recipe.nsr_signal)
         loss.backward()
         losses[name] = loss.detach()
-        if i == 0 and not recipe.from_teacher:
+        if i == 0 and not recipe.inplace_distill_from_teacher:
             with torch.no_grad(), autocast(job.device, recipe.amp):
                 of_max = {other: output.detach() if other == hw else student(features[other][0])
                           for other in features}
@@ -320,7 +339,7 @@ def evaluate(part, students, teacher, data, recipe, job):
                 calibrate(student, (maps.to(job.device) for maps in calibration))
                 candidates.append((block_id, name, i, student, norm_statistics(student)))
         sums = {(block_id, name): [0.0, 0] for block_id, name, *_ in candidates}
-        for images, _ in eval_loader(data.valid, recipe.batch_size, job.rank, job.world_size, recipe.workers,
+        for images, _ in eval_loader(data.valid, recipe.batch_size, job.rank, job.world_size, recipe.num_workers,
                                      limit=recipe.num_valid_batches).to(job.device):
             part_input, target = features(images)
             for block_id, name, i, student, statistics in candidates:

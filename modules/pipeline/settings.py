@@ -2,7 +2,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import UserError
-from ..training.config import checked_values, read_yaml, setting
+from ..settings import checked_values, read_yaml, setting
 
 OWN_FLAGS = ('superspace_of', 'datasets', 'baselines', 'finds_nothing', 'steps')      # keys that are no flags
 SECTIONS = ('teacher', 'block_kd', 'block_kd_lsq', 'predictor', 'block_lut', 'space_search', 'supernets',

@@ -1,20 +1,27 @@
 """What makes training faster and changes its rounding: bf16 autocast, compiled fake-quantisers, memory order."""
 import contextlib
+from dataclasses import dataclass
 
 import torch
 
 from ..errors import UserError
 from ..modeling.ops.fake_quantise import compile_quantisers, prove_quantisers
+from ..settings import setting
 from .log import note
 
 PAYS_FROM = 1000            # steps of a run, from which compiling takes less time than it saves
 
 
-def add_compile_argument(parser):
-    """--compile auto, on or off."""
-    parser.add_argument('--compile', nargs='?', const='on', default='auto', choices=['auto', 'on', 'off'],
-                        help='fake-quantise in int8 by kernels of torch.compile, which needs a C++ compiler, on GPUs '
-                             f'Triton; auto: where that works, in runs of {PAYS_FROM} steps and more')
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What every training has beside its recipe, and what decides nothing about its result."""
+    resume: bool = setting(False, 'go on from the checkpoint in the output folder, if there is one', in_file=False,
+                           decides=False)
+    compile: str = setting('auto', 'fake-quantise in int8 by kernels of torch.compile, which needs a C++ compiler, on '
+                           f'GPUs Triton; auto: where that works, in runs of {PAYS_FROM} steps and more', const='on',
+                           choices=('auto', 'on', 'off'), in_file=False, decides=False)
+    channels_last: bool = setting(True, 'NHWC memory: faster on CPUs, not measured on GPUs', decides=False)
+    num_workers: int = setting(0, 'loader processes per rank', flags=(), in_file=False, decides=False)
 
 
 def choose_quantisers(choice, quant, steps, device):
@@ -37,9 +44,9 @@ def choose_quantisers(choice, quant, steps, device):
         note(f'{error}; int8 training goes on without, slower')
 
 
-def memory_format(recipe):
+def memory_format(settings):
     """Where the values of a pixel lie: side by side (NHWC), or each channel by itself (NCHW)."""
-    return torch.channels_last if recipe.channels_last else torch.contiguous_format
+    return torch.channels_last if settings.channels_last else torch.contiguous_format
 
 
 def use_amp(asked, device):

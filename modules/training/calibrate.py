@@ -1,5 +1,6 @@
 """Batch-norm calibration: the statistics of the active subnet, from images, without touching the trained ones."""
 import contextlib
+import itertools
 
 import torch
 import torch.distributed as dist
@@ -82,23 +83,28 @@ def _average_over_ranks(modules, seen, job):
         buffer.copy_(part)
 
 
-def initialize_all_scales(model, x, first, sample, patience=20):
-    """Initialise every LSQ+ scale that some subnet uses, on inputs x; changes nothing else.
+def initialize_all_scales(model, x, first, others, patience=None):
+    """Initialise the LSQ+ scales that no forward has reached yet, on inputs x; changes nothing else.
 
-    first() and sample() activate the largest and a random subnet. It stops when all scales are initialised, or
-    `patience` subnets reached no new one. Ranks that call this with the same x and the same random subnets get
-    the same scales. Which subnet is active afterwards is not said.
+    first() activates the largest subnet; others: functions that activate one more each, perhaps without end. It stops
+    when all scales have a value, or `patience` subnets reached no new one. Returns the number of ops initialised.
+    Ranks that call this with the same x and the same subnets get the same scales. Which subnet is active afterwards is
+    not said.
     """
     def missing():
-        return sum(not op.scales_initialized for op in quantised_ops(model))
+        return sum(op.is_quantised and not op.scales_initialized for op in quantised_ops(model))
 
+    before = left = missing()
+    if not left:
+        return 0
     with torch.no_grad(), local_initialisation(), kept_statistics(model):
         model.train()
-        first()
-        model(x)
-        left, waited = missing(), 0
-        while left and waited < patience:
-            sample()
+        waited = 0
+        for activate in itertools.chain([first], others):
+            activate()
             model(x)
             waited = waited + 1 if missing() == left else 0
             left = missing()
+            if not left or waited == patience:
+                break
+    return before - left

@@ -22,7 +22,6 @@ from ..modeling.ops.lsq_plus import WEIGHT_BITS
 from ..modeling.ops.zero_points import ZERO_POINTS
 
 WEIGHTS = ('state_dict', 'model')           # where checkpoints keep their weights
-_HYPERPARAMETERS = ('params', 'lr', 'weight_decay', 'momentum', 'dampening', 'betas', 'eps')      # in every torch
 _DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
            torch.float32, torch.float64)
 # settings that older checkpoints do not name: what they were
@@ -250,7 +249,7 @@ def restore(path, checkpoint, settings, optimizer, progress, steps):
             raise UserError(f'{path}: damaged: {key} {str(found[key])[:60]} in it; start anew without --resume')
     state = checkpoint.get('optimizer')
     try:
-        _check_optimizer(state, optimizer)
+        _check_shapes(state, optimizer)
         own = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, values in zip(optimizer.param_groups, own):      # its buffers; settings are the script's
@@ -262,22 +261,13 @@ def restore(path, checkpoint, settings, optimizer, progress, steps):
     return found
 
 
-def _check_optimizer(state, optimizer):
-    """What load_state_dict() does not check: ValueError (or what a wrong type raises) for another optimizer's state."""
-    for ours, theirs in zip(optimizer.param_groups, state['param_groups']):
-        lacking = [key for key in _HYPERPARAMETERS if key in ours and key not in theirs]
-        if lacking:
-            raise ValueError(f'no {lacking[0]}')
+def _check_shapes(state, optimizer):
+    """What load_state_dict() does not check: ValueError for the state of other parameters."""
     parameters = dict(zip((i for group in state['param_groups'] for i in group['params']),
                           (p for group in optimizer.param_groups for p in group['params'])))
     for key, values in state['state'].items():
         for name, value in values.items():
-            if name == 'step' or value is None:
-                float(value or 0)
-            elif not (isinstance(value, torch.Tensor) and _is_plain(value) and value.is_floating_point()
-                      and bool(value.isfinite().all())):
-                raise ValueError(f'{name} is no tensor of finite numbers')
-            elif value.shape != parameters[key].shape:
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[key].shape:
                 raise ValueError(f'{name} of shape {_shape(value)} instead of {_shape(parameters[key])}')
 
 

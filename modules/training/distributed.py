@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from ..cli import INTERRUPTED, STOPPED, add_local_rank, exit_code, note
 from ..errors import UserError, one_line
-from .acceleration import add_compile_argument
 
 TIMEOUT = timedelta(minutes=30)         # of a reduction; ranks take the same steps side by side
 PATIENCE = timedelta(days=2)            # of a barrier: ranks may have unequal work before it
@@ -39,14 +38,12 @@ class Job:
         return Job(0, 1, self.device)
 
 
-def add_distributed_arguments(parser, int8_training=False):
+def add_distributed_arguments(parser):
     """--local_rank and --local-rank, which torch.distributed.launch passes by version, and how a device computes."""
     add_local_rank(parser)
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help='auto: a GPU if any')
     parser.add_argument('--deterministic', action='store_true',
                         help='on GPUs: only operations that give the same bits in each run; slower')
-    if int8_training:
-        add_compile_argument(parser)
 
 
 def _be_deterministic():

@@ -3,7 +3,6 @@
 Everything random in a step is a function of (seed, epoch, step, rank), so a resumed run takes the very same steps.
 """
 import contextlib
-import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
@@ -12,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..cli import SEED, SHARE, not_negative, positive
+from ..cli import SHARE
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import WEIGHT_BITS, local_initialisation, quantised_ops
-from .acceleration import choose_quantisers, memory_format
+from ..settings import deciding, setting
+from .acceleration import TrainingSettings, choose_quantisers, memory_format
 from .calibrate import calibrate, kept_statistics, norm_statistics, set_norm_statistics
 from .checkpoint import load_weights
 from .classes import CLASS_WEIGHTS, loss_weights
@@ -42,56 +42,36 @@ ORIGINAL = {'augment': 'auto_augment_tf', 'seed': 42, 'eval_freq': 1, 'fp32_head
 KEPT_HEAD = 0.02
 
 
-@dataclass(frozen=True)
-class DownstreamRecipe:
+@dataclass(frozen=True, kw_only=True)
+class DownstreamRecipe(TrainingSettings):
     """How to fine-tune: SGD with Nesterov momentum, a linear decay after the warm-up."""
-    learning_rate: float
-    weight_decay: float                     # not of norms, biases and scales
-    epochs: int = 200
-    warmup_epochs: float = 2.0
-    batch_size: int = 128                   # images a step and rank
-    momentum: float = 0.9
-    label_smoothing: float = 0.1
-    class_weights: str = 'none'             # balanced: rare classes count as much as frequent ones
-    grad_clip_norm: float = 1.0
-    only_train_head: bool = False
-    num_calib_batches: int = 20             # of the batch-norm calibration before the first step
-    eval_freq: int = 10                     # epochs
-    checkpoint_freq: int = 200              # steps
-    max_steps: int | None = None            # of an epoch, for short runs
-    num_eval_images: int | None = None
-    seed: int = 0
-    channels_last: bool = True
-    distill: float | None = None            # share of the loss that is learned from a teacher; None: no teacher
+    only_train_head: bool = setting(False, 'the rest of the network stays as it is')
+    learning_rate: float | None = setting(None, "after the warm-up; default: the data set's, with --keep_head 0.02",
+                                          above=0)
+    weight_decay: float = setting(WEIGHT_DECAY, 'not of norms, biases and scales')
+    epochs: int = setting(200, 'passes over the training images', flags=('num_epochs',), least=1)
+    warmup_epochs: float = setting(2.0, 'of linear warm-up, then linear decay to 0')
+    batch_size: int = setting(128, 'images a step and rank', flags=('batch_size', 'train_batch_size'), least=1)
+    momentum: float = setting(0.9, 'of SGD, Nesterov', below=1)
+    label_smoothing: float = setting(0.1, 'of the labels', below=1)
+    class_weights: str = setting('none', 'balanced: rare classes count as much as frequent ones', choices=CLASS_WEIGHTS)
+    grad_clip_norm: float = setting(1.0, 'bound of the gradient norm', above=0)
+    num_calib_batches: int = setting(20, 'of batch-norm calibration at first', least=1)
+    eval_freq: int = setting(10, 'epochs between evaluations', least=1, decides=False)
+    checkpoint_freq: int = setting(200, 'steps between checkpoints', least=1, decides=False)
+    max_steps: int | None = setting(None, 'steps of an epoch, for short runs; default: all', least=1, decides=False)
+    num_eval_images: int | None = setting(None, 'for short runs; default: all', least=1, decides=False)
+    seed: int = setting(0, 'of the new head, dropout, order and augmentation', most=2 ** 32 - 1)
+    distill: float | None = setting(None, 'of the loss: learned from the largest subnet, 0.5 without a value; implies '
+                                    '--keep_head', const=0.5, most=1)
 
 
-def add_recipe_arguments(p):
-    """A flag for every field of the DownstreamRecipe but `distill`, and --recipe."""
+def add_recipe_argument(p):
+    """--recipe, and --drop_rate, which the network takes."""
     p.add_argument('--recipe', choices=['ours', 'original'], default='ours', help='original: '
                    + ', '.join(f'--{name} {value}' for name, value in ORIGINAL.items()) + '; crops of 224 pixels, '
                    'Flowers102 without val, <output_path>/<subnet>_<data set>.pth')
-    p.add_argument('--only_train_head', action='store_true', help='the rest of the network stays as it is')
-    p.add_argument('--learning_rate', type=positive(float), help="after the warm-up; default: the data set's, "
-                   'with --keep_head 0.02')
-    p.add_argument('--weight_decay', type=not_negative(float),
-                   default=WEIGHT_DECAY, help='not of norms, biases and scales')
-    p.add_argument('--num_epochs', type=positive(int), default=200, help='passes over the training images')
-    p.add_argument('--warmup_epochs', type=not_negative(float), default=2.0,
-                   help='of linear warm-up, then linear decay to 0')
-    p.add_argument('--batch_size', '--train_batch_size', type=positive(int), default=128, help='images a step and rank')
-    p.add_argument('--momentum', type=SHARE, default=0.9, help='of SGD, Nesterov')
-    p.add_argument('--label_smoothing', type=SHARE, default=0.1, help='of the labels')
-    p.add_argument('--class_weights', choices=CLASS_WEIGHTS, default='none',
-                   help='balanced: rare classes count as much as frequent ones')
-    p.add_argument('--grad_clip_norm', type=positive(float), default=1.0, help='bound of the gradient norm')
     p.add_argument('--drop_rate', type=SHARE, default=0.0, help='dropout before the head')
-    p.add_argument('--num_calib_batches', type=positive(int), default=20, help='of batch-norm calibration at first')
-    p.add_argument('--eval_freq', type=positive(int), default=10, help='epochs between evaluations')
-    p.add_argument('--checkpoint_freq', type=positive(int), default=200, help='steps between checkpoints')
-    p.add_argument('--max_steps', type=positive(int), help='steps of an epoch, for short runs; default: all')
-    p.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all')
-    p.add_argument('--no_channels_last', action='store_true', help='keep NCHW memory')
-    p.add_argument('--seed', type=SEED, default=0, help='of the new head, dropout, order and augmentation')
 
 
 def add_quantisation_arguments(p):
@@ -113,16 +93,6 @@ def quantisation_for(args):
     return chosen
 
 
-def recipe_of(args):
-    """The DownstreamRecipe of add_recipe_arguments(), with keep_head and distill of the script."""
-    learning_rate, weight_decay = find_recipe(args.dataset, args.learning_rate, args.weight_decay, args.keep_head)
-    same = {field.name: getattr(args, field.name) for field in dataclasses.fields(DownstreamRecipe)
-            if hasattr(args, field.name)}
-    return DownstreamRecipe(**same | {'learning_rate': learning_rate, 'weight_decay': weight_decay,
-                                      'epochs': args.num_epochs, 'channels_last': not args.no_channels_last,
-                                      'distill': args.distill or None})
-
-
 @dataclass(kw_only=True)
 class FineTuning(ResumableRun):
     """A network in fine-tuning; best is the best top-1 so far."""
@@ -139,27 +109,24 @@ class FineTuning(ResumableRun):
         return {**self.identity, 'state_dict': self.network.state_dict()}
 
 
-def find_recipe(dataset, learning_rate=None, weight_decay=None, keep_head=False):
-    """(learning rate, weight decay) of a data set, given ones first; UserError where there is none.
+def learning_rate_of(dataset, keep_head=False):
+    """The learning rate for a data set; UserError where there is none.
 
     keep_head: of a network that goes on with its supernet's head and data, whichever they are.
     """
-    if learning_rate is None:
-        learning_rate = KEPT_HEAD if keep_head else {
-            plain_name(name): rate for name, rate in LEARNING_RATES.items()}.get(plain_name(dataset))
-    if learning_rate is None:
+    rates = {plain_name(name): rate for name, rate in LEARNING_RATES.items()}
+    rate = KEPT_HEAD if keep_head else rates.get(plain_name(dataset))
+    if rate is None:
         raise UserError(f'--dataset {dataset}: no published recipe (there are {" ".join(LEARNING_RATES)}); give '
                         '--learning_rate')
-    return learning_rate, WEIGHT_DECAY if weight_decay is None else weight_decay
+    return rate
 
 
-def finetune(network, data, recipe, path, job, identity, resume=False, workers=0, teacher=None, calibration=None,
-             compiled='auto'):
+def finetune(network, data, recipe, path, job, identity, teacher=None, calibration=None):
     """Fine-tune `network` (modeling.Network with a head for the data) into `path`; returns its test Accuracy dict.
 
     teacher: Network of the same classes for recipe.distill, calibrated here; it must be the same when resumed.
     calibration: Data on which batch norm is calibrated before the first step; default: `data`.
-    compiled: see acceleration.choose_quantisers().
     identity: plain values that are stored with the weights and from which the network can be built again. The best
     state by the held-out images (by the test images where none are held out) is beside `path` as …_best.pth.
     UserError: a loss that is not finite, or a run that was begun with other settings.
@@ -167,15 +134,15 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
     keep_freed_memory()
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
     quant = any(op.is_quantised for op in quantised_ops(network))
-    choose_quantisers(compiled, quant, steps * recipe.epochs, job.device)
-    tuning = _start(network, data, recipe, path, job, identity, resume, steps, workers, calibration or data)
+    choose_quantisers(recipe.compile, quant, steps * recipe.epochs, job.device)
+    tuning = _start(network, data, recipe, path, job, identity, steps, calibration or data)
     if tuning.done:
         note(f'{path}: already fine-tuned')
         return tuning.results['test']
     tuning.weights = loss_weights(recipe.class_weights, data.train, data.num_classes, job.device)
-    tuning.teacher = _teacher(teacher, data, recipe, workers, job)
+    tuning.teacher = _teacher(teacher, data, recipe, job)
     valid = eval_loader(data.valid if len(data.valid) else data.test, recipe.batch_size, job.rank, job.world_size,
-                        workers, limit_images=recipe.num_eval_images).to(job.device)
+                        recipe.num_workers, limit_images=recipe.num_eval_images).to(job.device)
 
     def take_step(_, images, labels, epoch, writer):
         loss = _take_step(tuning, images, labels, recipe, epoch, steps, job, writer)
@@ -186,25 +153,26 @@ def finetune(network, data, recipe, path, job, identity, resume=False, workers=0
         if last or (epoch + 1) % recipe.eval_freq == 0:
             _evaluate(tuning, valid, job, epoch, writer)
         if last:
-            _finish(tuning, data, valid, recipe, job, workers)
+            _finish(tuning, data, recipe, job)
 
     schedule = Schedule(data, recipe.batch_size, recipe.seed, steps, steps * recipe.epochs, recipe.checkpoint_freq,
-                        workers)
+                        recipe.num_workers)
     folder, kind = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
     train([tuning], schedule, job, f'fine-tuning {identity.get("subnet_name", "")}',
           os.path.join(folder, 'tensorboard', kind), take_step, end_epoch)
     return tuning.results['test']
 
 
-def _start(network, data, recipe, path, job, identity, resume, steps, workers, calibration):
+def _start(network, data, recipe, path, job, identity, steps, calibration):
     """The FineTuning, from its unfinished checkpoint or from the network as it is, calibrated on other images."""
-    resumed = checkpoint_to_resume(path, resume, job)
-    settings = _settings(data, recipe, job, identity, steps)
+    resumed = checkpoint_to_resume(path, recipe.resume, job)
+    settings = {**deciding(recipe), **identity, 'steps an epoch': steps, 'ranks': job.world_size,
+                'training images': len(data.train)}
     if resumed is not None:
         load_weights(network, resumed, path)
     network.to(job.device, memory_format=memory_format(recipe))
     if resumed is None:
-        _prepare(network, calibration, recipe, workers, job)
+        _prepare(network, calibration, recipe, job)
     broadcast(network, job)
     part = network.get_classifier() if recipe.only_train_head else network
     network.requires_grad_(not recipe.only_train_head)
@@ -218,19 +186,13 @@ def _start(network, data, recipe, path, job, identity, resume, steps, workers, c
     return tuning
 
 
-def _settings(data, recipe, job, identity, steps):
-    """What decides the weights, as plain values: a run is resumed with the same or not at all."""
-    ignored = ('channels_last', 'checkpoint_freq', 'eval_freq', 'num_eval_images', 'max_steps')
-    values = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ignored}
-    return {**values, **identity, 'steps an epoch': steps, 'ranks': job.world_size, 'training images': len(data.train)}
-
-
-def _prepare(network, data, recipe, workers, job):
+def _prepare(network, data, recipe, job):
     """Batch-norm statistics of the new images, and LSQ+ scales that have none yet: the head's, or from scratch all.
 
     A subnet of a supernet has no statistics of its own. Every rank takes the same images.
     """
-    batches = calibration_batches(data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed, workers)
+    batches = calibration_batches(data.train, recipe.batch_size, recipe.num_calib_batches, recipe.seed,
+                                  recipe.num_workers)
     batches = batches.to(job.device)
     with local_initialisation(), kept_statistics(network):
         calibrate(network, images_of(batches, job.device))
@@ -238,12 +200,12 @@ def _prepare(network, data, recipe, workers, job):
     set_norm_statistics(network, statistics)
 
 
-def _teacher(network, data, recipe, workers, job):
+def _teacher(network, data, recipe, job):
     """The network as a teacher: calibrated on the same images as the one that learns, and then fixed."""
     if not recipe.distill:
         return None
     network.to(job.device, memory_format=memory_format(recipe))
-    _prepare(network, data, recipe, workers, job)
+    _prepare(network, data, recipe, job)
     broadcast(network, job)
     return network.eval().requires_grad_(False)
 
@@ -317,12 +279,12 @@ def _evaluate(tuning, images, job, epoch, writer):
         tuning.save(job, tuning.best_path)
 
 
-def _finish(tuning, data, valid, recipe, job, workers):
+def _finish(tuning, data, recipe, job):
     """The test accuracy of the last state."""
     tuning.done = True
     if not len(data.valid):
         tuning.results['test'] = tuning.results['valid']
         return
-    test = eval_loader(data.test, recipe.batch_size, job.rank, job.world_size, workers,
+    test = eval_loader(data.test, recipe.batch_size, job.rank, job.world_size, recipe.num_workers,
                        limit_images=recipe.num_eval_images).to(job.device)
     tuning.results['test'] = accuracy(tuning.network, test, job)._asdict()

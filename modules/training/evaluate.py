@@ -97,12 +97,22 @@ def kept_subnet(supernet):
         supernet.set_active_subnet(subnet)
 
 
+@contextlib.contextmanager
+def calibrated_subnet(supernet, subnet, calibration, job):
+    """Inside, a subnet (string or Subnet) is active, with batch-norm statistics of its own; then all is as it was.
+
+    calibration: this rank's share of batches (images, labels), such as DecodedImages.
+    """
+    with kept_subnet(supernet), kept_statistics(supernet):
+        supernet.set_active_subnet(subnet)
+        calibrate(supernet, images_of(calibration, job.device), job)
+        yield
+
+
 def evaluate_subnet(supernet, subnet, calibration, test, job, table=None):
     """Accuracy of a subnet (string or Subnet) with batch-norm statistics of its own; the supernet stays as it was.
 
     calibration, test: this rank's shares, batches (images, labels), such as DecodedImages; table: as for accuracy().
     """
-    with kept_subnet(supernet), kept_statistics(supernet):
-        supernet.set_active_subnet(subnet)
-        calibrate(supernet, images_of(calibration, job.device), job)
+    with calibrated_subnet(supernet, subnet, calibration, job):
         return accuracy(supernet, test, job, table)

@@ -5,7 +5,7 @@ Source: AlphaNet (Wang et al., ICML 2021), BigNAS (Yu et al., ECCV 2020). Everyt
 function of (seed, epoch, step, rank), so a resumed run takes the very same steps.
 """
 import contextlib
-import dataclasses
+import itertools
 import math
 import os
 import random
@@ -18,11 +18,11 @@ from torch import nn
 from ..errors import UserError
 from ..modeling.ops.lsq_plus import WEIGHT_BITS, quantisation_of, requantise
 from ..search_space import sampling
-from .acceleration import autocast, memory_format
+from ..settings import deciding, save_config, setting
+from .acceleration import TrainingSettings, autocast, choose_quantisers, memory_format
 from .calibrate import initialize_all_scales
 from .checkpoint import checkpoint_name, load_checkpoint, load_weights, quantisation_in
 from .classes import CLASS_WEIGHTS, loss_weights
-from .config import save_config, setting
 from .data import AUGMENTATIONS, calibration_batches, eval_loader, seed_of
 from .distributed import average, broadcast, of_main
 from .evaluate import DecodedImages, evaluate_subnet
@@ -36,9 +36,9 @@ from .resumable import ResumableRun, Schedule, checkpoint_to_resume, steps_per_e
 LEARNED, CHANCE = 0.9, 0.98             # of the loss of guessing: below the one it has learned, above it collapsed
 
 
-@dataclass(frozen=True)
-class SupernetRecipe:
-    """How to train a supernet; the keys of supernet_training_configs/*.yaml."""
+@dataclass(frozen=True, kw_only=True)
+class SupernetRecipe(TrainingSettings):
+    """How to train a supernet: the keys of supernet_training_configs/*.yaml, and the flags of train_supernet.py."""
     SECTIONS = ('quant',)               # keys under `quant:` replace the others with --quant_mode
     epochs: int = setting(360, 'passes over the training images', least=1)
     warmup_epochs: float = setting(5.0, 'epochs of linear warm-up')
@@ -50,11 +50,10 @@ class SupernetRecipe:
     dropout: float = setting(0.2, 'before the last layer of the largest subnet', below=1)
     grad_clip_value: float = setting(1.0, 'bound of each gradient')
     accumulate: int = setting(1, 'parts of a batch that take turns, for small GPUs; batch norm then sees parts',
-                               least=1)
-    channels_last: bool = setting(True, 'NHWC memory: faster on CPUs, not measured on GPUs')
+                              least=1)
     num_arch_training: int = setting(4, 'subnets a step: largest, random ones, smallest', least=1)
     smallest_freq: int = setting(1, 'steps between those that train the smallest subnet; in the others another random '
-                                  'one takes its place', least=1)
+                                 'one takes its place', least=1)
     alpha_min: float = setting(-1.0, 'smaller alpha of the adaptive alpha-divergence', least=-math.inf)
     alpha_max: float = setting(1.0, 'larger alpha', least=-math.inf)
     iw_clip: float = setting(5.0, 'bound of its importance weights')
@@ -62,19 +61,22 @@ class SupernetRecipe:
     max_batch_size_per_gpu: int = setting(0, 'larger batches are cut to this; 0: no limit')
     augment: str = setting('auto_augment_tf', 'default, auto_augment_tf or none', choices=AUGMENTATIONS)
     valid_size: int = setting(10000, 'training images held out for validation and the subnet search')
-    valid_freq: int = setting(5, 'epochs between validations', least=1)
+    valid_freq: int = setting(5, 'epochs between validations', least=1, decides=False)
     best_by: str = setting('mean', 'accuracy that the best checkpoint has: mean (of max, min, random) or max',
-                            choices=('mean', 'max'))
-    num_calib_batches: int = setting(20, 'of batch-norm calibration', least=1)
-    checkpoint_freq: int = setting(500, 'steps between checkpoints', least=1)
-    max_steps: int = setting(0, 'steps of an epoch, for short runs; 0: all')
-    num_valid_images: int = setting(0, 'of the validation, for short runs; 0: all')
+                           choices=('mean', 'max'), decides=False)
+    num_calib_batches: int = setting(20, 'of batch-norm calibration', least=1, decides=False)
+    checkpoint_freq: int = setting(500, 'steps between checkpoints', least=1, decides=False)
+    max_steps: int = setting(0, 'steps of an epoch, for short runs; 0: all', decides=False)
+    num_valid_images: int = setting(0, 'of the validation, for short runs; 0: all', decides=False)
     init_steps: int = setting(100, 'of Adam, before the training, for what --init_block_kd cannot bring: a head of '
-                               'other classes, first blocks that begin depth-wise')
+                              'other classes, first blocks that begin depth-wise')
     weight_bits: int = setting(8, 'of INT8 weights; 7 (-64 to 63) are quicker on x86 without VNNI', choices=WEIGHT_BITS)
     zero_last_gamma: bool = setting(True, "start a block's last batch norm at 0 where it always has a shortcut")
-    seed: int = setting(0, 'of weights, subnets, dropout and augmentation',
-                         most=2 ** 32 - 1)
+    seed: int = setting(0, 'of weights, subnets, dropout and augmentation', most=2 ** 32 - 1)
+    quant_mode: bool = setting(False, 'LSQ+, from checkpoint.pth', in_file=False, decides=False)
+    from_scratch: bool = setting(False, '--quant_mode without an fp32 checkpoint', in_file=False, decides=False)
+    align_sample: bool = setting(False, 'all blocks of a stage share k, w, e', in_file=False)
+    amp: bool = setting(False, 'bf16 autocast, for GPUs', in_file=False, decides=False)
 
 
 @dataclass(kw_only=True)
@@ -100,11 +102,10 @@ class Training(ResumableRun):
         return self.loss_sum / max(1, self.loss_count)
 
 
-def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=False, from_scratch=False,
-                   align_sample=False, amp=False, workers=0, blocks=None):
-    """Train into <folder>/checkpoint.pth, or lsq.pth with `quant`; returns {'max': {'top1': …}, 'min': …, 'random': …}.
+def train_supernet(supernet, data, recipe, folder, job, blocks=None):
+    """Train into <folder>/checkpoint.pth or, recipe.quant_mode, lsq.pth; {'max': {'top1': …}, 'min': …, 'random': …}.
 
-    supernet: modeling.Supernet, already in int8 mode for `quant`; data: training.data.Data at its largest
+    supernet: modeling.Supernet, in int8 mode for quant_mode; data: training.data.Data at its largest
     resolution; blocks: {block: digest} of the block-KD checkpoints whose weights it has, None for random ones. Beside
     it: the best validated state as checkpoint_best.pth or lsq_best.pth, and the recipe as *.yaml.
     """
@@ -113,86 +114,84 @@ def train_supernet(supernet, data, recipe, folder, job, quant=False, resume=Fals
         raise UserError(f'--accumulate {recipe.accumulate}: less than two images in a part of '
                         f'{recipe.batch_size_per_gpu}')
     steps = steps_per_epoch(data, recipe.batch_size_per_gpu, recipe.seed, job, recipe.max_steps)
-    training = _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps, blocks)
+    choose_quantisers(recipe.compile, recipe.quant_mode, steps * recipe.epochs, job.device)
+    training = _start(supernet, data, recipe, folder, job, steps, blocks)
     if training.done:
         note(f'{training.path}: already trained')
         return training.results
-    calibration, valid = _images(data, recipe, job, workers)
+    calibration, valid = _images(data, recipe, job)
     training.weights = loss_weights(recipe.class_weights, data.train, supernet.num_classes, job.device)
     if job.is_main:
-        save_config(recipe, folder, 'lsq.yaml' if quant else 'checkpoint.yaml')
+        save_config(recipe, folder, 'lsq.yaml' if recipe.quant_mode else 'checkpoint.yaml')
 
     def take_step(_, images, labels, epoch, writer):
-        _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp, job, writer)
+        _take_step(training, images, labels, recipe, epoch, steps, job, writer)
         return {'epoch': epoch, 'loss': f'{training.loss:.3f}'}
 
     def end_epoch(epoch, writer):
         _end_epoch(training, epoch)
         training.done = epoch + 1 == recipe.epochs
         if training.done or (epoch + 1) % recipe.valid_freq == 0:
-            _validate(training, calibration, valid, job, epoch, writer, align_sample, recipe.best_by)
+            _validate(training, calibration, valid, job, epoch, writer, recipe)
 
     schedule = Schedule(data, recipe.batch_size_per_gpu, recipe.seed, steps, steps * recipe.epochs,
-                        recipe.checkpoint_freq, workers)
-    kind = 'lsq' if quant else 'fp32'
+                        recipe.checkpoint_freq, recipe.num_workers)
+    kind = 'lsq' if recipe.quant_mode else 'fp32'
     train([training], schedule, job, f'{supernet.encoding} {kind}', os.path.join(folder, 'tensorboard', kind),
           take_step, end_epoch)
     return training.results
 
 
-def validate_checkpoint(supernet, data, recipe, folder, job, quant=False, align_sample=False, workers=0):
+def validate_checkpoint(supernet, data, recipe, folder, job):
     """What train_supernet() returns, of the checkpoint in `folder` as it is."""
-    path = os.path.join(folder, checkpoint_name(quant))
+    path = os.path.join(folder, checkpoint_name(recipe.quant_mode))
     checkpoint = load_checkpoint(path)
     requantise(supernet, **quantisation_in(checkpoint, path))
     load_weights(supernet, checkpoint, f'{path}: not the weights of {supernet.encoding}')
     supernet.to(job.device, memory_format=memory_format(recipe))
-    calibration, valid = _images(data, recipe, job, workers)
+    calibration, valid = _images(data, recipe, job)
     return {name: evaluate_subnet(supernet, subnet, calibration, valid, job)._asdict()
-            for name, subnet in _validated(supernet, recipe.seed, align_sample).items()}
+            for name, subnet in _validated(supernet, recipe).items()}
 
 
-def _images(data, recipe, job, workers):
+def _images(data, recipe, job):
     """This rank's share of the batches that calibrate batch norm, and of those that are held out."""
     calibration = calibration_batches(data.train, recipe.batch_size_per_gpu, recipe.num_calib_batches, recipe.seed,
-                                      workers, job.rank, job.world_size)
-    valid = eval_loader(data.valid, recipe.batch_size_per_gpu, job.rank, job.world_size, workers,
+                                      recipe.num_workers, job.rank, job.world_size)
+    valid = eval_loader(data.valid, recipe.batch_size_per_gpu, job.rank, job.world_size, recipe.num_workers,
                         limit_images=recipe.num_valid_images or None)
     return DecodedImages(calibration.to(job.device)), DecodedImages(valid.to(job.device))
 
 
-def _validated(supernet, seed, align_sample):
+def _validated(supernet, recipe):
     """{name: Subnet} of those that are validated."""
     return {'max': sampling.max_subnet(supernet.encoding), 'min': sampling.min_subnet(supernet.encoding),
-            'random': sampling.sample_subnet(supernet.encoding, random.Random(seed), align_sample)}
+            'random': sampling.sample_subnet(supernet.encoding, random.Random(recipe.seed), recipe.align_sample)}
 
 
-def _start(supernet, data, recipe, folder, job, quant, resume, from_scratch, align_sample, steps, blocks):
-    """The Training: from its unfinished checkpoint, the fp32 checkpoint (quant), or the weights that it has."""
-    path, fp32 = (os.path.join(folder, checkpoint_name(kind)) for kind in (quant, False))
-    resumed = checkpoint_to_resume(path, resume, job)
+def _start(supernet, data, recipe, folder, job, steps, blocks):
+    """The Training: from its unfinished checkpoint, the fp32 checkpoint (quant_mode), or the weights that it has."""
+    path, fp32 = (os.path.join(folder, checkpoint_name(kind)) for kind in (recipe.quant_mode, False))
+    resumed = checkpoint_to_resume(path, recipe.resume, job)
     if resumed is not None:
         load_weights(supernet, resumed, path)
-    elif quant and not (from_scratch or blocks):
+    elif recipe.quant_mode and not (recipe.from_scratch or blocks):
         begun = of_main(lambda: _fp32_checkpoint(fp32), job)
         load_weights(supernet, begun, f'{fp32}: not the weights of {supernet.encoding}')
         if isinstance(begun, dict) and not begun.get('done', True):
             note(f'{fp32}: its training is not finished (epoch {begun.get("epoch")})')
     supernet.to(job.device, memory_format=memory_format(recipe))
-    if quant and resumed is None:
+    if recipe.quant_mode and resumed is None:
         images, *_ = next(iter(calibration_batches(data.train, recipe.batch_size_per_gpu, 1, recipe.seed)))
         rng = random.Random(f'{recipe.seed} scales')
-        initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet,
-                              lambda: supernet.sample_active_subnet(rng))
+        others = itertools.repeat(lambda: supernet.sample_active_subnet(rng))
+        initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet, others, patience=20)
     broadcast(supernet, job)
     optimizer = torch.optim.SGD(parameter_groups(supernet, recipe.weight_decay), lr=recipe.base_lr,
                                 momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-    ignored = ('checkpoint_freq', 'valid_freq', 'best_by', 'num_calib_batches', 'num_valid_images', 'max_steps',
-               'channels_last')
-    settings = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in ignored}
-    settings |= {'supernet': str(supernet.encoding), 'align_sample': align_sample, 'steps an epoch': steps,
-                 'ranks': job.world_size, 'training images': len(data.train), 'classes': supernet.num_classes,
-                 'init_block_kd': blocks}
+    settings = deciding(recipe) | {
+        'supernet': str(supernet.encoding), 'steps an epoch': steps, 'ranks': job.world_size,
+        'training images': len(data.train), 'classes': supernet.num_classes, 'init_block_kd': blocks}
     training = Training(path=path, optimizer=optimizer, settings=settings, supernet=supernet)
     if resumed is not None:
         training.resume(resumed, steps * recipe.epochs, job)
@@ -207,7 +206,7 @@ def _fp32_checkpoint(path):
     return load_checkpoint(path)
 
 
-def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp, job, writer):
+def _take_step(training, images, labels, recipe, epoch, steps, job, writer):
     """One sandwich and one optimiser step."""
     step, supernet = training.step, training.supernet
     torch.manual_seed(seed_of(recipe.seed, epoch, step, job.rank))
@@ -221,8 +220,8 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
     parts = list(zip(images.tensor_split(recipe.accumulate), labels.tensor_split(recipe.accumulate)))
     for i, (part, of_part) in enumerate(parts):
         share, rng = len(part) / len(images), random.Random(f'{recipe.seed} {epoch} {step}')
-        losses = losses + share * torch.stack(sandwich(supernet, part, of_part, recipe, rng, align_sample, amp,
-                                                       smallest=step % recipe.smallest_freq == 0, share=share,
+        losses = losses + share * torch.stack(sandwich(supernet, part, of_part, recipe, rng, share=share,
+                                                       smallest=step % recipe.smallest_freq == 0,
                                                        weights=training.weights,
                                                        last=gradients.backward if i + 1 == len(parts) else None))
     losses = average(losses, job)
@@ -242,8 +241,7 @@ def _take_step(training, images, labels, recipe, epoch, steps, align_sample, amp
         writer.add_scalar('learning rate', learning_rate, step)
 
 
-def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=False, smallest=True, share=1.0,
-             last=None, weights=None):
+def sandwich(supernet, images, labels, recipe, rng, smallest=True, share=1.0, last=None, weights=None):
     """Backward of the largest, random and the smallest subnet, gradients summed; returns their losses (tensors).
 
     share: the part of the losses whose gradients are taken, where these images are a part of a step's; last(loss) is
@@ -260,8 +258,9 @@ def sandwich(supernet, images, labels, recipe, rng, align_sample=False, amp=Fals
         elif smallest and i == recipe.num_arch_training - 1:
             supernet.set_min_subnet()
         else:
-            supernet.sample_active_subnet(rng, align_sample)
-        with autocast(images.device, amp), _dropout(supernet, recipe.dropout) if i == 0 else contextlib.nullcontext():
+            supernet.sample_active_subnet(rng, recipe.align_sample)
+        dropout = _dropout(supernet, recipe.dropout) if i == 0 else contextlib.nullcontext()
+        with autocast(images.device, recipe.amp), dropout:
             logits = supernet(images)
         if i == 0:
             answers = logits.detach()
@@ -302,10 +301,10 @@ def _end_epoch(training, epoch):
     training.loss_sum, training.loss_count = 0.0, 0
 
 
-def _validate(training, calibration, valid, job, epoch, writer, align_sample, best_by):
+def _validate(training, calibration, valid, job, epoch, writer, recipe):
     """Validate max, min and a random subnet; writes the best state so far beside the last one."""
     supernet = training.supernet
-    for name, subnet in _validated(supernet, training.settings['seed'], align_sample).items():
+    for name, subnet in _validated(supernet, recipe).items():
         result = evaluate_subnet(supernet, subnet, calibration, valid, job)
         if not math.isfinite(result.loss):
             raise training.failure(f'{supernet.encoding}: epoch {epoch}: the validation loss of {name} is not finite')
@@ -313,7 +312,7 @@ def _validate(training, calibration, valid, job, epoch, writer, align_sample, be
         note(f'epoch {epoch}: {name:6} {result}')
         if writer:
             writer.add_scalar(f'validation top-1/{name}', result.top1, training.step)
-    chosen = training.results.values() if best_by == 'mean' else [training.results['max']]
+    chosen = training.results.values() if recipe.best_by == 'mean' else [training.results['max']]
     top1 = sum(result['top1'] for result in chosen) / len(chosen)
     if top1 > training.best:
         training.best = top1
