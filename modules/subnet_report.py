@@ -27,17 +27,12 @@ def add_evaluation_arguments(parser):
     parser.add_argument('--num_calib_batches', type=positive(int), default=20,
                         help='of training images, for batch-norm calibration; ranks share them')
     parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
-    add_cache(parser)
+    parser.add_argument('--cache_gb', type=positive(float), default=8.0,
+                        help='GiB a rank for test images that several subnets share; above it they are decoded anew')
     add_platform_arguments(parser)
     parser.add_argument('--seed', type=SEED, default=0, help='of the calibration images')
     add_data_arguments(parser, trains=False)
     add_distributed_arguments(parser)
-
-
-def add_cache(parser):
-    """--cache_gb of what evaluates several networks on the same images."""
-    parser.add_argument('--cache_gb', type=positive(float), default=8.0, help='GiB a rank for test images that several '
-                        'subnets share; above it they are decoded for each')
 
 
 def add_confusion(parser):

@@ -17,8 +17,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
 from modules.deploy.benchmark import BenchmarkSettings, add_benchmark_arguments, benchmark
-from modules.deploy.export import add_runtime, settings_of
+from modules.deploy.export import add_runtime
 from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
+from modules.settings import settings_of
 
 
 def get_args():

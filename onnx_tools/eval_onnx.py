@@ -12,14 +12,15 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.evaluate import EvaluationSettings, add_evaluation_arguments, evaluate
-from modules.deploy.export import add_runtime, settings_of
+from modules.deploy.evaluate import EvaluationSettings, evaluate
+from modules.deploy.export import add_export_arguments, add_runtime
 from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
+from modules.settings import settings_of
 
 
 def get_args():
     p = parser(__doc__)
-    add_evaluation_arguments(p, ONNX)
+    add_export_arguments(p, ONNX, EvaluationSettings)
     add_runtime(p)
     return p.parse_args()
 

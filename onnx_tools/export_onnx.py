@@ -22,11 +22,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, positive, run
 from modules.deploy.evaluate import layer_errors
-from modules.deploy.export import ExportSettings, add_export_arguments, add_runtime, export_all, settings_of
+from modules.deploy.export import ExportSettings, add_export_arguments, add_runtime, export_all
 from modules.deploy.quantisation import observe
 from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
 from modules.modeling.ops.op import resize
 from modules.optional import need
+from modules.settings import settings_of
 from modules.training.evaluate import images_of
 
 
@@ -34,7 +35,6 @@ def get_args():
     p = parser(__doc__)
     add_export_arguments(p, ONNX)
     add_runtime(p)
-    p.add_argument('--quant_mode', action='store_true', help='INT8 models too (always with --skip_weights)')
     p.add_argument('--report', action='store_true', help='print the error of each layer of the INT8 models')
     p.add_argument('--report_images', type=positive(int), default=32, help='images of the report')
     return p.parse_args()

@@ -18,9 +18,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import note, parser, run
 from modules.deploy.benchmark import BenchmarkSettings, add_benchmark_arguments, benchmark
-from modules.deploy.export import settings_of
 from modules.deploy.phone import add_phone_arguments, phone_of
 from modules.deploy.runtimes import TFLITE
+from modules.settings import settings_of
 
 
 def get_args():

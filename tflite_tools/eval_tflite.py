@@ -12,14 +12,15 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.evaluate import EvaluationSettings, add_evaluation_arguments, evaluate
-from modules.deploy.export import settings_of
+from modules.deploy.evaluate import EvaluationSettings, evaluate
+from modules.deploy.export import add_export_arguments
 from modules.deploy.runtimes import TFLITE
+from modules.settings import settings_of
 
 
 def get_args():
     p = parser(__doc__)
-    add_evaluation_arguments(p, TFLITE)
+    add_export_arguments(p, TFLITE, EvaluationSettings)
     return p.parse_args()
 
 

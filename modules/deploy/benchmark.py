@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..cli import positive
 from ..files import check_file
 from ..latency.jobs import add_host_arguments, run_on_one_core
 from ..optional import need
-from .export import add_reduce_range, export, random_source, read_entries
+from ..settings import add_settings, setting
+from .export import REDUCE_RANGE, SUBNETS, export, random_source, read_entries
 from .runtimes import ONNX
 
 
@@ -74,28 +74,22 @@ class Host:
 
 @dataclass(kw_only=True)
 class BenchmarkSettings:
-    """The flags of add_benchmark_arguments(), which explains them."""
-    input: str
-    model_path: str
-    output: str | None
-    core: int | None
-    threads: int
-    warmup: int
-    runs: int
-    reduce_range: bool = False
+    """Which subnets, where models and latencies go, how many runs."""
+    input: str = setting('', SUBNETS)
+    model_path: str = setting('', 'folder of the models')
+    output: str | None = setting(None, 'csv to append to; default: <model_path>/latency.csv')
+    warmup: int = setting(100, 'untimed runs of each model', least=1)
+    runs: int = setting(100, 'timed runs of each model', least=1)
+    reduce_range: bool = setting(False, REDUCE_RANGE)
+    core: int | None = setting(None, 'core of this machine', flags=())      # these two: of add_host_arguments()
+    threads: int = setting(1, 'of the runtime', flags=())
 
 
 def add_benchmark_arguments(parser, runtime):
-    """Which subnets, where models and latencies go, how many runs."""
-    parser.add_argument('--input', default=runtime.input, help='csv of <superspace>,<supernet_choice>,<subnet_choice> '
-                        'lines')
-    parser.add_argument('--model_path', default=runtime.models, help='folder of the models')
-    parser.add_argument('--output', metavar='FILE', help='csv to append to; default: <model_path>/latency.csv')
+    """The flags of BenchmarkSettings with the defaults of a Runtime."""
+    add_settings(parser, BenchmarkSettings, skip=() if runtime is ONNX else ('reduce_range',))
     add_host_arguments(parser, runtime.name)
-    if runtime is ONNX:
-        add_reduce_range(parser)
-    parser.add_argument('--warmup', type=positive(int), default=100, help='untimed runs of each model')
-    parser.add_argument('--runs', type=positive(int), default=100, help='timed runs of each model')
+    parser.set_defaults(input=runtime.input, model_path=runtime.models)
 
 
 def benchmark(settings, runtime, phone=None):

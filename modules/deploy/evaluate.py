@@ -5,16 +5,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..cli import positive
 from ..errors import UserError
 from ..files import check_file, write_csv
 from ..modeling.ops.op import resize
 from ..optional import need
-from ..subnet_report import add_cache, add_confusion
+from ..settings import setting
 from ..training.checkpoint import precision
 from ..training.classes import by_class, class_names, write_confusion
 from ..training.evaluate import confusion_table
-from .export import ExportSettings, add_export_arguments, check_weights, export, open_entries, open_images, open_source
+from .export import ExportSettings, check_weights, export, open_entries, open_images, open_source
 from .onnx_models import IMAGE, metadata_of
 from .quantisation import op_inputs
 from .runtimes import open_session
@@ -22,28 +21,18 @@ from .runtimes import open_session
 
 @dataclass(kw_only=True)
 class EvaluationSettings(ExportSettings):
-    """The flags of add_evaluation_arguments(), which explains them."""
-    only_int8: bool
-    num_eval_images: int | None
-    cache_gb: float
-    threads: int
-    output: str | None
-    confusion: str | None
+    """Those of the export, and which images."""
+    quant_mode: bool = setting(False, 'INT8 models too')
+    only_int8: bool = setting(False, 'INT8 models, not those of fp32')
+    num_eval_images: int | None = setting(None, 'for short runs; default: all test images', least=1)
+    cache_gb: float = setting(8.0, 'GiB for test images that several models share; above it they are decoded for each',
+                              above=0)
+    threads: int = setting(1, 'of the runtime', least=1)
+    output: str | None = setting(None, 'CSV of the results')
+    confusion: str | None = setting(None, 'CSV: images by true and by answered class, of the last network')
 
     def kinds(self):
         return [True] if self.only_int8 else super().kinds()
-
-
-def add_evaluation_arguments(parser, runtime):
-    """Those of the export, and which images."""
-    add_export_arguments(parser, runtime)
-    parser.add_argument('--quant_mode', action='store_true', help='INT8 models too')
-    parser.add_argument('--only_int8', action='store_true', help='INT8 models, not those of fp32')
-    parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
-    add_cache(parser)
-    parser.add_argument('--threads', type=positive(int), default=1, help=f'of {runtime.name}')
-    parser.add_argument('--output', metavar='FILE', help='CSV of the results')
-    add_confusion(parser)
 
 
 class Comparison(NamedTuple):

@@ -1,7 +1,6 @@
 """From a line of input.csv, a checkpoint or a network file to exported models: what export_*.py and eval_*.py do."""
 import codecs
 import csv
-import dataclasses
 import hashlib
 import os
 from dataclasses import dataclass, field
@@ -10,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..cli import SEED, positive
 from ..errors import UserError
 from ..modeling.network import Network
 from ..modeling.ops.lsq_plus import quantisation_of, quantised_ops, set_fp32_mode, set_quant_mode
 from ..optional import need
 from ..search_space.encoding import Subnet, Supernet, parse_subnet, parse_supernet
 from ..search_space.superspace import SearchSpaceError
+from ..settings import add_settings, setting
 from ..subnet_report import calibrated_network, complete_scales, images_to_test
 from ..training.calibrate import calibrate
 from ..training.classes import class_names, fit_classes
@@ -98,60 +97,46 @@ def _parse_entry(row, where, allow):
 
 # -- flags ------------------------------------------------------------------------------------------------------
 
+SUBNETS = 'csv of <superspace>,<supernet_choice>,<subnet_choice> lines'
+REDUCE_RANGE = ('INT8 weights of 7 bits: quicker on x86 without VNNI, where ONNX Runtime sums those of 8 bits in a '
+                'slow mode')
+
+
 @dataclass(kw_only=True)
 class ExportSettings:
-    """The flags of add_export_arguments(), which explains them."""
-    input: str
-    network: str | None
-    skip_weights: bool
-    checkpoint_path: str
-    align_sample: bool
-    model_path: str
-    batch_size: int
-    num_calib_batches: int
-    seed: int
-    dataset_path: str
-    dataset: str
-    valid_size: int
-    num_workers: int
-    quant_mode: bool
-    reduce_range: bool = False
+    """Which subnets, which weights, where the models go, calibration images."""
+    input: str = setting('', SUBNETS)
+    network: str | None = setting(None, 'instead of --input: a network of downstream_cls.py or eval_specific_net.py '
+                                  '--save_network, as it is')
+    skip_weights: bool = setting(False, 'random weights: for latencies, no checkpoint')
+    checkpoint_path: str = setting(CHECKPOINTS, "root of the supernets' checkpoints, or a checkpoint file")
+    align_sample: bool = setting(False, 'the supernets in <root>/<supernet>-align1')
+    model_path: str = setting('', 'folder of the models')
+    batch_size: int = setting(64, 'images a batch', least=1)
+    num_calib_batches: int = setting(20, 'of training images, for batch-norm statistics and ranges', least=1)
+    seed: int = setting(0, 'of the random weights and the calibration images', most=2 ** 32 - 1)
+    quant_mode: bool = setting(False, 'INT8 models too (always with --skip_weights)')
+    reduce_range: bool = setting(False, REDUCE_RANGE)
+    dataset_path: str = setting('', 'of the images', flags=())          # these four: of add_data_arguments()
+    dataset: str = setting('', 'of the images', flags=())
+    valid_size: int = setting(0, 'training images held out', flags=())
+    num_workers: int = setting(0, 'loader processes', flags=())
 
     def kinds(self):
         """Whether to quantise, for each model of a network in turn; random weights are for latencies, of both."""
         return [False, True] if self.quant_mode or self.skip_weights else [False]
 
 
-def settings_of(kind, args):
-    """The settings dataclass of parsed flags."""
-    names = [field.name for field in dataclasses.fields(kind) if hasattr(args, field.name)]
-    return kind(**{name: getattr(args, name) for name in names})
-
-
-def add_export_arguments(parser, runtime=ONNX):
-    """Which subnets, which weights, where the models go, calibration images."""
-    parser.add_argument('--input', default=runtime.input, help='csv of <superspace>,<supernet_choice>,'
-                        '<subnet_choice> lines')
-    parser.add_argument('--network', metavar='FILE', help='instead of --input: a network of downstream_cls.py or '
-                        'eval_specific_net.py --save_network, as it is')
-    parser.add_argument('--skip_weights', action='store_true', help='random weights: for latencies, no checkpoint')
-    parser.add_argument('--checkpoint_path', default=CHECKPOINTS,
-                        help="root of the supernets' checkpoints, or a checkpoint file")
-    parser.add_argument('--align_sample', action='store_true', help='the supernets in <root>/<supernet>-align1')
-    parser.add_argument('--model_path', default=runtime.models, help='folder of the models')
-    parser.add_argument('--batch_size', type=positive(int), default=64, help='images a batch')
-    parser.add_argument('--num_calib_batches', type=positive(int), default=20,
-                        help='of training images, for batch-norm statistics and ranges')
-    parser.add_argument('--seed', type=SEED, default=0, help='of the random weights and the calibration images')
+def add_export_arguments(parser, runtime=ONNX, kind=ExportSettings):
+    """The flags of ExportSettings, or of a class of it, with the defaults of a Runtime."""
+    add_settings(parser, kind, skip=() if runtime is ONNX else ('reduce_range',))
     add_data_arguments(parser, trains=False)
-    if runtime is ONNX:
-        add_reduce_range(parser)
+    parser.set_defaults(input=runtime.input, model_path=runtime.models)
 
 
 def add_reduce_range(parser):
     """--reduce_range of what writes INT8 ONNX models."""
-    parser.add_argument('--reduce_range', action='store_true', help='INT8 weights of 7 bits: quicker on x86 without '
-                        'VNNI, where ONNX Runtime sums those of 8 bits in a slow mode')
+    parser.add_argument('--reduce_range', action='store_true', help=REDUCE_RANGE)
 
 
 def add_runtime(parser):

@@ -250,10 +250,13 @@ class OpenVinoSession:
 
     def get_inputs(self):
         """[SessionInput]; unknown sizes are None."""
-        kinds = {'u8': 'tensor(uint8)', 'f32': 'tensor(float)'}
-        return [SessionInput(given.any_name, tuple(size.get_length() if size.is_static else None
-                                                   for size in given.partial_shape),
-                             kinds[given.element_type.get_type_name()]) for given in self._model.inputs]
+        kinds = {'u8': 'uint8', 'f32': 'float'}
+        found = []
+        for given in self._model.inputs:
+            kind = given.element_type.get_type_name()
+            shape = tuple(size.get_length() if size.is_static else None for size in given.partial_shape)
+            found.append(SessionInput(given.any_name, shape, f'tensor({kinds.get(kind, kind)})'))
+        return found
 
     def run(self, _, feed):
         """The outputs of {input: array}, as arrays."""
