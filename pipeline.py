@@ -17,7 +17,7 @@ import signal
 
 from modules import ROOT
 from modules.cli import parser, run
-from modules.deploy.onnx_run import sums_are_exact
+from modules.deploy.runtimes import sums_are_exact
 from modules.pipeline.data import choose_data, keep_data
 from modules.pipeline.runner import alone, check_flags, chosen_steps, print_steps, run_steps
 from modules.pipeline.settings import OWN_FLAGS, Settings, load_settings

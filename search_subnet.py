@@ -38,7 +38,7 @@ from modules.subnet_search import (
 from modules.training.checkpoint import precision
 from modules.training.data import calibration_batches, eval_loader
 from modules.training.distributed import check_same, distributed_job, share
-from modules.training.evaluate import DecodedImages
+from modules.training.evaluate import DecodedImages, images_of
 from modules.training.log import run_log
 from modules.training.parallel import default_workers
 from modules.zoo import CHECKPOINTS, find_checkpoint
@@ -114,7 +114,7 @@ def main(args):
                                           limit_images=args.num_valid_images)).to(job.device)
         rng = random.Random(f'{args.seed} scales')
         some = [sample_subnet(supernet, rng, args.align_sample) for _ in range(SCALE_SUBNETS)]
-        complete_scales(model, some, data, args.batch_size, job, args.seed)
+        complete_scales(model, some, lambda: next(images_of(calibration))[:args.batch_size], job)
         threads = share(1 if job.device.type == 'cuda' else args.num_threads or default_workers(), job)
         measure = measure_with(model, calibration, valid, job, threads)
         found = search_windows(space, starts, lambda subnets, tick: score_subnets(subnets, measure, history, job,

@@ -16,10 +16,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from modules.cli import parser, positive, run
-from modules.deploy.onnx_fp32 import export_fp32
-from modules.deploy.onnx_int8 import export_int8
-from modules.deploy.onnx_run import latencies, open_session
-from modules.deploy.trace import observe
+from modules.deploy.benchmark import in_turns
+from modules.deploy.onnx_models import export_fp32, export_int8
+from modules.deploy.quantisation import observe
+from modules.deploy.runtimes import ONNX, open_session
 from modules.files import write_text
 from modules.modeling.complexity import config_complexity
 from modules.modeling.network import Network
@@ -85,7 +85,7 @@ def main(args):
         fp32 = export_fp32(network)
         set_quant_mode(network)
         int8 = export_int8(network, observe(network, [images]))
-        times = latencies({'fp32': open_session(fp32), 'int8': open_session(int8)}, 10, args.runs)
+        times = in_turns({'fp32': ONNX.open(fp32).invoke, 'int8': ONNX.open(int8).invoke}, 10, args.runs)
         part_of = shares(int8, images[:1].numpy(), args.runs)
         a, b = times['fp32'].median / COUNT, times['int8'].median / COUNT
         flops = config_complexity([block])[0]

@@ -4,7 +4,7 @@
     taskset -c 1 python benchmarks/onnx_int8.py --networks SEQnet@vnni-A0 SEQnet@pixel4-A0 --runs 30
 
 Of each network, with random weights (latency does not depend on them): fp32; ours, the LSQ+ graph of
-modules/deploy/onnx_int8.py, and with weights of 7 bits (--reduce_range); and
+modules/deploy/int8_exporter.py, and with weights of 7 bits (--reduce_range); and
 onnxruntime.quantization.quantize_static, QDQ, uint8 activations, int8 weights per channel, of convolutions and matrix
 products ("ORT conv") and of all operators it knows ("ORT all"). One thread, one image, in turns; medians in ms.
 Writes <output>/table.md and <output>/picture.png.
@@ -17,13 +17,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from modules.cli import parser, positive, run
-from modules.deploy.jobs import random_subject
-from modules.deploy.onnx_fp32 import export_fp32
-from modules.deploy.onnx_int8 import export_int8
-from modules.deploy.onnx_run import latencies, open_session
-from modules.deploy.ort_static import CONVOLUTIONS, quantize_static
-from modules.deploy.store import Entry
-from modules.deploy.trace import observe
+from modules.deploy.baselines import CONVOLUTIONS, quantize_static
+from modules.deploy.benchmark import in_turns
+from modules.deploy.export import Entry, random_source
+from modules.deploy.onnx_models import export_fp32, export_int8
+from modules.deploy.quantisation import observe
+from modules.deploy.runtimes import ONNX
 from modules.errors import UserError
 from modules.files import write_text
 from modules.pictures import new_figure, save_figure
@@ -35,8 +34,8 @@ KINDS = ('fp32', 'ours', '7 bits', 'ORT conv', 'ORT all')
 def network_models(name):
     """{kind: ModelProto} of a published network with random weights."""
     entry = Entry(*find_subnet(name))
-    fp32 = export_fp32(random_subject(entry, False).network)
-    int8 = random_subject(entry, True)
+    fp32 = export_fp32(random_source(entry, quant_mode=False).network)
+    int8 = random_source(entry, quant_mode=True)
     batches = [images for images, _ in int8.batches]
     ranges = observe(int8.network, batches)
     return dict(zip(KINDS, (fp32, export_int8(int8.network, ranges),
@@ -62,8 +61,8 @@ def main(args):
             raise UserError(f'--networks {name}: published are {" ".join(named_subnets())}')
     print('\n'.join(lines), flush=True)
     for name in args.networks:
-        sessions = {kind: open_session(model) for kind, model in network_models(name).items()}
-        times = {kind: latency.median for kind, latency in latencies(sessions, args.warmup, args.runs).items()}
+        calls = {kind: ONNX.open(model).invoke for kind, model in network_models(name).items()}
+        times = {kind: latency.median for kind, latency in in_turns(calls, args.warmup, args.runs).items()}
         fp32, ours, seven, conv, every = (times[kind] for kind in KINDS)
         speed_ups[name] = {kind: fp32 / times[kind] for kind in KINDS[1:]}
         lines.append(f'| {name} | {fp32:.2f} | {ours:.2f} | {conv:.2f} | {every:.2f} | {ours / conv:.3f} '

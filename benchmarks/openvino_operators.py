@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.onnx_blocks import BLOCKS, COUNT
 from modules.cli import parser, positive, run
-from modules.deploy.chain import processor, timed
-from modules.deploy.openvino_run import OpenVinoSession
-from modules.deploy.ort_device import chain_model
+from modules.deploy.benchmark import processor
+from modules.deploy.devices import onnx_chain, timed
+from modules.deploy.runtimes import OpenVinoSession
 from modules.files import write_text
 from modules.latency.profiling import Timing, time_in_turns
 from modules.optional import need, version_of
@@ -59,15 +59,16 @@ def get_args():
 
 
 def main(args):
-    need('openvino'), torch.set_num_threads(1)
+    need('openvino')
+    torch.set_num_threads(1)
     codes = np.random.default_rng(0).integers(0, 256, (1, args.hw, args.hw, args.width), np.uint8)
     lines = [f'{processor()}, OpenVINO {version_of("openvino")}', '', f'| {" | ".join(COLUMNS)} |',
              '|---' * len(COLUMNS) + '|']
     for name, expand, activation in BLOCKS:
         blocks = [Block(name, args.hw, args.width, args.width, args.kernel, expand, 1, activation)] * COUNT
         runs, cells = [], []
-        for float_swish in (False, True)[:1 + activation.endswith('swish')]:
-            model = chain_model(blocks, float_swish=float_swish)
+        for float_swish in [False, True] if activation.endswith('swish') else [False]:
+            model = onnx_chain(blocks, float_swish=float_swish)
             profiled, session = OpenVinoSession(model, profile=True), OpenVinoSession(model)
             for _ in range(args.rounds):
                 profiled.run(None, {'codes': codes})

@@ -34,7 +34,7 @@ from modules.settings import load_config
 from modules.subnet_report import complete_scales
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
-from modules.training.evaluate import DecodedImages, evaluate_subnet
+from modules.training.evaluate import DecodedImages, evaluate_subnet, images_of
 from modules.training.supernet_trainer import SupernetRecipe, train_supernet
 from train_supernet import build
 
@@ -118,7 +118,8 @@ def evaluate(args, model, data):
     calibration = DecodedImages(calibration_batches(data.train, 32, 8))
     valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images))
     subnets = evaluated_subnets(supernet, LatencyPredictor(args.platform), args.subnets)
-    complete_scales(model, [subnet for members in subnets.values() for subnet in members], data, 32, job)
+    complete_scales(model, [subnet for members in subnets.values() for subnet in members],
+                    lambda: next(images_of(calibration)), job)
     return {kind: [evaluate_subnet(model, subnet, calibration, valid, job).top1 for subnet in members]
             for kind, members in subnets.items()}
 

@@ -13,7 +13,7 @@ from .training.checkpoint import precision
 from .training.classes import by_class, class_names, fit_classes, write_confusion
 from .training.data import add_data_arguments, calibration_batches, eval_loader, open_data
 from .training.distributed import add_distributed_arguments, distributed_job
-from .training.evaluate import DecodedImages, accuracy, calibrated_subnet, evaluate_subnet, kept_subnet
+from .training.evaluate import DecodedImages, accuracy, calibrated_subnet, evaluate_subnet, images_of, kept_subnet
 from .training.log import note, progress
 from .zoo import load_supernet
 
@@ -68,7 +68,7 @@ def images_to_test(data, job, batch_size, limit_images=None, passes=1, cache_gb=
     test = test.to(job.device)
     total = len(test)
     if passes > 1:
-        size = total * batch_size * data.test[0][0].numel() / 2 ** 30
+        size = total * batch_size * 3 * data.image_size ** 2 / 2 ** 30
         if size <= cache_gb:
             test = DecodedImages(test)
         else:
@@ -76,8 +76,11 @@ def images_to_test(data, job, batch_size, limit_images=None, passes=1, cache_gb=
     return _Watched(test, total, job)
 
 
-def complete_scales(supernet, subnets, data, batch_size, job, seed=0):
-    """Initialise the LSQ+ scales of subnets that training never reached, on one batch, the same on every rank."""
+def complete_scales(supernet, subnets, first_images, job):
+    """Initialise the LSQ+ scales of subnets that training never reached.
+
+    first_images(): a batch (N, 3, S, S) of training images, the same on every rank; called only where one is needed.
+    """
     def untrained(subnet):
         supernet.set_active_subnet(subnet)
         return any(op.is_quantised and not op.scales_initialized for op in quantised_ops(supernet.get_active_subnet()))
@@ -85,7 +88,7 @@ def complete_scales(supernet, subnets, data, batch_size, job, seed=0):
     with kept_subnet(supernet):
         needing = [subnet for subnet in subnets if untrained(subnet)]
         if needing:
-            images, _ = next(iter(calibration_batches(data.train, batch_size, 1, seed)))
+            images = first_images()
             others = (functools.partial(supernet.set_active_subnet, subnet) for subnet in needing)
             count = initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet, others)
             note(f'the LSQ+ scales of {count} ops were never trained: initialised on {len(images)} training images')
@@ -115,7 +118,10 @@ def evaluation(title, supernet, path, subnets, args, held_out=False):
         model.to(job.device)
         images = evaluation_images(data, job, args.batch_size, args.num_calib_batches, args.num_eval_images,
                                    len(subnets), args.cache_gb, args.seed, args.num_workers)
-        complete_scales(model, list(subnets.values()), data, args.batch_size, job, args.seed)
+
+        def first_images():                 # the same on every rank, unlike images
+            return next(images_of(calibration_batches(data.train, args.batch_size, 1, args.seed)))
+        complete_scales(model, list(subnets.values()), first_images, job)
         yield model, images, class_names(data), job
 
 

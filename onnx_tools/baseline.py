@@ -18,16 +18,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from modules.cli import parser, positive, run
-from modules.deploy.chain import processor
-from modules.deploy.jobs import add_reduce_range
-from modules.deploy.measure import compare
-from modules.deploy.onnx_run import latencies, open_session, run_session
-from modules.deploy.ort_static import CONVOLUTIONS, quantize_static
-from modules.deploy.ready_made import export_ready_made, ready_made
-from modules.deploy.store import write_model
+from modules.deploy.baselines import CONVOLUTIONS, export_ready_made, quantize_static, ready_made
+from modules.deploy.benchmark import in_turns, processor
+from modules.deploy.evaluate import compare
+from modules.deploy.export import add_reduce_range
+from modules.deploy.runtimes import ONNX
 from modules.files import write_csv
-from modules.modeling.ops.op import resize
-from modules.optional import need, version_of
+from modules.optional import need
 from modules.settings import add_settings, settings_of
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data, seed_of
 from modules.training.distributed import Job
@@ -55,7 +52,7 @@ def get_args():
 
 
 def main(args):
-    for package in ('onnx', 'onnxruntime'):
+    for package in ONNX.packages:
         need(package)
     if args.only_latency:
         return measure_again(os.path.join(args.output, args.model), args.runs)
@@ -68,21 +65,27 @@ def main(args):
     recipe = settings_of(DownstreamRecipe, args)
     finetune(network, data, recipe, os.path.join(folder, 'checkpoint.pth'), Job(), identity)
     models = quantised(network, data, args)
-    sessions = {kind: open_session(model) for kind, model in models.items()}
-    times = {kind: latency.median for kind, latency in latencies(sessions, runs=args.runs).items()}
+    opened = {kind: ONNX.open(model) for kind, model in models.items()}
+    times = medians(opened, args.runs)
     int8 = min((kind for kind in models if kind != 'fp32'), key=times.get)
     test = eval_loader(data.test, args.batch_size, workers=args.num_workers, limit_images=args.num_eval_images)
-    fp32_top1, int8_top1, *_, images, _ = compare(network, lambda x: run_session(sessions[int8], x), test, resize)
-    write_model(os.path.join(folder, 'fp32.onnx'), models['fp32'].SerializeToString())
-    write_model(os.path.join(folder, 'int8.onnx'), models[int8].SerializeToString())
-    row = [args.model, args.image_size, f'{fp32_top1:.2f}', f'{int8_top1:.2f}', images, f'{times["fp32"]:.4f}',
-           f'{times[int8]:.4f}']
+    found = compare(network, opened[int8].run, test)
+    ONNX.write(os.path.join(folder, 'fp32.onnx'), models['fp32'])
+    ONNX.write(os.path.join(folder, 'int8.onnx'), models[int8])
+    row = [args.model, args.image_size, f'{found.torch:.2f}', f'{found.exported:.2f}', found.images,
+           f'{times["fp32"]:.4f}', f'{times[int8]:.4f}']
     path = os.path.join(folder, 'result.csv')
     write_csv(path, HEADER, [row])
-    print(f'{args.model} at {args.image_size} px: fp32 {fp32_top1:.2f} %, {times["fp32"]:.3f} ms; INT8 {int8_top1:.2f} '
-          f'%, {times[int8]:.3f} ms ({int8}); {images} images; {processor()}, ONNX Runtime '
-          f'{version_of("onnxruntime")}\n{path}')
+    print(f'{args.model} at {args.image_size} px: fp32 {found.torch:.2f} %, {times["fp32"]:.3f} ms; INT8 '
+          f'{found.exported:.2f} %, {times[int8]:.3f} ms ({int8}); {found.images} images; {processor()}, {ONNX.name} '
+          f'{ONNX.version}\n{path}')
     return None
+
+
+def medians(opened, runs):
+    """{kind: median ms of one image} of {kind: OpenModel}."""
+    latencies = in_turns({kind: model.invoke for kind, model in opened.items()}, runs=runs)
+    return {kind: latency.median for kind, latency in latencies.items()}
 
 
 def measure_again(folder, runs):
@@ -90,9 +93,9 @@ def measure_again(folder, runs):
     path = os.path.join(folder, 'result.csv')
     with open(path, encoding='utf-8', newline='') as f:
         row, = csv.DictReader(f)
-    sessions = {kind: open_session(os.path.join(folder, f'{kind}.onnx')) for kind in ('fp32', 'int8')}
-    for kind, latency in latencies(sessions, runs=runs).items():
-        row[f'{kind}_ms'] = f'{latency.median:.4f}'
+    opened = {kind: ONNX.open(os.path.join(folder, f'{kind}.onnx')) for kind in ('fp32', 'int8')}
+    for kind, ms in medians(opened, runs).items():
+        row[f'{kind}_ms'] = f'{ms:.4f}'
     write_csv(path, HEADER, [[row[name] for name in HEADER]])
     print(f'{row["model"]}: fp32 {row["fp32_ms"]} ms, INT8 {row["int8_ms"]} ms\n{path}')
 

@@ -16,9 +16,10 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_benchmark_arguments, add_runtime, benchmark
-from modules.deploy.onnx_run import latencies, open_runtime
+from modules.deploy.benchmark import BenchmarkSettings, add_benchmark_arguments, benchmark
+from modules.deploy.export import add_runtime
 from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
+from modules.settings import settings_of
 
 
 def get_args():
@@ -29,12 +30,7 @@ def get_args():
 
 
 def main(args):
-    runtime, open_model = ONNX_RUNTIMES[args.runtime], open_runtime(args.runtime)
-
-    def measure(paths):
-        sessions = {kind: open_model(path, args.threads) for kind, path in paths.items()}
-        return latencies(sessions, args.warmup, args.runs)
-    benchmark(args, runtime, runtime.packages, measure)
+    benchmark(settings_of(BenchmarkSettings, args), ONNX_RUNTIMES[args.runtime])
 
 
 if __name__ == '__main__':

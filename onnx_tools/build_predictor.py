@@ -19,8 +19,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_reduce_range, add_runtime
-from modules.deploy.ort_device import OrtDevice
+from modules.deploy.devices import OnnxDevice
+from modules.deploy.export import add_reduce_range, add_runtime
 from modules.latency.build_predictor import BuildSettings, add_build_arguments, build
 from modules.latency.profiling import add_host_arguments, run_on_one_core
 from modules.settings import settings_of
@@ -37,7 +37,7 @@ def get_args():
 
 def main(args):
     run_on_one_core(args)
-    build(settings_of(BuildSettings, args), lambda: OrtDevice(args.threads, args.reduce_range, args.runtime))
+    build(settings_of(BuildSettings, args), lambda: OnnxDevice(args.threads, args.reduce_range, args.runtime))
 
 
 if __name__ == '__main__':

@@ -17,20 +17,16 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 from modules.cli import parser, positive, run
-from modules.deploy.chain import processor
-from modules.deploy.jobs import add_reduce_range, random_subject
-from modules.deploy.onnx_fp32 import export_fp32
-from modules.deploy.onnx_int8 import export_int8
-from modules.deploy.onnx_run import latencies, open_runtime
-from modules.deploy.ort_static import CONVOLUTIONS, quantize_static
-from modules.deploy.ready_made import export_ready_made, ready_made
-from modules.deploy.runtimes import ONNX_RUNTIMES
-from modules.deploy.store import Entry
-from modules.deploy.trace import observe
+from modules.deploy.baselines import CONVOLUTIONS, export_ready_made, quantize_static, ready_made
+from modules.deploy.benchmark import in_turns, processor
+from modules.deploy.export import Entry, add_reduce_range, random_source
+from modules.deploy.onnx_models import export_fp32, export_int8
+from modules.deploy.quantisation import observe
+from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
 from modules.errors import UserError
 from modules.files import write_csv, write_text
 from modules.latency import LatencyPredictor
-from modules.optional import need, version_of
+from modules.optional import need
 from modules.pictures import new_figure, save_figure
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_subnet, named_subnets
@@ -58,7 +54,8 @@ def get_args():
 
 
 def main(args):
-    need('onnx'), need('onnxruntime')
+    for package in ONNX.packages:
+        need(package)
     for name in args.networks:
         if name not in named_subnets():
             raise UserError(f'--networks {name}: published are {" ".join(named_subnets())}')
@@ -66,8 +63,7 @@ def main(args):
     header = ['network', 'pixels', 'published top-1 %', *(f'{kind} ms, {runtime}' for runtime in args.runtimes
                                                           for kind in ('fp32', 'INT8'))]
     header += [f'{args.platform} ms'] * bool(predictor)
-    versions = ', '.join(f'{ONNX_RUNTIMES[name].name} {version_of(ONNX_RUNTIMES[name].packages[-1])}'
-                         for name in args.runtimes)
+    versions = ', '.join(f'{ONNX_RUNTIMES[name].name} {ONNX_RUNTIMES[name].version}' for name in args.runtimes)
     print(f'{processor()}; {versions}; one thread\n' + _line(header) + '\n' + '|' + '---|' * len(header), flush=True)
     rows = []
     for name in [*args.models, *args.networks]:
@@ -75,9 +71,9 @@ def main(args):
         _, top1 = PUBLISHED.get(name, (pixels, ''))
         row = [name, pixels, top1]
         for runtime in args.runtimes:
-            sessions = {kind: open_runtime(runtime)(model, 1) for kind, model in models.items()
-                        if kind == runtime or kind not in ONNX_RUNTIMES}
-            times = {kind: latency.median for kind, latency in latencies(sessions, args.warmup, args.runs).items()}
+            calls = {kind: ONNX_RUNTIMES[runtime].open(model).invoke for kind, model in models.items()
+                     if kind == runtime or kind not in ONNX_RUNTIMES}
+            times = {kind: latency.median for kind, latency in in_turns(calls, args.warmup, args.runs).items()}
             row += [f'{times.pop("fp32"):.3f}', f'{min(times.values()):.3f}']
         if predictor:
             row.append(f'{predictor.predict_subnet(subnet_config(*find_subnet(name))):.3f}'
@@ -107,12 +103,11 @@ def _ready_made(name, args):
 def _searched(name, args):
     """The same of a published network, by our exporter; of INT8 a model for each runtime, under its name."""
     entry = Entry(*find_subnet(name))
-    int8 = random_subject(entry, True)
+    int8 = random_source(entry, quant_mode=True)
     ranges = observe(int8.network, [images for images, _ in int8.batches])
-    return {'fp32': export_fp32(random_subject(entry, False).network),
-            **{runtime: export_int8(int8.network, ranges, reduce_range=args.reduce_range,
-                                    **ONNX_RUNTIMES[runtime].options) for runtime in args.runtimes}
-            }, entry.subnet.resolution
+    return {'fp32': export_fp32(random_source(entry, quant_mode=False).network),
+            **{runtime: export_int8(int8.network, ranges, **ONNX_RUNTIMES[runtime].int8_options(args.reduce_range))
+               for runtime in args.runtimes}}, entry.subnet.resolution
 
 
 def _draw(rows, header, path):

@@ -12,23 +12,21 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_evaluation_arguments, add_runtime, evaluate
-from modules.deploy.onnx_run import open_runtime, run_session
+from modules.deploy.evaluate import EvaluationSettings, evaluate
+from modules.deploy.export import add_export_arguments, add_runtime
 from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
+from modules.settings import settings_of
 
 
 def get_args():
     p = parser(__doc__)
-    add_evaluation_arguments(p, ONNX)
+    add_export_arguments(p, ONNX, EvaluationSettings)
     add_runtime(p)
     return p.parse_args()
 
 
 def main(args):
-    def open_model(model):
-        session = open_runtime(args.runtime)(model, args.threads)
-        return lambda images: run_session(session, images)
-    evaluate(args, ONNX_RUNTIMES[args.runtime], open_model)
+    evaluate(settings_of(EvaluationSettings, args), ONNX_RUNTIMES[args.runtime])
 
 
 if __name__ == '__main__':

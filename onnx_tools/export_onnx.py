@@ -16,16 +16,18 @@ the INT8 model's tensors are from torch's. --runtime openvino: INT8 models that 
 """
 import os
 import sys
+from functools import partial
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, positive, run
-from modules.deploy.jobs import add_export_arguments, add_runtime, export_all
-from modules.deploy.onnx_run import layer_errors
+from modules.deploy.evaluate import layer_errors
+from modules.deploy.export import ExportSettings, add_export_arguments, add_runtime, export_all
+from modules.deploy.quantisation import observe
 from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
-from modules.deploy.trace import observe
 from modules.modeling.ops.op import resize
 from modules.optional import need
+from modules.settings import settings_of
 from modules.training.evaluate import images_of
 
 
@@ -33,17 +35,18 @@ def get_args():
     p = parser(__doc__)
     add_export_arguments(p, ONNX)
     add_runtime(p)
-    p.add_argument('--quant_mode', action='store_true', help='INT8 models too (always with --skip_weights)')
     p.add_argument('--report', action='store_true', help='print the error of each layer of the INT8 models')
     p.add_argument('--report_images', type=positive(int), default=32, help='images of the report')
     return p.parse_args()
 
 
 def main(args):
+    report = None
     if args.report:
-        need('onnx'), need('onnxruntime')
-    report = (lambda source, model: print_report(source, model, args.report_images)) if args.report else None
-    export_all(args, ONNX_RUNTIMES[args.runtime], report)
+        for package in ONNX.packages:
+            need(package)
+        report = partial(print_report, count=args.report_images)
+    export_all(settings_of(ExportSettings, args), ONNX_RUNTIMES[args.runtime], report)
 
 
 def print_report(source, model, count):

@@ -8,8 +8,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.feeding import add_predict_arguments, predict
-from modules.deploy.onnx_run import open_session, run_session
+from modules.deploy.predict import add_predict_arguments, predict
 from modules.deploy.runtimes import ONNX
 
 
@@ -20,10 +19,7 @@ def get_args():
 
 
 def main(args):
-    def open_model(model):
-        session = open_session(model)
-        return lambda images: run_session(session, images)
-    predict(args, ONNX, open_model)
+    predict(args.model, args.pictures, args.top, ONNX)
 
 
 if __name__ == '__main__':

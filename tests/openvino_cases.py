@@ -5,15 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from modules.deploy.jobs import random_subject
-from modules.deploy.onnx_fp32 import export_fp32
-from modules.deploy.onnx_int8 import export_int8
-from modules.deploy.onnx_run import open_runtime, open_session, run_session
-from modules.deploy.openvino_run import OpenVinoSession
-from modules.deploy.ort_device import OrtDevice
-from modules.deploy.runtimes import OPENVINO
-from modules.deploy.store import Entry
-from modules.deploy.trace import observe
+from modules.deploy.devices import OnnxDevice
+from modules.deploy.export import Entry, random_source
+from modules.deploy.onnx_models import export_fp32, export_int8
+from modules.deploy.quantisation import observe
+from modules.deploy.runtimes import ONNX, OPENVINO, OpenVinoSession, open_session, run_session
 from modules.errors import UserError
 from modules.latency.candidates import smallest_network
 from modules.latency.profiling import Timing, time_in_turns
@@ -30,8 +26,8 @@ pytest.importorskip('onnxruntime')
 
 
 def test_float_models_answer_alike_whatever_the_batch():
-    model = export_fp32(random_subject(Entry(DEMO, min_subnet(DEMO)), False).network)
-    ours, theirs = open_runtime('openvino')(model), open_session(model)
+    model = export_fp32(random_source(Entry(DEMO, min_subnet(DEMO)), False).network)
+    ours, theirs = OPENVINO.open_session(model), open_session(model)
     assert ours.get_inputs()[0].shape == (None, 3, 32, 32)
     for batch in (1, 5, 1):
         images = np.random.default_rng(batch).standard_normal((batch, 3, 32, 32), np.float32)
@@ -58,7 +54,7 @@ def test_latencies_name_the_runtime(tmp_path, monkeypatch):
 
 
 def test_blocks_are_measured():
-    device, network = OrtDevice(runtime='openvino'), smallest_network('demo')
+    device, network = OnnxDevice(runtime='openvino'), smallest_network('demo')
     assert 'OpenVINO' in str(device)
     for blocks in ((), network[:1], network[1:2], network):
         run = device.prepare(blocks)
@@ -68,7 +64,7 @@ def test_blocks_are_measured():
 def test_what_is_no_model_is_one_line(tmp_path):
     (tmp_path / 'x.onnx').write_text('no model')
     with pytest.raises(UserError, match='x.onnx: OpenVINO cannot open it'):
-        open_runtime('openvino')(tmp_path / 'x.onnx')
+        OPENVINO.open_session(tmp_path / 'x.onnx')
 
 
 # Its own graph of a swish
@@ -76,7 +72,7 @@ def test_what_is_no_model_is_one_line(tmp_path):
 def runs(network, images, options):
     """(torch's outputs, OpenVINO's, [Operator]) of an INT8 model of a network, with weights of 7 bits: those of 8
     saturate without VNNI."""
-    model = export_int8(network, observe(network, [images]), reduce_range=True, **options)
+    model = export_int8(network, observe(network, [images]), **options)
     session = OpenVinoSession(model, profile=True)
     with torch.no_grad():
         return network(images).numpy(), run_session(session, images.numpy()), session.operators()
@@ -88,7 +84,7 @@ def test_every_block_type_as_torch(name, activation):
     kernel, stride = CASES[activation]
     network, images = some_block(name, kernel=kernel, stride=stride, activation=activation, count=2)
     set_quant_mode(network)
-    ours, theirs, _ = runs(network, images, OPENVINO.options)
+    ours, theirs, _ = runs(network, images, OPENVINO.int8_options(reduce_range=True))
     assert difference(ours, theirs) < 0.05
 
 
@@ -96,8 +92,8 @@ def test_every_block_type_as_torch(name, activation):
 def test_swishes_are_part_of_the_convolution_before(name, activation):
     network, images = some_block(name, activation=activation, count=3, hw=12, kernel=5)
     set_quant_mode(network)
-    ours, bytes_, before = runs(network, images, {})
-    _, float_, after = runs(network, images, OPENVINO.options)
+    ours, bytes_, before = runs(network, images, ONNX.int8_options(reduce_range=True))
+    _, float_, after = runs(network, images, OPENVINO.int8_options(reduce_range=True))
     assert difference(ours, float_) < difference(ours, bytes_)
     convolutions = sum(isinstance(op, QConv) for op in quantised_ops(network))
     for operators in (before, after):

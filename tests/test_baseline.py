@@ -5,8 +5,8 @@ import importlib
 import pytest
 import torch
 
-from modules.deploy.onnx_run import fits_16_bits, open_session, run_session
-from modules.deploy.ready_made import export_ready_made, ready_made
+from modules.deploy.baselines import export_ready_made, ready_made
+from modules.deploy.runtimes import fits_16_bits, open_session, run_session
 
 from .checkpoints import call
 

@@ -407,20 +407,20 @@ def test_a_table_without_stem_and_head_is_imported_with_them(tmp_path):
 
 def test_a_block_alone_computes_what_it_does_in_a_network(tmp_path):
     onnx, ort = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
-    from modules.deploy.ort_device import chain_model
+    from modules.deploy.devices import onnx_chain
     for block, ops in ((V2, {'QLinearConv': 3, 'QLinearAdd': 1}),
                        (V2._replace(cout=48, stride=2), {'QLinearConv': 4, 'QLinearAdd': 1})):
         options = ort.SessionOptions()
         options.optimized_model_filepath, options.log_severity_level = str(tmp_path / 'model.onnx'), 3
-        ort.InferenceSession(chain_model([block]).SerializeToString(), options, providers=['CPUExecutionProvider'])
+        ort.InferenceSession(onnx_chain([block]).SerializeToString(), options, providers=['CPUExecutionProvider'])
         nodes = [node.op_type for node in onnx.load(tmp_path / 'model.onnx').graph.node]
         assert {op: nodes.count(op) for op in nodes} == ops         # no float map, nothing turned around
 
 
 def test_ort_times_blocks_networks_and_nothing():
     pytest.importorskip('onnxruntime')
-    from modules.deploy.ort_device import OrtDevice
-    device, network = OrtDevice(), smallest_network('demo')
+    from modules.deploy.devices import OnnxDevice
+    device, network = OnnxDevice(), smallest_network('demo')
     assert 'ONNX Runtime' in str(device)
     runs = [device.prepare(blocks) for blocks in ((), network[:1], network[1:2], network[-1:], network)]
     ms, _ = time_in_turns(runs, Timing(rounds=5))
@@ -430,12 +430,12 @@ def test_ort_times_blocks_networks_and_nothing():
 def test_tflite_times_blocks_as_parts_of_a_network():
     pytest.importorskip('tensorflow'), pytest.importorskip('ai_edge_litert')
     code = ('''
-from modules.deploy.tflite_device import LiteRtDevice, PhoneDevice, chain_model
+from modules.deploy.devices import LiteRtDevice, PhoneDevice, tflite_chain
 from modules.latency.candidates import smallest_network
 from modules.latency.profiling import Timing, time_in_turns
 from ai_edge_litert import schema_py_generated as schema
 network, device = smallest_network('demo'), LiteRtDevice()
-tree = schema.ModelT.InitFromObj(schema.Model.GetRootAs(chain_model(network[2:3])))
+tree = schema.ModelT.InitFromObj(schema.Model.GetRootAs(tflite_chain(network[2:3])))
 codes = [tree.operatorCodes[op.opcodeIndex].builtinCode for op in tree.subgraphs[0].operators]
 assert not {schema.BuiltinOperator.QUANTIZE, schema.BuiltinOperator.DEQUANTIZE} & set(codes), codes
 ms, _ = time_in_turns([device.prepare(blocks) for blocks in ((), network[:1], network[-1:], network)], Timing(rounds=3))

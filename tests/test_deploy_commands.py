@@ -7,13 +7,17 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
+from modules.deploy.export import Entry, RunImages, read_entries
 from modules.deploy.runtimes import ONNX, TFLITE
-from modules.deploy.store import Entry, read_entries, read_model, write_model
+from modules.modeling.ops.lsq_plus import quantised_ops
 from modules.search_space.sampling import max_subnet, min_subnet
+from modules.training.data import ImageSet, open_data
 
 from .blocks import DEMO, subnet_list, write_trained
-from .checkpoints import call, fails, write_supernet
+from .checkpoints import call, fails, random_supernet, write_supernet
 from .conftest import ROOT
 
 RUNTIMES = {runtime.ending: runtime for runtime in (ONNX, TFLITE)}
@@ -46,7 +50,8 @@ def test_missing_packages_are_one_line(tools, tmp_path, monkeypatch, capsys):
     for package in tools.runtime.packages:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            for script in (tools.benchmark, tools.evaluate, *[tools.export] * (package in tools.runtime.exporters)):
+            exports = [tools.export] if package in tools.runtime.export_packages else []
+            for script in (tools.benchmark, tools.evaluate, *exports):
                 fails(script, monkeypatch, capsys, said.format(package), *options)
     assert not (tmp_path / 'models').exists()
 
@@ -73,7 +78,7 @@ def test_models_are_used_again(tools, tmp_path, monkeypatch, capsys):
     (models / plain).write_bytes(b'half a model')
     assert as_it_was() == 1
     assert as_it_was('--seed', 1) == 0              # other weights
-    facts = runtime.facts(read_model(models / plain, runtime))
+    facts = runtime.metadata(runtime.read(models / plain))
     assert facts['subnet'] == str(min_subnet(DEMO)) and facts['supernet'] == str(DEMO)
     os.remove(models / int8)
     for _ in range(2):
@@ -103,13 +108,13 @@ def test_two_exports_at_once_do_not_mix(tools, tmp_path):
     paths = sorted(models.iterdir())
     assert len(paths) == 2
     for path in paths:
-        facts = runtime.facts(read_model(path, runtime))
+        facts = runtime.metadata(runtime.read(path))
         assert facts['weights'] in ('random weights, seed 0', 'random weights, seed 1')
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        write_model(tmp_path / 'models' / 'a.onnx', 'no bytes')
+        TFLITE.write(tmp_path / 'models' / 'a.tflite', 'no bytes')
     assert not list((tmp_path / 'models').iterdir())
 
 
@@ -127,6 +132,44 @@ def test_a_checkpoint_of_a_supernet(tools, tmp_path, monkeypatch, capsys):
     fails(tools.export, monkeypatch, capsys, '-align0/checkpoint.pth', *options)
     assert call(tools.export, monkeypatch, *options, '--align_sample') == 0
     assert capsys.readouterr().out.count('as it was') == 2
+
+
+def test_pictures_are_decoded_once_for_all_models_of_a_run(tmp_path, monkeypatch):
+    """Also for LSQ+ scales that were never trained; the same models and figures as of runs of one subnet."""
+    pytest.importorskip('onnxruntime')
+    evaluate = importlib.import_module('onnx_tools.eval_onnx')
+    write_supernet(tmp_path / 'checkpoint.pth', str(DEMO), 10)
+    partly_trained = random_supernet(str(DEMO), 10, quant=True)
+    quantised_ops(partly_trained)[-1].scales_initialized = False
+    torch.save({'state_dict': partly_trained.state_dict()}, tmp_path / 'lsq.pth')
+    decoded, rows, read = [], [], ImageSet.__getitem__
+    monkeypatch.setattr(ImageSet, '__getitem__', lambda images, key: decoded.append(key) or read(images, key))
+    smallest, largest = min_subnet(DEMO), max_subnet(DEMO)
+    for number, subnets in enumerate(([smallest, largest], [smallest], [largest])):
+        decoded.clear()
+        assert call(evaluate, monkeypatch, '--input', subnet_list(tmp_path / 'in.csv', *subnets), '--quant_mode',
+                    '--checkpoint_path', tmp_path, '--dataset', 'digits', '--num_calib_batches', 2, '--batch_size', 8,
+                    '--num_eval_images', 20, '--num_workers', 0, '--model_path', tmp_path / str(number), '--output',
+                    tmp_path / 'eval.csv') == 0
+        assert len(decoded) == 2 * 8 + 20
+        rows.append((tmp_path / 'eval.csv').read_text().splitlines()[1:])
+    assert rows[0] == rows[1] + rows[2]
+    for model in (tmp_path / '0').iterdir():
+        assert model.read_bytes() == next(tmp_path.glob(f'[12]/{model.name}')).read_bytes()
+
+
+def test_some_classes_of_imagenet_are_numbered_as_a_network_of_all_numbers_them(tmp_path):
+    for name in ('n01440764', 'n02102040'):                 # 0 and 217
+        for number in range(6):
+            path = tmp_path / name / f'{number}.png'
+            path.parent.mkdir(exist_ok=True)
+            Image.new('RGB', (40, 40), (number, 0, 0)).save(path)
+    settings = SimpleNamespace(batch_size=4, num_calib_batches=1, seed=0, num_workers=0)
+    images = RunImages(open_data(tmp_path, image_size=32, valid_size=1), settings, passes=2)
+    assert {int(label) for _, labels in images.test for label in labels} <= {0, 1}
+    images.fit_classes(1000, 'a network')
+    assert {int(label) for _, labels in images.test for label in labels} <= {0, 217}
+    assert len(images.metadata(ENTRY)['classes']) == 1000
 
 
 @pytest.fixture(scope='module')

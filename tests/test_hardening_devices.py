@@ -91,11 +91,11 @@ MEASUREMENTS = {  # measurements of a stopped run, {facts} its first line: what 
 
 @pytest.mark.parametrize('name', MEASUREMENTS)
 def test_measurements_of_a_stopped_run(inputs, name):
-    from modules.deploy.ort_device import OrtDevice
+    from modules.deploy.devices import OnnxDevice
     content, reason = MEASUREMENTS[name]
     path = inputs.inputs / 'measured' / 'my_host' / 'measurements.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {'device': str(OrtDevice(1)), 'superspaces': ['demo'], 'networks': 15, 'seed': 0}
+    facts = {'device': str(OnnxDevice(1)), 'superspaces': ['demo'], 'networks': 15, 'seed': 0}
     path.write_bytes(content.replace('{facts}', '# ' + json.dumps(facts)).encode() if isinstance(content, str)
                      else content)
     refused(inputs.attempt('onnx_tools.build_predictor', [*BUILD, '--superspace', 'demo', '--resume', '--output',

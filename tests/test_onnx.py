@@ -7,16 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modules.deploy import onnx_run
-from modules.deploy.folding import tap_sums, weight_codes
-from modules.deploy.graph import OPSET, metadata, need
-from modules.deploy.int8 import lsq_target
-from modules.deploy.jobs import random_subject
-from modules.deploy.onnx_fp32 import export_fp32
-from modules.deploy.onnx_int8 import export_int8
-from modules.deploy.onnx_run import fits_16_bits, layer_errors, open_session, run_session
-from modules.deploy.store import Entry
-from modules.deploy.trace import observe
+from modules.deploy import runtimes
+from modules.deploy.evaluate import layer_errors
+from modules.deploy.export import Entry, random_source
+from modules.deploy.onnx_models import OPSET, export_fp32, export_int8, metadata_of
+from modules.deploy.quantisation import lsq_target, observe, tap_sums, weight_codes
+from modules.deploy.runtimes import fits_16_bits, open_session, run_session
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import (
     quantised_ops,
@@ -54,11 +50,11 @@ def test_the_slow_exact_mode_is_asked_for_only_where_sums_are_not_exact(monkeypa
     network, images = some_block('ResNetBlock')
     set_quant_mode(network)
     model, answers = export_int8(network, observe(network, [images])), []
-    for exact in (onnx_run.sums_are_exact(), False):
-        monkeypatch.setattr(onnx_run, 'sums_are_exact', lambda exact=exact: exact)
+    for exact in (runtimes.sums_are_exact(), False):
+        monkeypatch.setattr(runtimes, 'sums_are_exact', lambda exact=exact: exact)
         session = open_session(model)
         with contextlib.nullcontext() if not exact else pytest.raises(RuntimeError, match='does not have'):
-            assert session.get_session_options().get_session_config_entry(onnx_run.EXACT_SUMS[0]) == '1'
+            assert session.get_session_options().get_session_config_entry(runtimes.EXACT_SUMS[0]) == '1'
         answers.append(run_session(session, images.numpy()))
     np.testing.assert_array_equal(*answers)
 
@@ -104,10 +100,10 @@ def test_targets_are_torchs_codes():
             scale = float(rng.uniform(0.01, 0.04))
             op.sa.data[:], op.beta.data[:] = scale, beta_steps * scale
             x = torch.from_numpy(rng.normal(0.5, 4, 4000).astype(np.float32))
-            target = lsq_target(op, activation, movable=True, padded=False)
-            codes = torch.round((x - target.shift) / target.grid.scale) + target.grid.zero
+            target = lsq_target(op, activation, can_shift=True, padded=False)
+            codes = torch.round((x - target.shift) / target.params.scale) + target.params.zero_point
             codes = codes.clamp(0, 255).clamp(target.low, target.high)
-            ours = target.grid.scale * (codes - target.grid.zero) + target.shift
+            ours = target.params.scale * (codes - target.params.zero_point) + target.shift
             x = x if top is None else x.clamp(0, top)
             theirs = quantize_activation(x, op.sa, 8, op.beta, False)
             wrong = (ours - theirs).abs() > 1e-4
@@ -191,7 +187,7 @@ def test_7_bits_need_no_exact_mode(name, monkeypatch):
     eight, seven = export_int8(network, ranges), export_int8(network, ranges, reduce_range=True)
     assert fits_16_bits(seven) and not fits_16_bits(eight)
     quick = open_session(seven)
-    monkeypatch.setattr(onnx_run, 'fits_16_bits', lambda model: False)
+    monkeypatch.setattr(runtimes, 'fits_16_bits', lambda model: False)
     exact = open_session(seven)
     extreme = [images, images.sign() * 100]
     for x in extreme:
@@ -209,7 +205,7 @@ def test_7_bits_and_whole_zero_points_that_were_trained_are_kept(name, activatio
     requantise(set_quant_mode(network), 7, 'integer')
     ranges = observe(network, [images])
     model, again = export_int8(network, ranges), export_int8(network, ranges, reduce_range=True)
-    shifts = {tensor[3] for tensor in metadata(model)['tensors'].values()}
+    shifts = {tensor[3] for tensor in metadata_of(model)['tensors'].values()}
     assert model == again and fits_16_bits(model) and shifts == {0}
     for op in quantised_ops(network):
         codes, scale = weight_codes(op, reduce_range=True)
@@ -281,11 +277,10 @@ def test_other_bits_are_refused():
 
 
 def test_dynamic_batch_and_sessions():
-    source = random_subject(Entry(DEMO, min_subnet(DEMO)), True)
+    source = random_source(Entry(DEMO, min_subnet(DEMO)), True)
     images = source.batches[0][0]
     model = export_int8(source.network, observe(source.network, [images]))
     session = open_session(model)
     whole = run_session(session, images.numpy())
     single = np.concatenate([run_session(session, image[None].numpy()) for image in images])
     np.testing.assert_allclose(whole, single, atol=1e-5)
-    assert need('onnx').__name__ == 'onnx'

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modules.deploy.feeding import prepare, preprocessing
+from modules.deploy.predict import prepare, preprocessing
 from modules.deploy.runtimes import ONNX
-from modules.deploy.store import read_model
 from modules.modeling.ops.op import resize
 from modules.training.data import open_data, to_floats
 from onnx_tools import export_onnx, predict
@@ -45,7 +44,7 @@ def _answers(out, top):
 
 def test_predict_names_the_classes(exported, monkeypatch, capsys):
     model, files = exported
-    facts = ONNX.facts(read_model(model, ONNX))
+    facts = ONNX.metadata(ONNX.read(model))
     assert facts['classes'] == list('0123456789') and facts['preprocessing']['stretch']
     assert facts['preprocessing']['resolution'] == 32 and facts['preprocessing']['image_size'] == 48
     assert call(predict, monkeypatch, '--model', model, '--top', 2, *files) == 0

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from modules.deploy import jobs
-from modules.deploy.adb import Phone, parse_benchmark
-from modules.deploy.store import Entry, write_model
-from modules.deploy.tflite import export_tflite_fp32, export_tflite_int8, facts
-from modules.deploy.tflite_run import open_interpreter
-from modules.deploy.trace import observe
+from modules.deploy.export import Entry, random_source
+from modules.deploy.phone import Phone, parse_benchmark
+from modules.deploy.quantisation import observe
+from modules.deploy.runtimes import TFLITE, Interpreter
+from modules.deploy.tflite_models import export_fp32, export_int8, metadata_of
 from modules.errors import UserError
-from modules.modeling.keras_network import keras_network
 from modules.modeling.network import Network
 from modules.modeling.ops.lsq_plus import set_quant_mode
 from modules.optional import need
@@ -46,7 +44,7 @@ def floats(model):
 
 def outputs(network, model, images):
     with torch.no_grad():
-        return network(images).numpy(), open_interpreter(model).run(images)
+        return network(images).numpy(), Interpreter(model).run(images)
 
 
 @pytest.mark.parametrize('activation', CASES)
@@ -55,10 +53,10 @@ def test_every_block_type_as_torch(name, activation):
     kernel, stride = CASES[activation]              # two blocks: a shortcut of each kind
     network, images = some_block(name, kernel=kernel, stride=stride, activation=activation, count=2)
     if activation in ('relu', 'swish'):
-        ours, theirs = outputs(network, export_tflite_fp32(network), images)
+        ours, theirs = outputs(network, export_fp32(network), images)
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4 * abs(ours).max())
     set_quant_mode(network)
-    model = export_tflite_int8(network, observe(network, [images]))
+    model = export_int8(network, observe(network, [images]))
     ours, theirs = outputs(network, model, images)
     assert difference(ours, theirs) < 0.05
     assert floats(model) == ['QUANTIZE', 'DEQUANTIZE']
@@ -73,7 +71,7 @@ def test_padding_and_its_zero(beta_steps, hw):
     observe(network, [images])
     op = network.stages['stage'][0].fused_conv.conv
     op.sa.data[:], op.beta.data[:] = 0.05, beta_steps * 0.05
-    ours, theirs = outputs(network, export_tflite_int8(network, observe(network, [images])), images)
+    ours, theirs = outputs(network, export_int8(network, observe(network, [images])), images)
     assert difference(ours, theirs) < 0.03
 
 
@@ -88,7 +86,7 @@ def test_weights_of_minus_128_and_a_trained_relu6():
         block.depth_conv.dwconv.sa.data *= 1.3
         block.depth_conv.dwconv.beta.data -= 2.4 * block.depth_conv.dwconv.sa.data
         block.point_conv2.conv.sa.data[:] = 0.04
-    model = export_tflite_int8(network, observe(network, [images]))
+    model = export_int8(network, observe(network, [images]))
     assert difference(*outputs(network, model, images)) < 0.05
     assert floats(model) == ['QUANTIZE', 'DEQUANTIZE']
 
@@ -100,7 +98,7 @@ def test_a_shortcut_that_the_first_scale_would_clip():
     op = network.stages['stage'][1].point_conv1.conv
     op.sa.data /= 3
     op.beta.data /= 3
-    model = export_tflite_int8(network, observe(network, [images]))
+    model = export_int8(network, observe(network, [images]))
     assert difference(*outputs(network, model, images)) < 0.05
     assert floats(model) == ['QUANTIZE', 'DEQUANTIZE'] and 'MINIMUM' in [name for name, _ in operators(model)]
 
@@ -115,50 +113,48 @@ def test_dead_channels_with_a_tiny_variance():
     observe(network, [images])
     unit.dwconv.beta.data[:] = -0.3 * unit.dwconv.sa.data
     unit.norm.running_mean[3], unit.norm.running_var[3], unit.norm.weight.data[3] = 0, 0, 1
-    model = export_tflite_int8(network, observe(network, [images]))
+    model = export_int8(network, observe(network, [images]))
     assert difference(*outputs(network, model, images)) < 0.03
     assert [name for name, _ in operators(model)].count('ADD') == 1
 
 
 def test_swishes_and_gates_are_single_operators():
     network, images = some_block('MobileNetV3ResBlock', activation='hswish', kernel=5, count=2)
-    assert [name for name, _ in operators(export_tflite_fp32(network))].count('HARD_SWISH') == 4
+    assert [name for name, _ in operators(export_fp32(network))].count('HARD_SWISH') == 4
     set_quant_mode(network)
-    names = [name for name, _ in operators(export_tflite_int8(network, observe(network, [images])))]
+    names = [name for name, _ in operators(export_int8(network, observe(network, [images])))]
     assert names.count('HARD_SWISH') == 4 and names.count('MEAN') == names.count('MUL') == 2
     assert 'LOGISTIC' not in names and names.count('DEPTHWISE_CONV_2D') == 2
 
 
 def test_a_whole_network():
-    source = jobs.random_subject(Entry(DEMO, min_subnet(DEMO)), True)
+    source = random_source(Entry(DEMO, min_subnet(DEMO)), True)
     images, network = source.batches[0][0], source.network
-    model = export_tflite_int8(network, observe(network, [images]), {'subnet': 'x'})
+    model = export_int8(network, observe(network, [images]), {'subnet': 'x'})
     ours, theirs = outputs(network, model, images)
     assert ours.shape == theirs.shape == (len(images), 10) and difference(ours, theirs) < 0.25
-    assert floats(model) == ['QUANTIZE', 'DEQUANTIZE'] and facts(model) == {'subnet': 'x'}
-    interpreter = open_interpreter(model)
+    assert floats(model) == ['QUANTIZE', 'DEQUANTIZE'] and metadata_of(model) == {'subnet': 'x'}
+    interpreter = Interpreter(model)
     once = interpreter.run(images[:1])
     interpreter.invoke()
     np.testing.assert_array_equal(interpreter.run(images[:1]), once)
 
 
-def test_the_keras_network_is_the_torch_network():
+def test_a_whole_network_in_fp32():
     network = Network.build(DEMO, min_subnet(DEMO), 10).eval()
     images = torch.randn(3, 3, network.resolution, network.resolution)
-    model = keras_network(network, batch_size=None)
-    with torch.no_grad():
-        np.testing.assert_allclose(model(images.permute(0, 2, 3, 1).numpy()), network(images), atol=1e-4)
-    assert {'stages.first_conv.0.conv.conv', 'stages.logits.0.linear'} <= {layer.name for layer in model.layers}
+    ours, theirs = outputs(network, export_fp32(network), images)
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
 
 
 def test_other_bits_and_damaged_models_are_refused(tmp_path):
     network, images = some_block('ResNetBlock')
     set_quant_mode(network, 4)
     with pytest.raises(UserError, match='8 bits'):
-        export_tflite_int8(network, observe(network, [images]))
+        export_int8(network, observe(network, [images]))
     (tmp_path / 'half.tflite').write_bytes(b'half a model')
     with pytest.raises(UserError, match='half.tflite: TFLite cannot open it'):
-        open_interpreter(tmp_path / 'half.tflite')
+        Interpreter(tmp_path / 'half.tflite')
 
 
 FAKE_ADB = '''#!{python}
@@ -225,7 +221,7 @@ def test_what_goes_wrong_on_a_phone_is_one_line(fault, said, phone, tmp_path, mo
     models = tmp_path / 'models'
     entry = Entry(DEMO, min_subnet(DEMO))
     for ending in ('', '_quant_int8'):
-        write_model(models / f'{entry.name}{ending}.tflite', b'a model, for the fake')
+        TFLITE.write(models / f'{entry.name}{ending}.tflite', b'a model, for the fake')
     options = ['--input', subnet_list(tmp_path / 'in.csv', entry.subnet), '--model_path', models, '--adb']
     assert call(benchmark, monkeypatch, *options) == 0
     before = (models / 'latency.csv').read_text()

@@ -139,10 +139,9 @@ def test_onnx(mine):
     INT8 without ONNX Runtime's fused kernels: on x86 without VNNI these saturate (docs/onnx.md).
     """
     ort = pytest.importorskip('onnxruntime')
-    from modules.deploy.onnx_fp32 import export_fp32
-    from modules.deploy.onnx_int8 import export_int8
-    from modules.deploy.onnx_run import open_session, run_session
-    from modules.deploy.trace import observe
+    from modules.deploy.onnx_models import export_fp32, export_int8
+    from modules.deploy.quantisation import observe
+    from modules.deploy.runtimes import open_session, run_session
     network, images, labels = trained_on_digits()
     with torch.no_grad():
         ours = network(images).numpy()

@@ -17,13 +17,10 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import note, parser, run
-from modules.deploy.adb import add_phone_arguments, phone_of
-from modules.deploy.jobs import add_benchmark_arguments, benchmark
-from modules.deploy.measure import in_turns
+from modules.deploy.benchmark import BenchmarkSettings, add_benchmark_arguments, benchmark
+from modules.deploy.phone import add_phone_arguments, phone_of
 from modules.deploy.runtimes import TFLITE
-from modules.deploy.tflite_run import open_interpreter
-
-PACKAGES = ('ai_edge_litert',)       # TensorFlow only where models are missing
+from modules.settings import settings_of
 
 
 def get_args():
@@ -35,16 +32,9 @@ def get_args():
 
 def main(args):
     phone = phone_of(args)
-    place = (f'phone {args.serial or ""}'.strip(), 'TFLite benchmark_model') if phone is not None else None
     if phone is None:
         note('without --adb: latencies of this host, not of a phone')
-
-    def measure(paths):
-        if phone is not None:
-            return {kind: phone.latency(path, args.warmup, args.runs) for kind, path in paths.items()}
-        runs = {kind: open_interpreter(path, args.threads).invoke for kind, path in paths.items()}
-        return in_turns(runs, args.warmup, args.runs)
-    benchmark(args, TFLITE, PACKAGES, measure, place)
+    benchmark(settings_of(BenchmarkSettings, args), TFLITE, phone)
 
 
 if __name__ == '__main__':

@@ -14,8 +14,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.adb import add_phone_arguments, phone_of
-from modules.deploy.tflite_device import LiteRtDevice, PhoneDevice
+from modules.deploy.devices import LiteRtDevice, PhoneDevice
+from modules.deploy.phone import add_phone_arguments, phone_of
 from modules.latency.build_predictor import BuildSettings, add_build_arguments, build
 from modules.latency.profiling import Timing, add_host_arguments, run_on_one_core
 from modules.settings import settings_of

@@ -12,19 +12,20 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_evaluation_arguments, evaluate
+from modules.deploy.evaluate import EvaluationSettings, evaluate
+from modules.deploy.export import add_export_arguments
 from modules.deploy.runtimes import TFLITE
-from modules.deploy.tflite_run import open_interpreter
+from modules.settings import settings_of
 
 
 def get_args():
     p = parser(__doc__)
-    add_evaluation_arguments(p, TFLITE)
+    add_export_arguments(p, TFLITE, EvaluationSettings)
     return p.parse_args()
 
 
 def main(args):
-    evaluate(args, TFLITE, lambda model: open_interpreter(model, args.threads).run)
+    evaluate(settings_of(EvaluationSettings, args), TFLITE)
 
 
 if __name__ == '__main__':

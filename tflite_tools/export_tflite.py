@@ -18,19 +18,19 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.jobs import add_export_arguments, export_all
+from modules.deploy.export import ExportSettings, add_export_arguments, export_all
 from modules.deploy.runtimes import TFLITE
+from modules.settings import settings_of
 
 
 def get_args():
     p = parser(__doc__)
     add_export_arguments(p, TFLITE)
-    p.add_argument('--quant_mode', action='store_true', help='INT8 models too (always with --skip_weights)')
     return p.parse_args()
 
 
 def main(args):
-    export_all(args, TFLITE)
+    export_all(settings_of(ExportSettings, args), TFLITE)
 
 
 if __name__ == '__main__':

@@ -8,9 +8,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from modules.cli import parser, run
-from modules.deploy.feeding import add_predict_arguments, predict
+from modules.deploy.predict import add_predict_arguments, predict
 from modules.deploy.runtimes import TFLITE
-from modules.deploy.tflite_run import open_interpreter
 
 
 def get_args():
@@ -20,7 +19,7 @@ def get_args():
 
 
 def main(args):
-    predict(args, TFLITE, lambda model: open_interpreter(model).run)
+    predict(args.model, args.pictures, args.top, TFLITE)
 
 
 if __name__ == '__main__':

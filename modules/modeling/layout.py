@@ -1,7 +1,7 @@
 """THE idea of this code base: a block is a function from sizes to a list of layers.
 
 From that one list come the dynamic block of a supernet (at the largest sizes it allocates, at the active sizes
-it says which slices to take), the static torch block, the Keras block, FLOPs and params, and the kernels a latency
+it says which slices to take), the static torch block, the exported models, FLOPs and params, and the kernels a latency
 predictor sums. Layer names are state-dict keys, by which weights are copied from one to the other.
 
 A layer reads the output of the layer before it, except that `shortcut` layers read the block's input; `add`

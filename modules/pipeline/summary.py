@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..deploy.chain import processor
+from ..deploy.benchmark import processor
 from ..errors import UserError
 from ..files import write_text
 from ..pictures import new_figure, pareto_front, save_figure

@@ -59,7 +59,7 @@ class PhoneLatency(NamedTuple):
 
     @property
     def typical(self):
-        """As measure.Latency; the phone's benchmark tells no median."""
+        """As of benchmark.Latency; the phone's benchmark tells no median."""
         return self.mean
 
     def __str__(self):
@@ -75,7 +75,10 @@ class Phone:
     is a UserError.
     """
 
+    software = 'TFLite benchmark_model'
+
     def __init__(self, adb='adb', serial=None, mask=MASK, binary=BINARY, push_binary=None, threads=1, timeout=600):
+        self.name = f'phone {serial}' if serial else 'phone'
         self.adb, self.mask, self.binary, self.threads, self.timeout = adb, mask, binary, threads, timeout
         self.selected = ['-s', serial] if serial else []
         if push_binary:
@@ -83,6 +86,10 @@ class Phone:
                 raise UserError(f'{push_binary}: no such file')
             self._call('push', push_binary, binary)
             self._shell(f'chmod 755 {binary}')
+
+    def latencies(self, paths, warmup=100, runs=100):
+        """{kind: PhoneLatency} of {kind: .tflite file}, as benchmark.Host."""
+        return {kind: self.latency(path, warmup, runs) for kind, path in paths.items()}
 
     def latency(self, model, warmup=100, runs=100):
         """PhoneLatency of a .tflite file, or of its bytes."""

@@ -23,9 +23,9 @@ def preprocessing(data, image_size, resolution):
             'interpolation': 'bicubic', 'channels': 'RGB', 'mean': list(mean), 'std': list(std)}
 
 
-def prepare(picture, facts):
+def prepare(picture, metadata):
     """(1, 3, r, r) float32 of a PIL image by a model's metadata."""
-    how = facts['preprocessing']
+    how = metadata['preprocessing']
     _, transform = build_transforms(how['image_size'], small=how['stretch'])
     pixels = to_floats(transform(to_rgb(picture)), (tuple(how['mean']), tuple(how['std'])))
     return resize(pixels[None], how['resolution'])
@@ -39,29 +39,39 @@ def add_predict_arguments(parser, runtime):
     parser.add_argument('--top', type=positive(int), default=3, help='classes that are printed')
 
 
-def predict(args, runtime, open_model):
-    """Print the most likely classes of each picture; open_model(model) gives a function from images to logits."""
+def predict(path, pictures, top, runtime):
+    """Print the `top` most likely classes of each picture (a file) by the model at `path`."""
+    model, metadata = _open(path, runtime)
+    run = runtime.open(model).run
+    for picture in pictures:
+        shares = torch.as_tensor(run(_read(picture, metadata).numpy()))[0].softmax(0)
+        values, classes = shares.topk(min(top, len(shares)))
+        print(f'{picture}: ' + ', '.join(f'{metadata["classes"][number]} {100 * value:.1f} %'
+                                         for value, number in zip(values.tolist(), classes.tolist())), flush=True)
+
+
+def _open(path, runtime):
+    """(model, metadata) of a file; UserError where that does not say how pictures become its input."""
     try:
-        with open(args.model, 'rb') as f:
-            model = runtime.load(f.read())
-        facts = runtime.facts(model)
+        with open(path, 'rb') as f:
+            model = runtime.from_bytes(f.read())
+        metadata = runtime.metadata(model)
     except OSError:
         raise
     except Exception as error:                  # a damaged file raises what protobuf or flatbuffers please
-        raise UserError(f'{args.model}: not a model of this exporter ({one_line(error)[:80]})') from None
-    if 'preprocessing' not in facts:
-        raise UserError(f'{args.model}: does not say how pictures become its input: exported with random weights, or '
-                        'before this was kept; export it again')
-    run = open_model(model)
-    for path in args.pictures:
-        try:
-            with Image.open(path) as picture:
-                image = prepare(picture, facts)
-        except (FileNotFoundError, IsADirectoryError):
-            raise
-        except Exception as error:              # decoders raise many kinds
-            raise UserError(f'{path}: not a picture that can be read ({one_line(error)[:80]})') from None
-        shares = torch.as_tensor(run(image.numpy()))[0].softmax(0)
-        values, classes = shares.topk(min(args.top, len(shares)))
-        print(f'{path}: ' + ', '.join(f'{facts["classes"][number]} {100 * value:.1f} %'
-                                      for value, number in zip(values.tolist(), classes.tolist())), flush=True)
+        raise UserError(f'{path}: not a model of this exporter ({one_line(error)[:80]})') from None
+    if 'preprocessing' not in metadata:
+        raise UserError(f'{path}: does not say how pictures become its input: exported with random weights, or before '
+                        'this was kept; export it again')
+    return model, metadata
+
+
+def _read(path, metadata):
+    """A picture's file as the model's input."""
+    try:
+        with Image.open(path) as picture:
+            return prepare(picture, metadata)
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except Exception as error:                  # decoders raise many kinds
+        raise UserError(f'{path}: not a picture that can be read ({one_line(error)[:80]})') from None
