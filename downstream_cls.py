@@ -13,7 +13,7 @@ FGVCAircraft; for any other set give one. A folder of your own with train/ and v
 can start from the supernet's fp32 weights. --distill also lets it learn from the supernet's largest subnet.
 
 Writes <output_path>/<subnet>/<data set>/lsq.pth (--fp32: checkpoint.pth) and the best state beside it;
-modules.zoo.load_network reads both. --resume goes on after a kill and ends with the weights of an unbroken run.
+modules.zoo.load_network reads both. --resume continues after a kill and ends with the weights of an unbroken run.
 """
 import os
 
@@ -59,7 +59,7 @@ def get_args():
     p.add_argument('--from_scratch', action='store_true', help='random weights instead of a checkpoint')
     p.add_argument('--fp32', action='store_true', help='without quantisation')
     add_quantisation_arguments(p)
-    p.add_argument('--keep_head', action='store_true', help='go on with the head of the supernet, on its data')
+    p.add_argument('--keep_head', action='store_true', help='continue with the head of the supernet, on its data')
     add_settings(p, DownstreamRecipe)
     add_recipe_argument(p)
     p.add_argument('--output_path', default='./checkpoints/downstream', help='root of the fine-tuned networks')
@@ -139,7 +139,7 @@ def find_start(supernet, quant, root, align_sample, keep_head):
     except UserError as error:
         if keep_head and quant:
             return find_start(supernet, False, root, align_sample, keep_head)
-        more = '' if keep_head else f'{" --quant_mode" * quant}, or give --from_scratch for random weights'
+        more = '' if keep_head else f'{" --quant_mode" if quant else ""}, or give --from_scratch for random weights'
         raise UserError(f'{error}; train it with train_supernet.py{more}') from None
 
 

@@ -6,7 +6,7 @@
         --teacher_checkpoint_path checkpoints/block_kd/teacher_checkpoint/efficientnet_b5/checkpoint.pth
 
 Reads <checkpoint_path>/<superspace>/<block>/lsq.pth, writes <output_path>/<superspace>/<block>_<window>.csv.
-A killed build goes on where it stopped; a finished file is kept.
+A killed build continues where it stopped; a finished file is kept.
 """
 from modules.block_kd.lut_builder import LutBuilder, LutSettings
 from modules.block_kd.teacher import build_teacher

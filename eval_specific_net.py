@@ -16,7 +16,7 @@ from modules.files import check_file
 from modules.latency import open_predictor
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import EXTREMES, find_subnet, find_supernet, named_subnets, named_supernets
-from modules.subnet_report import (
+from modules.subnets.evaluate import (
     add_confusion,
     add_evaluation_arguments,
     calibrated_network,

@@ -24,7 +24,7 @@ from modules.search_space.encoding import subnet_config
 from modules.search_space.named import EXTREMES, choose_subnet, find_supernet
 from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
-from modules.subnet_report import add_confusion, add_evaluation_arguments, evaluate_all, evaluation
+from modules.subnets.evaluate import add_confusion, add_evaluation_arguments, evaluate_all, evaluation
 from modules.training.checkpoint import precision
 from modules.training.data import VALID_SIZE
 from modules.training.distributed import distributed_job

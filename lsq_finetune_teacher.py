@@ -123,7 +123,7 @@ def finetune(teacher, original, data, path, settings, job):
         mean_loss, = distributed.average(loss.detach()[None], job)
         if not math.isfinite(mean_loss):
             raise training.failure(f'step {training.step}: the loss is not finite')
-        training.prove(job)
+        training.write_pending(job)
         set_learning_rate(training.optimizer, cosine(settings.learning_rate, training.step, total))
         training.optimizer.zero_grad()
         gradients = GradientAverage(teacher.parameters(), job)

@@ -7,7 +7,7 @@
 Runs the scripts that users run, some side by side: block KD and its LSQ+, a latency predictor of this machine, block
 LUTs, the space search, supernets, subnet searches, fine-tuning of what was found and its INT8 deployment, beside
 ready-made networks. The YAML file says what is searched for, and under each step the flags of its script.
-Ctrl-C is harmless: the same command goes on. Ends with <output_path>/summary.md and summary.html.
+Ctrl-C is harmless: the same command continues. Ends with <output_path>/summary.md and summary.html.
 
 --dataset_path is a folder of your own with a folder a class (docs/your_pictures.md), or where torchvision's data sets
 lie. --dry_run prints every command, with capital letters for what is not known yet.
@@ -60,7 +60,7 @@ def main(args):
         try:
             seconds = run_steps(pipeline, steps, lock, lambda line: print(line, flush=True))
         except KeyboardInterrupt:
-            print('\nstopped; the same command goes on from here', flush=True)
+            print('\nstopped; the same command continues from here', flush=True)
             raise
         print('\n' + write_summary(pipeline, list(zip(steps, seconds))) + f'\n{pipeline.path("summary.html")}')
     return None

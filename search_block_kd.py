@@ -6,7 +6,7 @@
 
 Writes to <output_dir>/<superspace>/c10_t0.08_a0.01/: history.csv (every space as it is scored), top50.csv, search.log,
 search.png, cdf.png, top10.png and TensorBoard events; with --supernet_choices only supernet_choices.csv.
-A killed search goes on with --resume. docs/space_search.md has the method.
+A killed search continues with --resume. docs/space_search.md has the method.
 """
 import glob
 import os
@@ -28,7 +28,7 @@ from modules.block_kd.searcher import (
     write_table,
 )
 from modules.errors import UserError
-from modules.evolution import History
+from modules.history import History
 from modules.latency import add_platform_arguments
 from modules.latency.predictor import MFLOPS
 from modules.search_space.named import find_supernet
@@ -58,7 +58,7 @@ def get_args():
     parser.add_argument('--parent_sample_size', type=cli.positive(int), default=125,
                         help='random spaces whose best is the next parent')
     parser.add_argument('--seed', type=cli.SEED, default=0, help='of the search and of draws')
-    parser.add_argument('--resume', action='store_true', help='go on with the history in the output directory')
+    parser.add_argument('--resume', action='store_true', help='continue with the history in the output directory')
     cli.add_local_rank(parser)
     return parser.parse_args()
 
@@ -122,7 +122,7 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
 
 
 def next_commands(supernet, platform, plugins=()):
-    """Shell lines that go on with a space; plugins: files of --plugin."""
+    """Shell lines that continue with a space; plugins: files of --plugin."""
     flags = ''.join(f' --plugin {shlex.quote(path)}' for path in plugins or ())
     flags += f' --superspace {supernet.superspace.name} --supernet_choice {supernet.choice}'
     where = '' if platform == MFLOPS else f' --platform {shlex.quote(platform)}'

@@ -7,7 +7,7 @@
 
 Evolution over the subnets of c - d to c ms by their int8 accuracy on held-out training images; the ten best are
 tested on the test set. Writes to <output_path>/<supernet>/: history.csv (every score as it comes), scored.csv,
-best_c15_d2.csv, search.png and search.log. A killed search goes on with --resume. docs/subnet_search.md has more.
+best_c15_d2.csv, search.png and search.log. A killed search continues with --resume. docs/subnet_search.md has more.
 """
 import os
 import random
@@ -19,9 +19,9 @@ from modules.latency import open_predictor
 from modules.search_space.named import find_supernet
 from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
-from modules.subnet_report import add_evaluation_arguments, complete_scales, images_to_test, open_supernet
-from modules.subnet_results import all_members, evaluate_best, write_results
-from modules.subnet_search import (
+from modules.subnets.evaluate import add_evaluation_arguments, complete_scales, images_to_test, open_supernet
+from modules.subnets.results import all_members, evaluate_best, write_results
+from modules.subnets.search import (
     BEST,
     SearchRecipe,
     SharedHistory,
@@ -40,7 +40,7 @@ from modules.training.data import calibration_batches, eval_loader
 from modules.training.distributed import check_same, distributed_job, share
 from modules.training.evaluate import DecodedImages, images_of
 from modules.training.log import run_log
-from modules.training.parallel import default_workers
+from modules.training.threads import default_workers
 from modules.zoo import CHECKPOINTS, find_checkpoint
 
 SCALE_SUBNETS = 50              # random ones, whose LSQ+ scales have values before the first subnet is scored
@@ -70,7 +70,7 @@ def get_args():
     p.add_argument('--num_valid_images', type=positive(int), help='held-out images that score a subnet; default: all')
     p.add_argument('--num_threads', type=within(int, 1, 1024),
                    help='subnets measured at a time by a rank, on a CPU; default: its share of the cores')
-    p.add_argument('--resume', action='store_true', help='go on with the history in the output directory')
+    p.add_argument('--resume', action='store_true', help='continue with the history in the output directory')
     add_evaluation_arguments(p)
     p.add_argument('--fp32', action='store_true', help='search by fp32 accuracy, of checkpoint.pth')
     p.set_defaults(quant_mode=True, valid_size=None)        # the supernet's, published: 10000
@@ -100,8 +100,8 @@ def main(args):
                 'data set': args.dataset, 'training images': len(data.train), 'align_sample': args.align_sample,
                 'valid images': min(len(data.valid), args.num_valid_images or len(data.valid)),
                 'calibration images': args.batch_size * args.num_calib_batches, 'batch_size': args.batch_size}
-    folder = os.path.join(args.output_path, str(supernet) + '-align1' * args.align_sample
-                          + '-fp32' * (not args.quant_mode))
+    folder = os.path.join(args.output_path, str(supernet) + ('-align1' if args.align_sample else '')
+                          + ('' if args.quant_mode else '-fp32'))
     with distributed_job(args.local_rank, args.device, args.deterministic) as job, \
             SharedHistory(folder, settings, job, args.resume) as history, \
             run_log(os.path.join(folder, 'search.log'), args.resume, job.is_main) as say:

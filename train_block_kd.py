@@ -4,7 +4,7 @@
         --output_path checkpoints/block_kd/onnxw --inplace_distill_from_teacher --num_epochs 5 \\
         --stage_list stage1_0 stage1_2 --hw_list 160 192 224 --dataset_path dataset
 
-Writes <output_path>/<block>/checkpoint.pth; lsq_block_kd.py goes on from there, and a supernet can start from these
+Writes <output_path>/<block>/checkpoint.pth; lsq_block_kd.py continues from there, and a supernet can start from these
 blocks (train_supernet.py --init_block_kd).
 """
 import os

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from modules.cli import SEED, parser, positive, run
+from modules.figures import new_figure, save_figure
 from modules.files import write_text
 from modules.latency.builder import FIT, HELD_OUT, adapted
 from modules.latency.profiling import quiet_rows
 from modules.latency.regression import Design
 from modules.latency.tables import DATA, load_platform
 from modules.latency.validation import CLOSE, WITHIN, Errors
-from modules.pictures import new_figure, save_figure
 
 
 def get_args():

@@ -26,8 +26,8 @@ from modules.block_kd.lut_builder import FeatureCache, Sample, measure
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import by_part, select_blocks
 from modules.cli import parser, positive, run
+from modules.figures import new_figure, save_figure
 from modules.files import write_text
-from modules.pictures import new_figure, save_figure
 from modules.search_space.encoding import format_sub_stage, parse_block_id
 from modules.search_space.superspace import check_resolutions, get_superspace
 from modules.training.data import add_data_arguments, calibration_batches, eval_loader, open_data

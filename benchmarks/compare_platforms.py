@@ -19,12 +19,12 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from modules.cli import SEED, parser, positive, run
+from modules.figures import new_figure, save_figure
 from modules.files import write_text
 from modules.latency import LatencyPredictor
 from modules.latency.candidates import random_network, space_blocks
 from modules.latency.tables import read_table
 from modules.latency.validation import CLOSE, WITHIN, Errors
-from modules.pictures import new_figure, save_figure
 
 
 def get_args():

@@ -8,7 +8,7 @@ After a demo (its search and its platform are needed; with --init_block_kd also 
 space's supernet is trained in fp32 by the demo's recipe, or from the blocks of --init_block_kd by block_kd_short.yaml,
 for --steps steps; then --subnets random subnets whose predicted latency is in the window up to the search's constraint,
 the largest and the smallest subnet are evaluated on held-out images. Prints a table and how well the search's scores
-rank the spaces. A process a core; a run that was stopped goes on.
+rank the spaces. A process a core; a run that was stopped continues.
 """
 import functools
 import multiprocessing
@@ -27,7 +27,7 @@ from modules import ROOT, usable_cores
 from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import SEED, parser, positive, run
 from modules.errors import UserError
-from modules.evolution import read_history
+from modules.history import read_history
 from modules.latency import LatencyPredictor
 from modules.search_space.encoding import parse_supernet, subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet

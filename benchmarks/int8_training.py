@@ -53,7 +53,7 @@ def block_kd(args, quant):
     for block in trainer.select_blocks(space, [args.stage]):
         student = build_student(space, block, teacher)
         student = (set_quant_mode(student) if quant else student).to(memory_format=torch.channels_last)
-        trainees.append(trainer.Trainee(
+        trainees.append(trainer.BlockTraining(
             path='', block_id=block, student=student, learning_rate=1e-4, settings={},
             optimizer=torch.optim.Adam(parameter_groups(student, 1e-4), lr=1e-4)))
     images = torch.randn(args.batch_size, 3, 224, 224)

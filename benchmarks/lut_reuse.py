@@ -1,4 +1,4 @@
-"""Time of a block-LUT row with the teacher run anew for every row, as the original did, and with its maps reused.
+"""Time of a block-LUT row with the teacher run again for every row, as the original did, and with its maps reused.
 
     python benchmarks/lut_reuse.py --teacher_archs efficientnet-b5 efficientnet-lite0 --rows 1 --scale 0.04
 

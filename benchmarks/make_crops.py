@@ -5,7 +5,7 @@
 
 Each crop has a random side, from --size pixels to the whole picture, and is saved as --size x --size JPEG.
 Pictures are drawn by area so that big photographs give more crops than clip-art. Crops as flat as a sky or a
-picture's white ground are drawn anew: NSR divides by the variance over space, so they would outweigh all others.
+picture's white ground are redrawn: NSR divides by the variance over space, so they would outweigh all others.
 """
 import math
 import os

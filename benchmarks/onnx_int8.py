@@ -24,8 +24,8 @@ from modules.deploy.onnx_models import export_fp32, export_int8
 from modules.deploy.quantisation import observe
 from modules.deploy.runtimes import ONNX
 from modules.errors import UserError
+from modules.figures import new_figure, save_figure
 from modules.files import write_text
-from modules.pictures import new_figure, save_figure
 from modules.search_space.named import find_subnet, named_subnets
 
 KINDS = ('fp32', 'ours', '7 bits', 'ORT conv', 'ORT all')

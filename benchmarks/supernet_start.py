@@ -7,7 +7,7 @@
 Trains each supernet by supernet_training_configs/demo_short.yaml (block_kd_short.yaml with --init_block_kd) and
 evaluates, on held-out images, its largest and smallest subnet, random ones, and random ones of the upper half of the
 predicted INT8 latencies. A line of JSON for each run goes to <output>/results.jsonl; --table prints what is there,
-means over seeds with standard errors. A run that is there is not run again, one that was stopped goes on.
+means over seeds with standard errors. A run that is there is not run again, one that was stopped continues.
 """
 import contextlib
 import itertools
@@ -26,12 +26,12 @@ from modules import ROOT
 from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import SEED, parser, positive, run
 from modules.errors import UserError
+from modules.figures import new_figure, save_figure
 from modules.latency import LatencyPredictor
-from modules.pictures import new_figure, save_figure
 from modules.search_space.encoding import parse_supernet, subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
 from modules.settings import load_config
-from modules.subnet_report import complete_scales
+from modules.subnets.evaluate import complete_scales
 from modules.training.data import calibration_batches, eval_loader, open_data
 from modules.training.distributed import Job
 from modules.training.evaluate import DecodedImages, evaluate_subnet, images_of

@@ -129,13 +129,13 @@ SEED = within(int, 0, 2 ** 32 - 1)
 
 
 INTERRUPTED = 130               # exit code after Ctrl-C
-STOPPED = '\nstopped; with --resume the same command goes on from its last checkpoint'
+STOPPED = '\nstopped; with --resume the same command continues from its last checkpoint'
 
 
 def run(main, get_args):
     """main(get_args()); a UserError, an OSError or a lack of memory is one line on stderr and exit code 2.
 
-    A job that torchrun has started anew goes on from its checkpoints, as with --resume.
+    A job that torchrun has restarted continues from its checkpoints, as with --resume.
     """
     for stream in (sys.stdout, sys.stderr):             # a file's name may hold what an encoding has not
         if hasattr(stream, 'reconfigure'):

@@ -12,7 +12,7 @@ import time
 
 from .errors import UserError
 
-ANEW = 'start anew without --resume'        # what helps where a journal cannot be gone on with
+ANEW = 'start over without --resume'        # what helps where a journal cannot be continued
 _ABANDONED = 3600           # seconds without a write after which no writer is thought to live
 _held = {}                  # {path: its open lock file}
 
@@ -87,7 +87,7 @@ def hold(path):
 
 
 def set_aside(path):
-    """Rename a file that begins anew from x.csv to x_old.csv, which is replaced; its new path, None where it is not."""
+    """Rename a file that starts over from x.csv to x_old.csv, which is replaced; its new path, None where it is not."""
     if not os.path.exists(path):
         return None
     root, ending = os.path.splitext(path)

@@ -52,7 +52,8 @@ def find_checkpoint(supernet, quant_mode, root=CHECKPOINTS, align_sample=False, 
             return path
     shown = name or (f'{names[0]} ({supernet})' if names else str(supernet))
     other = os.path.join(checkpoint_folder(root, supernet, not align_sample), checkpoint_name(quant_mode))
-    hint = f'; there is {other}: {"leave out" if align_sample else "give"} --align_sample' * os.path.isfile(other)
+    hint = f'; there is {other}: {"leave out" if align_sample else "give"} --align_sample'
+    hint = hint if os.path.isfile(other) else ''
     raise UserError(f'no checkpoint of {shown}: expected {" or ".join(paths)}{hint}')
 
 
@@ -147,7 +148,7 @@ def load_network(path):
     With the bits of weights and the zero points that it was trained with.
     """
     state = load_checkpoint(path)
-    supernet, subnet, num_classes, quant_mode, quantisation = _facts(state, path)
+    supernet, subnet, num_classes, quant_mode, quantisation = _described(state, path)
     network = requantise(build_network(supernet, subnet, num_classes, None, quant_mode), **quantisation)
     if state.get('fp32_head') is True:
         network.get_classifier().set_fp32_mode()
@@ -157,10 +158,10 @@ def load_network(path):
 
 def subnet_of(path):
     """(encoding.Supernet, encoding.Subnet) of a file that load_network() reads."""
-    return _facts(load_checkpoint(path), path)[:2]
+    return _described(load_checkpoint(path), path)[:2]
 
 
-def _facts(state, path):
+def _described(state, path):
     """(Supernet, Subnet, number of classes, whether in int8, quantisation_in()) that the file of a network says.
 
     UserError names the file.

@@ -24,10 +24,10 @@ from modules.deploy.onnx_models import export_fp32, export_int8
 from modules.deploy.quantisation import observe
 from modules.deploy.runtimes import ONNX, ONNX_RUNTIMES
 from modules.errors import UserError
+from modules.figures import new_figure, save_figure
 from modules.files import write_csv, write_text
 from modules.latency import LatencyPredictor
 from modules.optional import need
-from modules.pictures import new_figure, save_figure
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_subnet, named_subnets
 from modules.training.data import seed_of
@@ -62,7 +62,8 @@ def main(args):
     predictor = LatencyPredictor(args.platform) if args.platform else None
     header = ['network', 'pixels', 'published top-1 %', *(f'{kind} ms, {runtime}' for runtime in args.runtimes
                                                           for kind in ('fp32', 'INT8'))]
-    header += [f'{args.platform} ms'] * bool(predictor)
+    if predictor:
+        header.append(f'{args.platform} ms')
     versions = ', '.join(f'{ONNX_RUNTIMES[name].name} {ONNX_RUNTIMES[name].version}' for name in args.runtimes)
     print(f'{processor()}; {versions}; one thread\n' + _line(header) + '\n' + '|' + '---|' * len(header), flush=True)
     rows = []

@@ -308,16 +308,16 @@ def test_a_diverging_resumed_run_keeps_the_good_checkpoint_before_it(photos, tmp
     steps = []
 
     def poison(trainee, job):
-        step = trainee.unproven and trainee.unproven['step']
-        prove(trainee, job)
+        step = trainee.pending and trainee.pending['step']
+        good(trainee, job)
         if step:
             steps.append(step)
         if step == 2:
             with torch.no_grad():
                 trainee.student.out_proj.weight.fill_(float('nan'))
 
-    prove = trainer.Trainee.prove
-    monkeypatch.setattr(trainer.Trainee, 'prove', poison)
+    good = trainer.BlockTraining.write_pending
+    monkeypatch.setattr(trainer.BlockTraining, 'write_pending', poison)
     with pytest.raises(UserError, match=r'stage5_0: step [23]: the loss diverged .*stage5_0.checkpoint.pth'):
         train_blocks(SPACE, ['stage5_0'], teacher, data, str(tmp_path), recipe, Job())
     state = load_checkpoint(tmp_path / 'stage5_0' / 'checkpoint.pth')

@@ -1,4 +1,4 @@
-"""Predictors of new devices: known latencies are recovered, noise is refused, a killed run goes on, scripts work."""
+"""Predictors of new devices: known latencies are recovered, noise is refused, a killed run continues, scripts work."""
 import importlib
 import json
 import os

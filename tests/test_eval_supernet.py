@@ -11,7 +11,7 @@ from modules.latency import LatencyPredictor
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_subnet, named_subnets
 from modules.search_space.sampling import max_subnet, sample_subnet
-from modules.subnet_report import evaluate_static, evaluation_images
+from modules.subnets.evaluate import evaluate_static, evaluation_images
 from modules.training.checkpoint import load_checkpoint
 from modules.training.data import open_data
 from modules.training.distributed import Job

@@ -28,7 +28,7 @@ CHECKPOINTS = {  # {what reads it: (run, flag, a good file)}
     'teacher of LSQ': ('lsq_block_kd', '--teacher_checkpoint_path', 'teachers/efficientnet_lite0/checkpoint.pth'),
     'teacher of LUTs': ('lut', '--teacher_checkpoint_path', 'teachers/efficientnet_lite0/checkpoint.pth'),
 }
-RESUMED = {  # {what goes on from it: (run, file below the output folder)}
+RESUMED = {  # {what continues from it: (run, file below the output folder)}
     'supernet': ('supernet', 'demo-222-111-align0/checkpoint.pth', 'supernets'),
     'lsq_supernet': ('lsq_supernet', 'demo-222-111-align0/lsq.pth', 'supernets'),
     'block_kd': ('block_kd', 'stage1_0/checkpoint.pth', 'block_kd/demo'),
@@ -238,7 +238,7 @@ def test_an_unfinished_teacher(tmp_path):
         refused(world().base('teacher', ['--resume'], out=tmp_path / 'out'), str(path))
         assert not (tmp_path / 'ran').exists()
     shutil.copy(good, path)  # a finished one
-    refused(world().base('teacher', ['--resume'], out=tmp_path / 'out'), str(path), 'no run to go on with')
+    refused(world().base('teacher', ['--resume'], out=tmp_path / 'out'), str(path), 'no run to continue')
 
 
 # ---- no foreign objects

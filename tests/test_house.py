@@ -12,9 +12,9 @@ import pytest
 from .conftest import ROOT
 
 # a package may import itself and what stands before it
-ORDER = [('errors', 'original'), ('files', 'cli', 'optional'), ('pictures', 'settings'), ('search_space',),
+ORDER = [('errors', 'original'), ('files', 'cli', 'optional'), ('figures', 'history', 'settings'), ('search_space',),
          ('modeling',), ('latency', 'training'), ('evolution', 'latency_predictor'), ('block_kd',), ('zoo',),
-         ('subnet_report',), ('subnet_search',), ('subnet_results',), ('deploy',), ('pipeline',)]
+         ('subnets',), ('deploy',), ('pipeline',)]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MODULES = sorted(glob.glob(os.path.join(ROOT, 'modules', '**', '*.py'), recursive=True))
 SCRIPTS = sorted(glob.glob(os.path.join(ROOT, '*.py')) + glob.glob(os.path.join(ROOT, '*_tools', '*.py'))

@@ -307,7 +307,7 @@ def test_ctrl_c_is_harmless(tmp_path):
     time.sleep(0.5)
     os.kill(process.pid, signal.SIGINT)
     output = process.communicate()[0]
-    assert process.returncode == 130 and 'the same command goes on' in output and 'Traceback' not in output, output
+    assert process.returncode == 130 and 'the same command continues' in output and 'Traceback' not in output, output
 
 
 def test_plugins_reach_every_script(tmp_path):

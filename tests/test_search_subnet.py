@@ -9,13 +9,13 @@ import torch
 
 import search_subnet
 from modules.errors import UserError
+from modules.figures import pareto_front
 from modules.latency import LatencyPredictor
 from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from modules.modeling.supernet import Supernet
-from modules.pictures import pareto_front
 from modules.search_space.encoding import parse_supernet
-from modules.subnet_results import all_members
-from modules.subnet_search import (
+from modules.subnets.results import all_members
+from modules.subnets.search import (
     SearchRecipe,
     SharedHistory,
     SubnetSpace,
@@ -73,7 +73,7 @@ class Fake:
 
 
 def _search(space, folder, windows, fake, recipe=RECIPE, seed=0, resume=False):
-    """(found Members, all Members, lines said) of a search with a fake accuracy."""
+    """(found ScoredSubnets, all ScoredSubnets, lines said) of a search with a fake accuracy."""
     said = []
     starts = {w: initial_population(space, w, recipe.population_size, random.Random(f'{seed} {w}')) for w in windows}
     with SharedHistory(str(folder), {'seed': seed, 'supernet': str(space.supernet)}, Job(), resume) as history:
@@ -112,7 +112,7 @@ def test_parents_are_the_better_half_of_the_best_so_far(space, monkeypatch):
     next(rounds)
     parents.clear()
     next(rounds)
-    # a walk goes on from children, which are no members
+    # a walk continues from children, which are no members
     assert {values[parent] for parent in parents if parent in values} == {5, 6, 7, 8, 9}
 
 

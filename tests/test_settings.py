@@ -17,7 +17,7 @@ class Recipe:
     sizes: tuple[int, ...] = setting((), 'pixels', least=16)
     kind: str = setting('a', 'which', choices=('a', 'b'))
     fast: bool = setting(True, 'in a hurry', decides=False)
-    again: bool = setting(False, 'go on', in_file=False, decides=False)
+    again: bool = setting(False, 'continue', in_file=False, decides=False)
     workers: int = setting(0, 'processes', flags=(), decides=False)
 
 

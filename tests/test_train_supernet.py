@@ -233,7 +233,7 @@ def test_a_published_checkpoint_goes_on_from_its_epoch_or_is_refused(digits, tmp
     before = path.read_bytes()
     train_supernet(_build(), digits, dataclasses.replace(short, resume=True), str(tmp_path), Job())
     assert load_checkpoint(path)['step'] == 2 and (tmp_path / 'checkpoint_old.pth').read_bytes() == before
-    for change, said in (({'optimizer': None}, 'cannot go on from'), ({}, 'checkpoint_old.pth is there'),
+    for change, said in (({'optimizer': None}, 'cannot continue from'), ({}, 'checkpoint_old.pth is there'),
                          ({'epoch': 2}, 'epoch 2 of 2')):
         save_checkpoint(path, published | change)
         before = path.read_bytes()

@@ -6,7 +6,7 @@
 
 As onnx_tools/build_predictor.py, which explains it, with INT8 TFLite models: here by ai-edge-litert on one pinned core,
 or with --adb or --serial on a phone by TFLite's benchmark_model. --mask 40 is one big core of a Pixel 4. On a phone
-each model takes seconds, so give it hours; --resume goes on with a run that was stopped. See docs/your_device.md.
+each model takes seconds, so give it hours; --resume continues with a run that was stopped. See docs/your_device.md.
 """
 import os
 import sys

@@ -141,7 +141,7 @@ def make_rows(space, lut_id, model, predictor, count, seed):
 
 
 def make_luts(reference, output, superspaces, count=1000, seed=0):
-    """Write `output`/<superspace>/ anew; it appears when it is complete."""
+    """Replace `output`/<superspace>/; it appears when it is complete."""
     for space in map(get_superspace, superspaces):
         predictor, models = LatencyPredictor(space.platform), fit_models(reference, space)
         target = os.path.join(output, space.name)

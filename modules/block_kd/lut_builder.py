@@ -30,12 +30,12 @@ from ..training.calibrate import calibrate, kept_statistics
 from ..training.distributed import barrier, gather, of_main
 from ..training.log import note, progress
 from ..training.losses import NSR_SIGNALS, nsr_loss
-from ..training.parallel import default_workers, one_core, thread_map
+from ..training.threads import default_workers, one_core, thread_map
 from .checkpoints import build_student, require_checkpoint
 from .lut import LutRow, read_block_lut, write_block_lut
 from .trainer import check_map_sizes
 
-REMOVE = 'remove it'                # what helps where the part of a LUT cannot be gone on with
+REMOVE = 'remove it'                # what helps where the part of a LUT cannot be continued
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,7 @@ class LutBuilder:
     def _build_stage(self, stage, lut_ids, built, calibration, evaluation):
         """The LUTs of a stage that are not built."""
         if built:
-            note(f'{stage}: {len(built)} finished files in {self.output} are kept; remove them to build anew')
+            note(f'{stage}: {len(built)} finished files in {self.output} are kept; remove them to rebuild them')
         if self.job.is_main:
             for lut_id in built:                    # killed between writing the LUT and removing its parts
                 _remove_parts(self._path(lut_id))

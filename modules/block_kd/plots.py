@@ -3,8 +3,8 @@ import os
 
 import numpy as np
 
+from ..figures import new_figure, save_figure
 from ..latency import unit_of
-from ..pictures import new_figure, save_figure
 from .searcher import lut_ids
 
 # one colour a block family, the variants of a family are shades of it

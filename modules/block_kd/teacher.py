@@ -253,7 +253,7 @@ def timm_name(arch):
     """
     name = arch.replace('-', '_')
     if re.fullmatch(r'efficientnet_(b[0-7]|lite[0-4])', name):
-        return f'tf_{name}' + '.aa_in1k' * ('_b' in name)
+        return f'tf_{name}' + ('.aa_in1k' if '_b' in name else '')
     if not timm.is_model(name):
         raise UserError(f'no teacher {arch!r}: expected efficientnet-b0..b7, efficientnet-lite0..lite4, or an '
                         'EfficientNet of timm by its name there')

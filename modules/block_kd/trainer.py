@@ -82,7 +82,7 @@ class LsqBlockKDSettings(BlockKDSettings):
 
 
 @dataclass(kw_only=True)
-class Trainee(ResumableRun):
+class BlockTraining(ResumableRun):
     """One block in training."""
     block_id: str
     student: Student
@@ -148,11 +148,11 @@ def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job):
     choose_quantisers(recipe.compile, recipe.quant, steps * recipe.epochs * len(block_ids), job.device)
     digest = teacher.weights_digest()
     check_same("the teacher's weights", digest, job)
-    facts = deciding(recipe) | {
+    decided_by = deciding(recipe) | {
         'steps an epoch': steps, 'training images': len(data.train), 'teacher': teacher.arch, 'teacher weights': digest,
         'images a step': recipe.batch_size * job.world_size, 'ranks': job.world_size}
     for part, blocks in by_part(block_ids).items():
-        trainees = [_trainee(superspace, block, teacher, folder, recipe, job, steps, facts) for block in blocks]
+        trainees = [_trainee(superspace, block, teacher, folder, recipe, job, steps, decided_by) for block in blocks]
         _train_part(part, trainees, teacher, data, recipe, job, steps)
         results.update(_finish(part, trainees, teacher, data, recipe, job))
     return results
@@ -186,10 +186,10 @@ def independent_ranks(independent):
         yield
 
 
-def _trainee(superspace, block_id, teacher, folder, recipe, job, steps, facts):
+def _trainee(superspace, block_id, teacher, folder, recipe, job, steps, decided_by):
     """A block to train: from its own unfinished checkpoint, its fp32 checkpoint (LSQ+), or from scratch.
 
-    facts: {name: plain value} on which its weights depend, beside its learning rate.
+    decided_by: {name: plain value} on which its weights depend, beside its learning rate.
     """
     torch.manual_seed(recipe.seed + sum(map(ord, block_id)))
     path = checkpoint_file(folder, block_id, recipe.quant)
@@ -206,12 +206,12 @@ def _trainee(superspace, block_id, teacher, folder, recipe, job, steps, facts):
     student.to(memory_format=memory_format(recipe))
     broadcast(student, job)
     learning_rate = recipe.learning_rate(part_of(block_id), superspace)
-    trainee = Trainee(path=path, block_id=block_id, student=student, learning_rate=learning_rate,
+    trainee = BlockTraining(path=path, block_id=block_id, student=student, learning_rate=learning_rate,
                       optimizer=torch.optim.Adam(parameter_groups(student, recipe.weight_decay), lr=learning_rate),
-                      settings={**facts, 'learning rate': learning_rate})
+                      settings={**decided_by, 'learning rate': learning_rate})
     if resumed is not None:
         if isinstance(resumed.get('settings'), dict):
-            resumed['settings'].setdefault('teacher weights', facts['teacher weights'])     # older ones do not say
+            resumed['settings'].setdefault('teacher weights', decided_by['teacher weights'])  # older ones do not say
         trainee.resume({'done': False, **resumed}, steps * recipe.epochs, job)
     trainee.check_ranks(job)
     return trainee
@@ -249,7 +249,7 @@ def _step(part, trainees, images, teacher, recipe, epoch, step, total, job):
         losses = averages[i * len(hws):(i + 1) * len(hws)]
         trainee.losses = dict(zip(trainee.losses, losses))
         _check_losses(trainee, trainee.losses, step)
-        trainee.prove(job)
+        trainee.write_pending(job)
     parameters = [p for t in trainees for group in t.optimizer.param_groups for p in group['params']]
     average_gradients(parameters, job)
     torch.nn.utils.clip_grad_value_(parameters, 1.0)

@@ -16,7 +16,7 @@ from ..optional import need
 from ..search_space.encoding import Subnet, Supernet, parse_subnet, parse_supernet
 from ..search_space.superspace import SearchSpaceError
 from ..settings import add_settings, setting
-from ..subnet_report import calibrated_network, complete_scales, images_to_test
+from ..subnets.evaluate import calibrated_network, complete_scales, images_to_test
 from ..training.calibrate import calibrate
 from ..training.classes import class_names, fit_classes
 from ..training.data import add_data_arguments, calibration_batches, open_data, seed_of
@@ -27,7 +27,7 @@ from .predict import preprocessing
 from .quantisation import observe
 from .runtimes import ONNX, ONNX_RUNTIMES
 
-VERSION = 3                     # of the exporters: another number makes every model be written anew
+VERSION = 3                     # of the exporters: another number makes every model be written again
 RANGE_BATCHES = 8               # of the calibration batches, for the ranges of tensors without an LSQ+ scale
 RANDOM_IMAGES = 8               # pictures of noise for random weights
 

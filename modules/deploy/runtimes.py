@@ -131,7 +131,8 @@ class OnnxRuntime(Runtime):
 def sums_are_exact():
     """Whether ONNX Runtime here adds products of uint8 and int8 in 32 bits by itself: on x86 without VNNI in 16, which
     saturate."""
-    ort, onnx = need('onnxruntime'), need('onnx')
+    ort = need('onnxruntime')
+    onnx = need('onnx')
     helper, kinds = onnx.helper, onnx.TensorProto
     rows, depth = 16, 64
     weights = helper.make_tensor('weights', kinds.INT8, (depth, rows), np.full(depth * rows, 127, np.int8).tobytes(),

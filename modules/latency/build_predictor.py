@@ -108,7 +108,7 @@ def check_repeated(platform, max_drift, least=10, share=0.75):
     if len(seen) >= least and np.mean(seen <= max_drift) < share:
         raise UserError(f'too noisy: of {len(seen)} blocks that were measured twice, {np.mean(seen <= max_drift):.0%} '
                         f'agree within {max_drift:.0%} (needed: {share:.0%}); no platform is written. Stop what else '
-                        'runs here and begin anew, or --resume --max_drift to believe it anyway')
+                        'runs here and start over, or --resume --max_drift to believe it anyway')
 
 
 def _say(line):

@@ -1,4 +1,4 @@
-"""Stable latency measurements on any device, in a journal as they come, so that a killed run goes on.
+"""Stable latency measurements on any device, in a journal as they come, so that a killed run continues.
 
 A device has prepare(blocks) -> run and str(device); run(count) -> [ms] times `count` runs of an INT8 model of the
 Blocks in a row, of an empty model for no blocks. modules/deploy has one for each runtime.
@@ -145,7 +145,7 @@ class Profile:
             rows = self._by_chunk[number] = self._saved[number]
             if [(row.use, row.blocks) for row in rows] != [(use, tuple(blocks)) for use, blocks in items]:
                 raise UserError(f'{self.path}: chunk {number} holds other blocks than this version would measure; '
-                                'begin anew, without --resume')
+                                'start over, without --resume')
             return rows
         ms, spread, reference_ms = self._measure([blocks for _, blocks in items])
         rows = [Row(number, use, *row, reference_ms, self.seconds, tuple(blocks))

@@ -1,8 +1,8 @@
 """What a person wants to see of predicted latencies: a network's breakdown, a space's distribution."""
 import numpy as np
 
+from ..figures import new_figure, save_figure
 from ..modeling.complexity import block_complexity
-from ..pictures import new_figure, save_figure
 from ..search_space.encoding import subnet_config
 
 

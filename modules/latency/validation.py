@@ -5,8 +5,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from ..errors import UserError
+from ..figures import new_figure, save_figure
 from ..files import new_folder, write_text
-from ..pictures import new_figure, save_figure
 from .candidates import space_blocks
 from .predictor import MFLOPS
 from .tables import DATA, save_platform

@@ -54,5 +54,5 @@ def choose_data(path, datasets, valid_size, record=None):
 
 
 def keep_data(data, record):
-    """Write the choice down, so that a pipeline goes on with the pictures it began with."""
+    """Write the choice down, so that a pipeline continues with the pictures it began with."""
     write_text(record, json.dumps(data))

@@ -1,4 +1,4 @@
-"""Runs a pipeline's steps: says what each does and how long it may take, and goes on from the steps that are done."""
+"""Runs a pipeline's steps: says what each does and how long it may take, and continues from the steps that are done."""
 import contextlib
 import io
 import json
@@ -58,7 +58,7 @@ def print_steps(pipeline, steps, say=print):
     """Print the commands of all steps, as a scheduler may take them, in their order; nothing is run."""
     for number, step in enumerate(steps, 1):
         minutes = _minutes(pipeline, step)
-        say(f'# {number}. {step.title}' + f' ({minutes:g} minutes planned)' * bool(minutes))
+        say(f'# {number}. {step.title}' + (f' ({minutes:g} minutes planned)' if minutes else ''))
         for chain in _chains(pipeline, step):
             for command in chain:
                 say(f'python {shlex.join(command)}')
@@ -152,7 +152,7 @@ def _run(chains, lock, say):
                 script, rest = running.pop(process)
                 if process.returncode:
                     raise UserError(f'{script} ended with code {process.returncode}; mend that and run it all again, '
-                                    'it goes on from there')
+                                    'it continues from there')
                 start(rest)
             if running and not ended:
                 time.sleep(POLL)

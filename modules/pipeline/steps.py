@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..evolution import read_history
 from ..files import write_text
+from ..history import read_history
 from ..latency import LatencyPredictor
 from ..latency.predictor import MFLOPS
 from ..latency.validation import check_name

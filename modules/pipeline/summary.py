@@ -11,8 +11,8 @@ import numpy as np
 
 from ..deploy.benchmark import processor
 from ..errors import UserError
+from ..figures import new_figure, pareto_front, save_figure
 from ..files import write_text
-from ..pictures import new_figure, pareto_front, save_figure
 from ..search_space.encoding import subnet_config
 from .steps import BY_HAND, FLOPS, FOUND, LARGEST, SMALLEST, baseline_step
 
@@ -111,10 +111,11 @@ def _text(pipeline, steps, rows):
     if settings.compare_types:
         lines.append(f'- The space by hand: block types {settings.compare_types} ({_types(pipeline)}), with the width '
                      'windows that the search scores best, trained and searched as the one found.')
-    lines += ['- Ready-made networks: timm, INT8 by ONNX Runtime\'s own quantiser.'] * bool(settings.baselines)
+    if settings.baselines:
+        lines.append("- Ready-made networks: timm, INT8 by ONNX Runtime's own quantiser.")
     lines += ['', '| step | minutes |', '|---|---|',
               *(f'| {step.title} | {seconds / 60:.1f} |' for step, seconds in steps),
-              f'| all | {sum(seconds for _, seconds in steps) / 60:.1f} |', '', '## To go on', '', '```',
+              f'| all | {sum(seconds for _, seconds in steps) / 60:.1f} |', '', '## To continue', '', '```',
               *_commands(pipeline, found.network), '```', '', 'Encodings:', '',
               *(f'- {row.what}: `{row.network.supernet}` `{row.network.subnet}`' for row in rows if row.network), '']
     return '\n'.join(lines)
@@ -152,7 +153,7 @@ def _commands(pipeline, network):
     file = shlex.quote(pipeline.finished(network))
     data += ''.join(f' {shlex.quote(word)}' for word in pipeline.plugins)
     return [f'python onnx_tools/eval_onnx.py --network {file} --quant_mode {data}'
-            + ' --reduce_range' * bool(pipeline.narrow),
+            + (' --reduce_range' if pipeline.narrow else ''),
             f'python downstream_cls.py --superspace {pipeline.space} --supernet_choice {network.supernet.choice} '
             f"--subnet_name '{network.subnet}' {' '.join(pipeline.align)} --distill --num_epochs 5 "
             f'--batch_size {pipeline.settings.batch_size} '

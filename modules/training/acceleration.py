@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UserError
-from ..modeling.ops.fake_quantise import compile_quantisers, prove_quantisers
+from ..modeling.ops.fake_quantise import check_quantisers, compile_quantisers
 from ..settings import setting
 from .log import note
 
@@ -15,7 +15,7 @@ PAYS_FROM = 1000            # steps of a run, from which compiling takes less ti
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """What every training has beside its recipe, and what decides nothing about its result."""
-    resume: bool = setting(False, 'go on from the checkpoint in the output folder, if there is one', in_file=False,
+    resume: bool = setting(False, 'continue from the checkpoint in the output folder, if there is one', in_file=False,
                            decides=False)
     compile: str = setting('auto', 'fake-quantise in int8 by kernels of torch.compile, which needs a C++ compiler, on '
                            f'GPUs Triton; auto: where that works, in runs of {PAYS_FROM} steps and more', const='on',
@@ -36,12 +36,12 @@ def choose_quantisers(choice, quant, steps, device):
         return
     compile_quantisers()
     try:
-        prove_quantisers(device)
+        check_quantisers(device)
     except UserError as error:
         if choice == 'on':
             raise
         compile_quantisers(False)
-        note(f'{error}; int8 training goes on without, slower')
+        note(f'{error}; int8 training continues without, slower')
 
 
 def memory_format(settings):

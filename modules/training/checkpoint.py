@@ -240,13 +240,13 @@ def restore(path, checkpoint, settings, optimizer, progress, steps):
     for key, value in settings.items():
         if isinstance(begun.get(key), torch.Tensor) or begun.get(key) != value:
             raise UserError(f'{path}: begun with {key} {str(begun.get(key))[:60]}, not {value}; resume with the same, '
-                            'or start anew without --resume')
+                            'or start over without --resume')
     found = {key: checkpoint.get(key) for key in progress}
     for key, kind in progress.items():
         value = found[key]
         wrong = not isinstance(value, kind) or kind is int and isinstance(value, bool)
         if wrong or kind is float and not math.isfinite(value) or key == 'step' and not 0 <= value <= steps:
-            raise UserError(f'{path}: damaged: {key} {str(found[key])[:60]} in it; start anew without --resume')
+            raise UserError(f'{path}: damaged: {key} {str(found[key])[:60]} in it; start over without --resume')
     state = checkpoint.get('optimizer')
     try:
         _check_shapes(state, optimizer)
@@ -256,7 +256,7 @@ def restore(path, checkpoint, settings, optimizer, progress, steps):
             group.update(values)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         reason = one_line(error)[:100]
-        raise UserError(f'{path}: damaged: not the state of its optimizer ({reason}); start anew without --resume') \
+        raise UserError(f'{path}: damaged: not the state of its optimizer ({reason}); start over without --resume') \
             from None
     return found
 

@@ -31,8 +31,8 @@ from torchvision import transforms
 from ..cli import not_negative, within
 from ..errors import UserError, one_line
 from .log import note
-from .parallel import default_workers
 from .sources import LAYOUTS, open_source, plain_name
+from .threads import default_workers
 
 VALID_SIZE = 50000              # held out, where nothing else is said
 SPLIT_SEED = 2147483647         # the held-out images are the same in every run, whatever --seed says
@@ -251,7 +251,7 @@ def open_data(path, dataset='imagenet', valid_size=VALID_SIZE, augment='default'
     order = _permutation(len(indices), SPLIT_SEED).numpy()
     train = image_set(source, np.sort(indices[order[held_out:]]), train=True)
     valid = image_set(source, indices[order[:held_out]])
-    note(f'{path if name == "imagenet" else dataset}: ' + f'{num_classes} classes, ' * bool(num_classes)
+    note(f'{path if name == "imagenet" else dataset}: ' + (f'{num_classes} classes, ' if num_classes else '')
          + f'{len(train):,} pictures to train on, {held_out:,} held out'
          + ('' if test is None else f', {len(test):,} to test with'))
     return Data(train, valid, valid if test is None else test, num_classes, broken, image_size)

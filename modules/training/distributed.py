@@ -96,7 +96,7 @@ def _leave(error):
     if (isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)   # DistBackendError is one
             and re.search('gloo|nccl|connection|timed out', str(error), re.IGNORECASE)):
         error = UserError(f'rank {dist.get_rank()}: another rank is gone or does not answer '
-                          f'({one_line(error)[:120]}); the job ends, --resume goes on')
+                          f'({one_line(error)[:120]}); the job ends, --resume continues')
     code = error.code if isinstance(error, SystemExit) else exit_code(error)
     if code == INTERRUPTED:
         note(STOPPED)

@@ -37,7 +37,7 @@ WEIGHT_DECAY = 1e-5
 # flags of --recipe original; what else that means is where it is used
 ORIGINAL = {'augment': 'auto_augment_tf', 'seed': 42, 'eval_freq': 1, 'fp32_head': True, 'imagenet_path': './dataset',
             'output_path': './checkpoints/downstream_cls'}
-# of a network that goes on with its supernet's head and data: measured on CIFAR-10 with batches of 32, where subnets
+# of a network that continues with its supernet's head and data: measured on CIFAR-10 with batches of 32, where subnets
 # gained 1 to 4 points in 270 steps
 KEPT_HEAD = 0.02
 
@@ -112,7 +112,7 @@ class FineTuning(ResumableRun):
 def learning_rate_of(dataset, keep_head=False):
     """The learning rate for a data set; UserError where there is none.
 
-    keep_head: of a network that goes on with its supernet's head and data, whichever they are.
+    keep_head: of a network that continues with its supernet's head and data, whichever they are.
     """
     rates = {plain_name(name): rate for name, rate in LEARNING_RATES.items()}
     rate = KEPT_HEAD if keep_head else rates.get(plain_name(dataset))
@@ -240,7 +240,7 @@ def _take_step(tuning, images, labels, recipe, epoch, steps, job, writer):
     norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip_norm)
     loss, norm = average(torch.stack([loss.detach(), norm]), job)       # the one wait for the device
     if math.isfinite(loss):
-        tuning.prove(job)
+        tuning.write_pending(job)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise tuning.failure(f'step {step} (epoch {epoch}): the loss is not finite')
     learning_rate = warmup_linear(recipe.learning_rate, step, steps * recipe.epochs,

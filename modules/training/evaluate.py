@@ -21,7 +21,7 @@ class Accuracy(NamedTuple):
     classes: int = 1000
 
     def __str__(self):
-        top5 = f'  top-5 {self.top5:.2f}%' * (self.classes >= 10)       # says nothing of a few
+        top5 = f'  top-5 {self.top5:.2f}%' if self.classes >= 10 else ''        # says nothing of a few
         return f'top-1 {self.top1:.2f}%{top5}  loss {self.loss:.4f}  ({self.images} images)'
 
 

@@ -24,8 +24,8 @@ def progress(total, description, initial=0, enabled=True):
 def run_log(path, append=False, enabled=True, show=None):
     """Yields say(line), which shows a line and writes it to a log file, both with the seconds since the start.
 
-    append: go on with the file that is there; nothing happens where not `enabled`. show: function of a line, by default
-    print.
+    append: continue with the file that is there; nothing happens where not `enabled`. show: function of a line, print
+    by default.
     """
     started, mode = time.perf_counter(), 'a' if append else 'w'
     show = show or functools.partial(print, flush=True)
@@ -47,7 +47,7 @@ def spare_tensorflow():
 
 
 def curves(folder, first_step=0, enabled=True):
-    """torch's SummaryWriter of a folder, in which steps from `first_step` on are anew; None where not `enabled`."""
+    """torch's SummaryWriter of a folder, whose steps from `first_step` on replace older ones; None where not `enabled`."""
     if not enabled:
         return None
     spare_tensorflow()

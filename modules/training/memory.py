@@ -8,7 +8,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                   # of mallopt(3)
 def keep_freed_memory(enable=True):
     """Let glibc keep freed memory for the next tensor; whether it could (nothing happens elsewhere).
 
-    By default glibc gives a large tensor back to the system when it is freed and gets pages for the next one anew, and
+    By default glibc gives a large tensor back to the system when it is freed and gets new pages for the next one, and
     the system fills each with zeros first: up to a fifth of a training step, for operations on 20 to 50 MB ten times
     their own time. The process then stays as large as it was at its largest.
     """

@@ -22,9 +22,9 @@ from .log import curves, note, progress
 class ResumableRun:
     """What a run keeps beside its weights; `step` counts optimiser steps, settings decide the weights.
 
-    A loss shows whether the state before it was good: `unproven` is a checkpoint that prove() writes once the loss
-    after it is known to be. Subclasses say in content() what else a checkpoint holds, in PROGRESS {name: type} which
-    of their fields, and in ADVICE what to try when a loss is not good.
+    A loss shows whether the state before it was good: `pending` is a checkpoint that write_pending() writes once the
+    loss after it is known to be good. Subclasses say in content() what else a checkpoint holds, in PROGRESS
+    {name: type} which of their fields, and in ADVICE what to try when a loss is not good.
     """
     PROGRESS: ClassVar = {'step': int, 'done': bool}
     ADVICE: ClassVar = 'a smaller learning rate'
@@ -33,7 +33,7 @@ class ResumableRun:
     settings: dict
     step: int = 0
     done: bool = False
-    unproven: dict = None
+    pending: dict = None
 
     def content(self):
         """{key: value} of a checkpoint: the weights, and what they belong to."""
@@ -46,7 +46,7 @@ class ResumableRun:
         return f'{root}_best{ending}'
 
     def state(self):
-        """What a checkpoint holds, copied: training goes on."""
+        """What a checkpoint holds, copied: training continues."""
         return copy.deepcopy({**self.content(), 'optimizer': self.optimizer.state_dict(), 'settings': self.settings,
                               'epoch': self.step // self.settings['steps an epoch'],
                               **{key: getattr(self, key) for key in self.PROGRESS}})
@@ -56,16 +56,16 @@ class ResumableRun:
         if job.is_main:
             save_checkpoint(path or self.path, self.state())
 
-    def prove(self, job):
-        """Write the unproven state: the loss after it was good."""
-        if self.unproven and job.is_main:
-            save_checkpoint(self.path, self.unproven)
-        self.unproven = None
+    def write_pending(self, job):
+        """Write the pending state: the loss after it was good."""
+        if self.pending and job.is_main:
+            save_checkpoint(self.path, self.pending)
+        self.pending = None
 
     def resume(self, checkpoint, steps, job):
         """Go on from the checkpoint of a run of `steps` steps in all; UserError as restore().
 
-        A published one says epochs, not steps: it goes on where its optimizer's state fits, and is kept as x_old.pth.
+        A published one says epochs, not steps: it continues where its optimizer's state fits, and is kept as x_old.pth.
         """
         if 'step' not in checkpoint:
             checkpoint = self._published(checkpoint, steps, job)
@@ -82,10 +82,10 @@ class ResumableRun:
                 raise UserError(f'epoch {epoch} of {steps // self.settings["steps an epoch"]}, or {old} is there')
             restore(self.path, state, self.settings, self.optimizer, self.PROGRESS, steps)
         except UserError as error:
-            raise UserError(f'{self.path}: a published checkpoint that a run cannot go on from ({error}), and would '
+            raise UserError(f'{self.path}: a published checkpoint that a run cannot continue from ({error}), and would '
                             'write over; give another output folder') from None
         if job.is_main:
-            note(f'{self.path}: goes on with epoch {epoch}; the published file is kept as {set_aside(self.path)}')
+            note(f'{self.path}: continues with epoch {epoch}; the published file is kept as {set_aside(self.path)}')
         return state
 
     def check_ranks(self, job):
@@ -99,7 +99,7 @@ class ResumableRun:
 
 
 def checkpoint_to_resume(path, resume, job, read=load_checkpoint):
-    """What is in the checkpoint of a run that goes on, None where it begins; the same on every rank, as rank 0 sees it.
+    """What is in the checkpoint of a run that continues, None where it begins; on every rank what rank 0 sees.
 
     Without `resume` one that is there is kept as x_old.pth. No other process may train it from now on.
     UserError: another one does, none can be written there, or what is there is no state of a run of ours: it would be
@@ -115,7 +115,7 @@ def checkpoint_to_resume(path, resume, job, read=load_checkpoint):
             return None
         checkpoint = read(path)
         if not (isinstance(checkpoint, Mapping) and 'optimizer' in checkpoint and {'step', 'epoch'} & set(checkpoint)):
-            raise UserError(f'{path}: no run to go on with (no step and optimizer in it), and a new one would write '
+            raise UserError(f'{path}: no run to continue (no step and optimizer in it), and a new one would write '
                             'over it: give another output folder')
         return checkpoint
     return of_main(found, job)
@@ -184,15 +184,15 @@ def train(runs, schedule, job, title, curves_folder, take_step, end_epoch=None):
                 stopping = interrupted()
                 if stopping or (step + 1) % schedule.checkpoint_freq == 0:
                     for run in active:
-                        run.unproven = run.state()
+                        run.pending = run.state()
             ended = [run for run in runs if not run.done]
             if end_epoch:
                 end_epoch(epoch, writer)
             for run in ended:
-                run.unproven = run.state()
+                run.pending = run.state()
         for run in runs:
             if run.done:
-                run.prove(job)
+                run.write_pending(job)
         if interrupted():                           # in the last step, or while it was validated
             raise KeyboardInterrupt
 

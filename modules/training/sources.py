@@ -142,8 +142,8 @@ def plain_name(name):
 def _found(folder):
     """What is in a folder, for an error line: at most five entries."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    shown = ' '.join(entry.name + '/' * entry.is_dir() for entry in entries[:5])
-    return (shown or 'nothing') + f' … ({len(entries)} entries)' * (len(entries) > 5)
+    shown = ' '.join(entry.name + ('/' if entry.is_dir() else '') for entry in entries[:5])
+    return (shown or 'nothing') + (f' … ({len(entries)} entries)' if len(entries) > 5 else '')
 
 
 def _open_imagenet(path, labelled, min_side):
@@ -162,7 +162,7 @@ def _open_imagenet(path, labelled, min_side):
     if len(_class_names(path)) > 1:
         return _open_class_folders(path)
     if labelled:
-        hint = ' (pictures without labels do for block KD only)' * any(_walk(path))
+        hint = ' (pictures without labels do for block KD only)' if any(_walk(path)) else ''
         raise UserError(f'{path}: expected {LAYOUTS}; found {_found(path)}{hint}')
     return _open_pictures(path, min_side), None, 0
 
@@ -224,7 +224,8 @@ def _open_class_folders(train, val=None):
         samples = make_dataset(folder, numbers, IMG_EXTENSIONS)
         files = [os.path.relpath(name, folder) for name, _ in samples]
         sources.append(Pictures(folder, files, [label for _, label in samples]))
-    return *_with_classes(sources, classes), *[None] * (val is None), len(classes)
+    found = _with_classes(sources, classes)
+    return (*found, None, len(classes)) if val is None else (*found, len(classes))
 
 
 def _with_classes(sources, classes):

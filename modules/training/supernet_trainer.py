@@ -230,7 +230,7 @@ def _take_step(training, images, labels, recipe, epoch, steps, job, writer):
         raise training.failure(f'{supernet.encoding}: step {step} (epoch {epoch}): the loss is not finite')
     training.loss_sum, training.loss_count = training.loss_sum + losses[0], training.loss_count + 1
     if not _is_collapsed(training):
-        training.prove(job)
+        training.write_pending(job)
     gradients.finish()
     torch.nn.utils.clip_grad_value_(parameters, recipe.grad_clip_value)
     set_learning_rate(training.optimizer, learning_rate)

@@ -5,7 +5,7 @@ pass. But that gradient is a depth-wise convolution itself: of an image's input,
 the kernel and the stride as the dilation. So it runs at the speed of the forward pass.
 
 Maps of a single pixel (squeeze-excitation, feature_mix): a 1x1 convolution is a linear layer there, whose gradients
-are two matrix products, and oneDNN takes two to twenty times as long, as it lays out the weights anew.
+are two matrix products, and oneDNN takes two to twenty times as long, as it lays out the weights again.
 """
 import torch
 import torch.nn.functional as F

@@ -70,7 +70,7 @@ def _quantise_backward_flat(dy, x, scale, beta, low, high, least):
 
 @functools.cache
 def _compiled(function):
-    """The function compiled for tensors of any size, always called in one state: each other one would compile anew."""
+    """The function compiled for tensors of any size, always called in one state: each other one would compile again."""
     compiled = torch.compile(function, dynamic=True)
 
     def run(x, *args):
@@ -95,7 +95,7 @@ def compile_quantisers(enable=True):
     _use_kernels = enable
 
 
-def prove_quantisers(device):
+def check_quantisers(device):
     """Compile the kernels by a first use on `device`; UserError where that fails.
 
     With the levels of int8 and as many numbers as large activations have: their reductions are sized for the first use.
@@ -110,7 +110,7 @@ def prove_quantisers(device):
 
 
 def _bare(x):
-    """_flat() of a dense tensor that is no view to torch.compile, which would compile anew for each shape viewed."""
+    """_flat() of a dense tensor that is no view to torch.compile, which would compile again for each shape viewed."""
     return _flat(x).data
 
 
@@ -190,7 +190,7 @@ class _FakeQuantize(torch.autograd.Function):
 class QuantisedOp(torch.autograd.Function):
     """A convolution or linear layer of a fake-quantised input and weight.
 
-    Keeps the input as it came and quantises it anew for the backward pass: so int8 training holds no more activations
+    Keeps the input as it came and quantises it again for the backward pass: so int8 training holds no more activations
     than fp32 training, only the quantised weight in addition. levels_x, levels_w: _Range, None for off; geometry:
     (stride, padding, dilation, groups) of a convolution, None for a linear layer.
     """

@@ -143,7 +143,7 @@ class QBase:
 
     @torch.no_grad()
     def requantise(self, weight_bits, zero_points):
-        """Other bits of the weights and zero points; scales that are initialised go on covering what they cover."""
+        """Other bits of the weights and zero points; scales that are initialised keep covering what they cover."""
         if self.scales_initialized:
             self.sw.mul_((2 ** self.nbits_w - 1) / (2 ** check_bits(weight_bits) - 1))
         if zero_points == 'symmetric' != self.zero_points and self.scales_initialized:
@@ -214,7 +214,7 @@ def set_quant_mode(model, nbits=8):
 def requantise(model, weight_bits=8, zero_points='real'):
     """Give the model's ops in quantised mode other bits of weights and zero points; returns the model.
 
-    Scales that are initialised are fitted, so that what they cover stays: training goes on from there.
+    Scales that are initialised are fitted, so that what they cover stays: training continues from there.
     """
     for op in quantised_ops(model):
         if op.is_quantised:

@@ -3,19 +3,19 @@ import contextlib
 import dataclasses
 import functools
 
-from .cli import SEED, positive
-from .files import write_csv
-from .latency import add_platform_arguments
-from .modeling.complexity import config_complexity
-from .modeling.ops.lsq_plus import quantise_weights_once, quantised_ops
-from .training.calibrate import initialize_all_scales
-from .training.checkpoint import precision
-from .training.classes import by_class, class_names, fit_classes, write_confusion
-from .training.data import add_data_arguments, calibration_batches, eval_loader, open_data
-from .training.distributed import add_distributed_arguments, distributed_job
-from .training.evaluate import DecodedImages, accuracy, calibrated_subnet, evaluate_subnet, images_of, kept_subnet
-from .training.log import note, progress
-from .zoo import load_supernet
+from ..cli import SEED, positive
+from ..files import write_csv
+from ..latency import add_platform_arguments
+from ..modeling.complexity import config_complexity
+from ..modeling.ops.lsq_plus import quantise_weights_once, quantised_ops
+from ..training.calibrate import initialize_all_scales
+from ..training.checkpoint import precision
+from ..training.classes import by_class, class_names, fit_classes, write_confusion
+from ..training.data import add_data_arguments, calibration_batches, eval_loader, open_data
+from ..training.distributed import add_distributed_arguments, distributed_job
+from ..training.evaluate import DecodedImages, accuracy, calibrated_subnet, evaluate_subnet, images_of, kept_subnet
+from ..training.log import note, progress
+from ..zoo import load_supernet
 
 COLUMNS = ('subnet', 'top1', 'top5', 'loss', 'MFLOPs', 'Mparams', 'ms')
 
@@ -28,7 +28,7 @@ def add_evaluation_arguments(parser):
                         help='batches of training images, for batch-norm calibration; ranks share them')
     parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
     parser.add_argument('--cache_gb', type=positive(float), default=8.0,
-                        help='GiB a rank for test images that several subnets share; above it they are decoded anew')
+                        help='GiB a rank for test images that several subnets share; above it they are decoded again')
     add_platform_arguments(parser)
     parser.add_argument('--seed', type=SEED, default=0, help='seed of the calibration images')
     add_data_arguments(parser, trains=False)

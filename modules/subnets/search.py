@@ -2,7 +2,7 @@
 
 Latencies come before accuracies: a subnet outside the window is never run. One that was scored is never run
 again, whatever constraint it was scored for. Everything is a function of the seed and the scores, so a killed
-search is resumed by replaying it (evolution.py), and any number of ranks takes the same decisions.
+search is resumed by replaying it (history.py), and any number of ranks takes the same decisions.
 """
 import contextlib
 import math
@@ -10,18 +10,18 @@ import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .errors import UserError
-from .evolution import History
-from .modeling.ops.lsq_plus import local_initialisation, quantise_weights_once
-from .search_space import sampling
-from .search_space.encoding import Subnet, parse_subnet, subnet_config
-from .training.calibrate import calibrate
-from .training.checkpoint import load_checkpoint
-from .training.data import seed_of
-from .training.distributed import share, sum_over_ranks
-from .training.evaluate import accuracy, images_of, kept_subnet
-from .training.log import note, progress
-from .training.parallel import thread_map
+from ..errors import UserError
+from ..history import History
+from ..modeling.ops.lsq_plus import local_initialisation, quantise_weights_once
+from ..search_space import sampling
+from ..search_space.encoding import Subnet, parse_subnet, subnet_config
+from ..training.calibrate import calibrate
+from ..training.checkpoint import load_checkpoint
+from ..training.data import seed_of
+from ..training.distributed import share, sum_over_ranks
+from ..training.evaluate import accuracy, images_of, kept_subnet
+from ..training.log import note, progress
+from ..training.parallel import thread_map
 
 COLUMNS = ('top1', 'top5', 'loss')          # scores: percent, percent, mean cross-entropy
 DRAWS, STEPS = 8, 400                       # a member: the nearest of 8 random subnets, walked into the window
@@ -53,7 +53,7 @@ def window_below(c, d):
     return Window(c - d, c)
 
 
-class Member(NamedTuple):
+class ScoredSubnet(NamedTuple):
     """A scored subnet; scores as COLUMNS. round: of the search, 0 for its random start, None of an earlier search."""
     subnet: Subnet
     ms: float
@@ -170,7 +170,7 @@ def offspring(space, window, parents, seen, rng, recipe):
 
 
 def evolve(space, window, initial, score, rng, recipe):
-    """Yields (round, [Member, …]) of the initial population (round 0) and of each round's children, all scored.
+    """Yields (round, [ScoredSubnet, …]) of the initial population (round 0) and of each round's children, all scored.
 
     score([Subnet, …]) gives their scores in order. Parents are the better half of the population (or the best
     recipe.num_parents), which is the best that was found so far. Ends early where a round finds no new subnet. rng:
@@ -184,9 +184,9 @@ def evolve(space, window, initial, score, rng, recipe):
         if not batch:
             return
         seen.update(map(str, batch))
-        members = [Member(subnet, space.ms(subnet), tuple(scores), number)
+        members = [ScoredSubnet(subnet, space.ms(subnet), tuple(scores), number)
                    for subnet, scores in zip(batch, score(batch))]
-        population = sorted(population + members, key=Member.rank)[:recipe.population_size]
+        population = sorted(population + members, key=ScoredSubnet.rank)[:recipe.population_size]
         yield number, members
 
 
@@ -265,7 +265,7 @@ def measure_with(model, calibration, valid, job, threads=1):
 
 
 def search_windows(space, starts, score, recipe, seed, job, say):
-    """Members of one search for each {Window: initial population}; score(subnets, tick) gives their scores.
+    """ScoredSubnets of one search for each {Window: initial population}; score(subnets, tick) gives their scores.
 
     say(line) hears of each round. Every search has random numbers of its own, whatever else is searched.
     """
@@ -276,7 +276,7 @@ def search_windows(space, starts, score, recipe, seed, job, say):
         for window, initial in starts.items():
             if len(initial) < recipe.population_size:
                 say(f'{window}: only {len(initial)} subnets found to start with, not {recipe.population_size}; '
-                    'the search goes on with them')
+                    'the search continues with them')
             mine, number = [], -1
             for number, members in evolve(space, window, initial, lambda subnets: score(subnets, bar.update),
                                           random.Random(f'{seed} search {window}'), recipe):
@@ -307,5 +307,5 @@ def note_trained_images(path, num_valid):
 
 
 def best_members(members, window, count=BEST):
-    """The best Members in the window, best first."""
-    return sorted((m for m in members if not window.distance(m.ms)), key=Member.rank)[:count]
+    """The best ScoredSubnets in the window, best first."""
+    return sorted((m for m in members if not window.distance(m.ms)), key=ScoredSubnet.rank)[:count]

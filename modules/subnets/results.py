@@ -1,27 +1,27 @@
-"""What a subnet search found: its Members, their accuracy on the test set, tables and the picture."""
+"""What a subnet search found: its ScoredSubnets, their accuracy on the test set, tables and the picture."""
 import os
 
-from .files import write_csv
-from .modeling.complexity import config_complexity
-from .pictures import new_figure, pareto_front, save_figure
-from .search_space.encoding import parse_subnet, subnet_config
-from .subnet_report import calibrated_network
-from .subnet_search import COLUMNS, Member
-from .training.evaluate import accuracy
+from ..figures import new_figure, pareto_front, save_figure
+from ..files import write_csv
+from ..modeling.complexity import config_complexity
+from ..search_space.encoding import parse_subnet, subnet_config
+from ..training.evaluate import accuracy
+from .evaluate import calibrated_network
+from .search import COLUMNS, ScoredSubnet
 
 
 def all_members(space, history, found):
-    """Member of every entry of the history, the fastest first; found: Members of this search."""
+    """ScoredSubnet of every entry of the history, the fastest first; found: ScoredSubnets of this search."""
     rounds = {}
     for member in found:
         rounds.setdefault(str(member.subnet), member.round)
     subnets = [(key, parse_subnet(key, space.supernet)) for key in history.entries]
-    members = [Member(subnet, space.ms(subnet), history.entries[key], rounds.get(key)) for key, subnet in subnets]
+    members = [ScoredSubnet(subnet, space.ms(subnet), history.entries[key], rounds.get(key)) for key, subnet in subnets]
     return sorted(members, key=lambda member: (member.ms, *member.rank()))
 
 
 def evaluate_best(model, best, calibration, test, job):
-    """{encoding: Accuracy} on the test set of {Window: [Member, …]}, each tested once.
+    """{encoding: Accuracy} on the test set of {Window: [ScoredSubnet, …]}, each tested once.
 
     test: this rank's share; calibration: all images, on every rank.
     """
@@ -49,7 +49,7 @@ def _point(member):
 
 
 def write_scored(path, members):
-    """CSV of all Members: subnet, ms, top1, top5, loss, round, and pareto (1 on the front, else 0)."""
+    """CSV of all ScoredSubnets: subnet, ms, top1, top5, loss, round, and pareto (1 on the front, else 0)."""
     front = {str(member.subnet) for member in pareto_front(members, _point)}
     write_csv(path, ('subnet', 'ms', *COLUMNS, 'round', 'pareto'),
                [(m.subnet, f'{m.ms:.4f}', *(f'{value:.4f}' for value in m.scores), m.round, int(str(m.subnet) in front))
@@ -57,7 +57,7 @@ def write_scored(path, members):
 
 
 def write_best(path, space, members, tested):
-    """CSV of the best Members with what evaluate_best() gave, best first."""
+    """CSV of the best ScoredSubnets with what evaluate_best() gave, best first."""
     rows = []
     for member in members:
         complexity = config_complexity(subnet_config(space.supernet, member.subnet).blocks)
@@ -67,7 +67,7 @@ def write_best(path, space, members, tested):
 
 
 def draw_search(path, members, best, title):
-    """Picture of accuracy over latency: all Members, the Pareto front, and {Window: best Members} of each window."""
+    """Picture of accuracy over latency: all ScoredSubnets, the Pareto front, and the best of each {Window: best}."""
     figure, axes = new_figure(figsize=(8, 5), layout='constrained')
     for label, colour, part in (('evolved', '#1f6f8b', [m for m in members if m.round != 0]),
                                 ('random start', '#b8b8b8', [m for m in members if m.round == 0])):
