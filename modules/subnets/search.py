@@ -21,7 +21,7 @@ from ..training.data import seed_of
 from ..training.distributed import share, sum_over_ranks
 from ..training.evaluate import accuracy, images_of, kept_subnet
 from ..training.log import note, progress
-from ..training.parallel import thread_map
+from ..training.threads import thread_map
 
 COLUMNS = ('top1', 'top5', 'loss')          # scores: percent, percent, mean cross-entropy
 DRAWS, STEPS = 8, 400                       # a member: the nearest of 8 random subnets, walked into the window

@@ -47,7 +47,7 @@ def spare_tensorflow():
 
 
 def curves(folder, first_step=0, enabled=True):
-    """torch's SummaryWriter of a folder, whose steps from `first_step` on replace older ones; None where not `enabled`."""
+    """torch's SummaryWriter of a folder; steps from `first_step` on replace older ones. None where not `enabled`."""
     if not enabled:
         return None
     spare_tensorflow()
