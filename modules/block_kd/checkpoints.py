@@ -92,6 +92,14 @@ def _finished(superspace, block_id, folder, quant, unfinished=False):
     return checkpoint
 
 
+def trained_images(superspace, block_id, folder):
+    """On how many training images a block's lsq.pth was trained, None where it does not say."""
+    path = checkpoint_file(folder, block_id, True)
+    settings = read_block(path, superspace, block_id).get('settings') if os.path.isfile(path) else None
+    count = settings.get('training images') if isinstance(settings, Mapping) else None
+    return count if isinstance(count, int) else None
+
+
 def teacher_of(checkpoint):
     """(architecture, digest of its weights) of a block's teacher, None where its checkpoint does not say."""
     settings = checkpoint.get('settings')

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import ROOT
+from ..cli import note
 from ..errors import UserError
 from ..files import atomic_path
 from ..optional import need, version_of
@@ -211,7 +212,16 @@ class OpenVino(OnnxRuntime):
         return {'float_swish': True, **super().int8_options(reduce_range)}
 
     def open_session(self, model, threads=1):
+        if not fits_16_bits(model) and not sums_are_exact():
+            _say_saturating()
         return OpenVinoSession(model, threads)
+
+
+@cache
+def _say_saturating():
+    """Once: what no option of OpenVINO mends."""
+    note('OpenVINO: on this processor, without VNNI, sums of 8-bit weights saturate, and answers may be wrong; export '
+         'with --reduce_range')
 
 
 class SessionInput(NamedTuple):

@@ -15,6 +15,7 @@ from ..history import History
 from ..modeling.ops.lsq_plus import local_initialisation, quantise_weights_once
 from ..search_space import sampling
 from ..search_space.encoding import Subnet, parse_subnet, subnet_config
+from ..settings import setting
 from ..training.calibrate import calibrate
 from ..training.checkpoint import load_checkpoint
 from ..training.data import seed_of
@@ -29,6 +30,7 @@ STRENGTHS = (1.0, 0.3, 0.1)                 # of a walk's mutations: far leaps, 
 PATIENCE = 100                              # walks in a row without a new member after which a window is given up,
 EMPTY_PATIENCE = 30                         # the same where it has no member yet,
 ROUND_PATIENCE = 20                         # and a round of the search
+TRIES = 50                                  # of a child, which then is a mutation that walks on
 BEST = 10
 
 
@@ -67,13 +69,12 @@ class ScoredSubnet(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchRecipe:
-    """Sizes of the evolution; a child has max_tries, then it is a mutation that walks on."""
-    population_size: int = 512
-    num_rounds: int = 20
-    num_mutations: int = 128
-    num_crossovers: int = 128
-    num_parents: int | None = None          # None: the better half of the population
-    max_tries: int = 50
+    """Sizes of the evolution: flags of search_subnet.py."""
+    population_size: int = setting(512, 'subnets alive at a time', least=1)
+    num_rounds: int = setting(20, 'generations after the random start', least=1)
+    num_mutations: int = setting(128, 'mutations a round', least=1)
+    num_crossovers: int = setting(128, 'crossovers a round', least=1)
+    parent_size: int | None = setting(None, 'parents of a round; default: the better half', least=1)
 
 
 class SubnetSpace:
@@ -156,9 +157,9 @@ def offspring(space, window, parents, seen, rng, recipe):
         return space.cross(*(rng.sample(parents, 2) if len(parents) > 1 else parents * 2), rng)
 
     for make in [mutation] * recipe.num_mutations + [crossover] * recipe.num_crossovers:
-        tries = (make() for _ in range(recipe.max_tries))
+        tries = (make() for _ in range(TRIES))
         child = next((child for child in tries if str(child) not in seen and not window.distance(space.ms(child))),
-                     None) or walk(space, window, rng.choice(parents), seen, rng, recipe.max_tries)
+                     None) or walk(space, window, rng.choice(parents), seen, rng, TRIES)
         if child is not None:
             seen.add(str(child))
             children.append(child)
@@ -173,13 +174,13 @@ def evolve(space, window, initial, score, rng, recipe):
     """Yields (round, [ScoredSubnet, …]) of the initial population (round 0) and of each round's children, all scored.
 
     score([Subnet, …]) gives their scores in order. Parents are the better half of the population (or the best
-    recipe.num_parents), which is the best that was found so far. Ends early where a round finds no new subnet. rng:
+    recipe.parent_size), which is the best that was found so far. Ends early where a round finds no new subnet. rng:
     random.Random.
     """
     population, seen, batch = [], set(), initial
     for number in range(recipe.num_rounds + 1):
         if number:
-            parents = [member.subnet for member in population[:recipe.num_parents or max(1, len(population) // 2)]]
+            parents = [member.subnet for member in population[:recipe.parent_size or max(1, len(population) // 2)]]
             batch = offspring(space, window, parents, seen, rng, recipe)
         if not batch:
             return
