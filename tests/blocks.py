@@ -1,5 +1,6 @@
 """Networks of a few blocks for the exporters' tests, and a demo subnet that was trained."""
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -14,7 +15,7 @@ from modules.zoo import save_network
 
 DEMO = parse_supernet('demo-012-000')
 SEARCHED = sorted(name for name in LAYOUTS if name.startswith(('Mobile', 'ResNet', 'Fused')))
-# kernel 7, and a stride in two of the cases
+# {activation: (kernel, stride)}: kernel 7, and a stride in two of the cases
 CASES = {'relu': (3, 2), 'relu6': (5, 1), 'hswish': (3, 1), 'swish': (7, 2)}
 
 
@@ -64,3 +65,9 @@ def write_trained(path):
                     optimizer.zero_grad()
             set_quant_mode(network)
     save_network(path, network, DEMO, subnet, True)
+
+
+def each_once():
+    """Every block type with every activation; of each type one is quick enough for each run, the rest is slow."""
+    return [pytest.param(name, activation, marks=() if i % len(CASES) == j else pytest.mark.slow)
+            for i, name in enumerate(SEARCHED) for j, activation in enumerate(CASES)]

@@ -19,7 +19,7 @@ from modules.modeling.ops.op import QConv
 from modules.search_space.sampling import min_subnet
 from onnx_tools import benchmark, eval_onnx, export_onnx
 
-from .blocks import CASES, DEMO, SEARCHED, difference, some_block, subnet_list, write_trained
+from .blocks import CASES, DEMO, difference, each_once, some_block, subnet_list, write_trained
 from .checkpoints import call
 
 pytest.importorskip('openvino')
@@ -79,8 +79,7 @@ def runs(network, images, options):
         return network(images).numpy(), run_session(session, images.numpy()), session.operators()
 
 
-@pytest.mark.parametrize('name', SEARCHED)
-@pytest.mark.parametrize('activation', CASES)
+@pytest.mark.parametrize('name, activation', each_once())
 def test_every_block_type_as_torch(name, activation):
     kernel, stride = CASES[activation]
     network, images = some_block(name, kernel=kernel, stride=stride, activation=activation, count=2)

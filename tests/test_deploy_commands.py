@@ -98,6 +98,7 @@ def test_models_are_used_again(tools, tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir(models)) == sorted([plain.replace('012_000', '012-000'), int8, 'latency.csv'])
 
 
+@pytest.mark.parametrize('tools', ['onnx', pytest.param('tflite', marks=pytest.mark.slow)], indirect=True)
 def test_two_exports_at_once_do_not_mix(tools, tmp_path):
     """Of other weights into one folder: both end well, and each model is whole and one of the two."""
     models, runtime = tmp_path / 'models', tools.runtime

@@ -272,7 +272,7 @@ def _finish(supernets, output, *more):
     return _args(supernets, output, '--learning_rate', 0.02, '--num_epochs', 1, '--batch_size', 4, *more)
 
 
-@pytest.mark.parametrize('ranks', [1, 2])
+@pytest.mark.parametrize('ranks', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_finishing_is_resumed_exactly_and_a_row_is_its_encoding(tmp_path, supernets, monkeypatch, capsys, ranks):
     def run(output, *more):
         if ranks > 1:

@@ -64,7 +64,8 @@ def test_block_kd_state_dicts_have_the_published_names_and_shapes():
         assert _shapes(student) == want, key
 
 
-@pytest.mark.parametrize('encoding', ['mobilew-122222-155400', 'mobilew-601234-100000', 'onnxw-151122-023231'])
+@pytest.mark.parametrize('encoding', [pytest.param('mobilew-122222-155400', marks=pytest.mark.slow),
+                                      'mobilew-601234-100000', 'onnxw-151122-023231'])
 def test_supernets_give_the_published_logits(encoding, two_threads):
     """fp32 and int8, and the extracted static network gives the same numbers."""
     golden, subnets = np.load(f'{GOLDEN}/supernets.npz'), json.load(open(f'{GOLDEN}/supernets.json'))

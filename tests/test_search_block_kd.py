@@ -15,6 +15,7 @@ from modules.block_kd.lut import read_luts
 from modules.block_kd.score import ExactEstimator, IndependentEstimator, Tables, tail_of_draws
 from modules.block_kd.searcher import BlockKDSearcher, lut_ids, num_spaces, search_spaces, uniform_spaces
 from modules.errors import UserError
+from modules.history import History
 from modules.latency import LatencyPredictor
 from modules.modeling.complexity import config_complexity
 from modules.search_space.encoding import parse_supernet, subnet_config
@@ -132,7 +133,7 @@ def test_seeds_of_the_search():
 
 def run_search(small, folder, total, seed=0, resume=False, population=30):
     searcher = BlockKDSearcher(small, 'onnx', None, [12], 0.08, 0.01)
-    with evolution.History(str(folder), searcher.columns(), searcher.settings, resume, searcher.check_entry) as history:
+    with History(str(folder), searcher.columns(), searcher.settings, resume, searcher.check_entry) as history:
         found = search_spaces(searcher, history, random.Random(seed), total, population, 8)
         return [(str(supernet), numbers) for supernet, numbers in found]
 
@@ -161,16 +162,16 @@ def test_resume_looks_up_what_was_scored(small, tmp_path, monkeypatch):
 
 
 def test_resume_refuses_another_search(tmp_path):
-    with evolution.History(str(tmp_path), ['score'], {'seed': 0}):
+    with History(str(tmp_path), ['score'], {'seed': 0}):
         pass
     with pytest.raises(UserError, match='seed 0, not 1'):
-        evolution.History(str(tmp_path), ['score'], {'seed': 1}, resume=True)
+        History(str(tmp_path), ['score'], {'seed': 1}, resume=True)
     (tmp_path / 'history.csv').write_text('# {"seed": 0}\nencoding,score\nonnx-000000-000000,x\n')
     with pytest.raises(UserError, match='history.csv:3: not a line'):
-        evolution.History(str(tmp_path), ['score'], {'seed': 0}, resume=True)
+        History(str(tmp_path), ['score'], {'seed': 0}, resume=True)
     (tmp_path / 'history.csv').write_text('encoding,score\nonnx-000000-000000,0.5\n')           # as it once began
     with pytest.raises(UserError, match='history.csv: .*older version'):
-        evolution.History(str(tmp_path), ['score'], {'seed': 0}, resume=True)
+        History(str(tmp_path), ['score'], {'seed': 0}, resume=True)
 
 
 def test_a_small_space_can_be_searched_whole():
@@ -237,13 +238,13 @@ def test_under_launchers_one_process_does_the_work(tmp_path):
 
 
 def test_a_spoilt_history_is_refused_by_line(tmp_path):
-    with evolution.History(tmp_path, ['score'], {}) as history:
+    with History(tmp_path, ['score'], {}) as history:
         history.get('a', lambda: [1.0])
     whole = (tmp_path / 'history.csv').read_bytes()
     for spoilt in (b'\xff\xfe\n', b'b\n', b'b,x\n', b'a,2.0\n'):
         (tmp_path / 'history.csv').write_bytes(whole + spoilt)
         with pytest.raises(UserError, match=r'history.csv:4: '):
-            evolution.History(tmp_path, ['score'], {}, resume=True)
+            History(tmp_path, ['score'], {}, resume=True)
 
 
 @pytest.mark.parametrize('change', [('score', 'inf'), ('score', '-1'), ('p@12', '-0.5'), ('L@12', '-inf'),

@@ -19,7 +19,7 @@ from modules.optional import need
 from modules.search_space.sampling import min_subnet
 from tflite_tools import benchmark
 
-from .blocks import CASES, DEMO, SEARCHED, difference, some_block, subnet_list
+from .blocks import CASES, DEMO, difference, each_once, some_block, subnet_list
 from .checkpoints import call, fails
 
 pytest.importorskip('ai_edge_litert')
@@ -47,8 +47,7 @@ def outputs(network, model, images):
         return network(images).numpy(), Interpreter(model).run(images)
 
 
-@pytest.mark.parametrize('activation', CASES)
-@pytest.mark.parametrize('name', SEARCHED)
+@pytest.mark.parametrize('name, activation', each_once())
 def test_every_block_type_as_torch(name, activation):
     kernel, stride = CASES[activation]              # two blocks: a shortcut of each kind
     network, images = some_block(name, kernel=kernel, stride=stride, activation=activation, count=2)

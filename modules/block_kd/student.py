@@ -10,6 +10,7 @@ from torch import nn
 
 from ..modeling.dynamic_blocks import DynamicStage
 from ..modeling.ops.dynamic_op import DynamicConv
+from ..modeling.ops.lsq_plus import quantised_ops
 from ..search_space import sampling
 from ..search_space.encoding import check_input_width, check_sub_stage, parse_block_id
 from ..search_space.macro_arch import ENDS
@@ -38,6 +39,12 @@ class Student(nn.Module):
         """
         others = itertools.repeat(lambda: self.sample_active_sub_stage(rng=rng))
         initialize_all_scales(self, x, self.set_max_sub_stage, others, patience=100)
+
+    def active_ops(self):
+        """The quantised ops that the next forward runs."""
+        projections = [part for part in (self.in_proj, self.out_proj) if part is not None]
+        return [op for part in projections for op in quantised_ops(part)] + [
+            op for stage in self.named_stages().values() for op in stage.active_ops()]
 
     def forward(self, x):
         for part in (self.in_proj, *self.named_stages().values(), self.out_proj):

@@ -212,9 +212,10 @@ class OpenVino(OnnxRuntime):
         return {'float_swish': True, **super().int8_options(reduce_range)}
 
     def open_session(self, model, threads=1):
+        session = OpenVinoSession(model, threads)
         if not fits_16_bits(model) and not sums_are_exact():
             _say_saturating()
-        return OpenVinoSession(model, threads)
+        return session
 
 
 @cache

@@ -55,6 +55,11 @@ class DynamicBlock(nn.Module):
             return unit(x, layer.cout)
         return unit(x, layer) if layer.op in DYNAMIC_UNITS else unit(x)
 
+    def active_ops(self):
+        """The quantised ops of the active layers; of a stack of depth-wise convolutions all."""
+        return [op for layer in self.active_layers if layer.op in DYNAMIC_UNITS
+                for op in quantised_ops(getattr(self, layer.name))]
+
     def last_norm(self):
         """The batch norm before the sum, None in a block that does not always have a shortcut."""
         if not any(layer.shortcut for layer in self.layers):
@@ -114,6 +119,10 @@ class DynamicStage(nn.Module):
     @property
     def active_blocks(self):
         return self.blocks[:self.active_depth]
+
+    def active_ops(self):
+        """The quantised ops that the next forward runs."""
+        return [op for block in self.active_blocks for op in block.active_ops()]
 
     def forward(self, x):
         for block in self.active_blocks:

@@ -127,6 +127,10 @@ class Supernet(nn.Module):
         """SubnetConfig of the active subnet: what a latency predictor takes."""
         return subnet_config(self.encoding, self.active_subnet, self.num_classes)
 
+    def active_ops(self):
+        """The quantised ops of the active subnet."""
+        return [op for stage in self.stages.values() for op in stage.active_ops()]
+
     def get_active_subnet(self):
         """A static Network with copies of the active slices, which computes the same numbers."""
         network = Network(self.get_active_subnet_config())

@@ -7,7 +7,7 @@ from ..cli import SEED, positive
 from ..files import write_csv
 from ..latency import add_platform_arguments
 from ..modeling.complexity import config_complexity
-from ..modeling.ops.lsq_plus import quantise_weights_once, quantised_ops
+from ..modeling.ops.lsq_plus import quantise_weights_once
 from ..training.calibrate import initialize_all_scales
 from ..training.checkpoint import precision
 from ..training.classes import by_class, class_names, fit_classes, write_confusion
@@ -81,17 +81,11 @@ def complete_scales(supernet, subnets, first_images, job):
 
     first_images(): a batch (N, 3, S, S) of training images, the same on every rank; called only where one is needed.
     """
-    def untrained(subnet):
-        supernet.set_active_subnet(subnet)
-        return any(op.is_quantised and not op.scales_initialized for op in quantised_ops(supernet.get_active_subnet()))
-
+    others = (functools.partial(supernet.set_active_subnet, subnet) for subnet in subnets)
     with kept_subnet(supernet):
-        needing = [subnet for subnet in subnets if untrained(subnet)]
-        if needing:
-            images = first_images()
-            others = (functools.partial(supernet.set_active_subnet, subnet) for subnet in needing)
-            count = initialize_all_scales(supernet, images.to(job.device), supernet.set_max_subnet, others)
-            note(f'the LSQ+ scales of {count} ops were never trained: initialised on {len(images)} training images')
+        count = initialize_all_scales(supernet, lambda: first_images().to(job.device), supernet.set_max_subnet, others)
+    if count:
+        note(f'the LSQ+ scales of {count} ops were never trained: initialised on one batch of training images')
 
 
 def open_supernet(supernet, path, args):

@@ -83,28 +83,29 @@ def _average_over_ranks(modules, seen, job):
         buffer.copy_(part)
 
 
-def initialize_all_scales(model, x, first, others, patience=None):
-    """Initialise the LSQ+ scales that no forward has reached yet, on inputs x; changes nothing else.
+def initialize_all_scales(model, images, first, others, patience=None):
+    """Initialise the LSQ+ scales that no forward has reached yet; changes nothing else.
 
-    first() activates the largest subnet; others: functions that activate one more each, perhaps without end. It stops
-    when all scales have a value, or `patience` subnets reached no new one. Returns the number of ops initialised.
-    Ranks that call this with the same x and the same subnets get the same scales. Which subnet is active afterwards is
-    not said.
+    model: a Supernet or a Student, whose active_ops() are what the next forward runs. images: a batch, or a function
+    that gives one where it is needed. first() activates the largest subnet; others: functions that activate one more
+    each, perhaps without end. A subnet runs if it has ops without scales. It stops when all scales have a value, or
+    after `patience` subnets that gave none. Returns the number of ops initialised. Ranks that call this with the same
+    images and subnets get the same scales. Which subnet is active afterwards is not said.
     """
-    def missing():
-        return sum(op.is_quantised and not op.scales_initialized for op in quantised_ops(model))
+    def missing(ops):
+        return sum(op.is_quantised and not op.scales_initialized for op in ops)
 
-    before = left = missing()
-    if not left:
-        return 0
+    before = left = missing(quantised_ops(model))
+    waited = 0
     with torch.no_grad(), local_initialisation(), kept_statistics(model):
         model.train()
-        waited = 0
         for activate in itertools.chain([first], others):
-            activate()
-            model(x)
-            waited = waited + 1 if missing() == left else 0
-            left = missing()
-            if not left or waited == patience:
+            if waited == patience or not left:
                 break
+            activate()
+            if missing(model.active_ops()):
+                images = images() if callable(images) else images
+                model(images)
+            waited = waited + 1 if missing(quantised_ops(model)) == left else 0
+            left = missing(quantised_ops(model))
     return before - left
