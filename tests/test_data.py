@@ -3,6 +3,7 @@ import argparse
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -501,6 +502,21 @@ def test_skipped_steps_are_not_read(folders, monkeypatch):
     monkeypatch.setattr(type(train.source), '__getitem__', lambda self, i: read.append(i) or real(self, i))
     list(train_loader(train, 4, epoch=0, start_step=7))
     assert len(read) == 4
+
+
+def test_signals_to_a_whole_job_leave_the_workers_alone(folders):
+    """SLURM sends SIGTERM to every process of a job, a terminal Ctrl-C; the main process decides when they end."""
+    loader = train_loader(load(folders).train, 2, epoch=0, workers=2)
+    batches = iter(loader)
+    assert next(batches) and next(batches)                  # one of each worker: both have begun
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+    assert len(workers) == 2 and 2 + sum(1 for _ in batches) == len(loader)
+    for worker in workers:
+        worker.join(30)
+        assert worker.exitcode == 0
 
 
 def test_loader_works_with_spawned_workers(tars):

@@ -316,8 +316,11 @@ def _same(batch):
     return batch
 
 
-def _leave_ctrl_c_to_the_main_process(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_main_process(_):
+    """Ctrl-C reaches a whole terminal, SIGTERM of SLURM a whole job: the main process then needs its workers for the
+    step that writes its state, and ends them itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Loader:
@@ -333,7 +336,7 @@ class Loader:
         # its own generator: a DataLoader would draw from torch's global one each time it is started
         self.loader = DataLoader(_Batches(dataset, refill), batch_size=None, sampler=batches, collate_fn=_same,
                                  num_workers=workers, pin_memory=torch.cuda.is_available(),
-                                 worker_init_fn=_leave_ctrl_c_to_the_main_process,
+                                 worker_init_fn=_leave_signals_to_the_main_process,
                                  generator=torch.Generator().manual_seed(0))
 
     def __len__(self):
