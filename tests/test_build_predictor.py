@@ -427,6 +427,7 @@ def test_ort_times_blocks_networks_and_nothing():
     assert 0 < ms[0] < min(ms[1:]) and max(ms) == ms[-1] < 100
 
 
+@pytest.mark.slow
 def test_tflite_times_blocks_as_parts_of_a_network():
     pytest.importorskip('tensorflow'), pytest.importorskip('ai_edge_litert')
     code = ('''

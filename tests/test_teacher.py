@@ -374,6 +374,7 @@ def weights(lite0, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow                       # one loop for all: test_train_supernet.py, on two ranks below
 def test_killed_and_resumed_gives_the_weights_of_an_unbroken_run(weights, monkeypatch, capsys):
     """The killed one dies of SIGKILL after its first checkpoint."""
     _run(monkeypatch, _finetune(weights / 'whole', '--from_teacher'))

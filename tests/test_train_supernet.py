@@ -308,7 +308,7 @@ def _killed_and_resumed(tmp_path, *more, ranks=1):
 
 
 def test_a_killed_and_resumed_training_ends_with_the_unbroken_runs_weights(tmp_path):
-    """fp32, then INT8 from it. fp32 on two ranks: test_transfer.py; INT8 on two: below, and block KD's."""
+    """fp32, then INT8 from it. On two ranks: block KD's, and slow tests here and in test_transfer.py."""
     _killed_and_resumed(tmp_path)
     output = _killed_and_resumed(tmp_path, '--quant_mode')
     assert (tmp_path / 'whole' / 'demo-012-111-align0' / 'lsq.yaml').exists()
@@ -333,6 +333,7 @@ def test_ctrl_c_and_sigterm_let_a_training_write_its_state(tmp_path, ranks, numb
     assert 0 < state['step'] < 20 and not state['done']
 
 
+@pytest.mark.slow                       # the other launcher: test_original.py
 def test_torchrun_and_aligned_samples(tmp_path):
     launch('torch.distributed.run', *_words(tmp_path, tmp_path, '--align_sample', '--epochs', 1, '--max_steps', 1))
     assert (tmp_path / 'demo-012-111-align1' / 'checkpoint.pth').exists()

@@ -309,6 +309,7 @@ def test_training_goes_on_from_the_same_blocks_only(blocks, digits, tmp_path):
             train_supernet(_supernet(), digits, dataclasses.replace(recipe, resume=True), str(tmp_path), Job(), other)
 
 
+@pytest.mark.slow                       # one loop for all: test_train_supernet.py, on two ranks test_block_kd.py
 def test_a_killed_start_from_blocks_is_resumed_by_the_same_command(blocks, tmp_path):
     """On two ranks: they start with equal weights, and end with the unbroken run's."""
     def train(folder, *more, **how):
