@@ -27,11 +27,12 @@ from modules.latency.validation import CLOSE, WITHIN, Errors
 
 def get_args():
     p = parser(__doc__)
-    p.add_argument('--measurements', required=True, metavar='FILE', help='of build_predictor.py')
+    p.add_argument('--measurements', required=True, metavar='FILE', help='file of build_predictor.py')
     p.add_argument('--from_platforms', nargs='+', default=['epyc_zen3_ort1.32_1t', 'onnx_lut'], help='in data/latency')
-    p.add_argument('--numbers', nargs='+', type=positive(int), default=[10, 20, 40, 80, 160, 320], help='of blocks')
-    p.add_argument('--draws', type=positive(int), default=5, help='of each number')
-    p.add_argument('--seed', type=SEED, default=0, help='of the draws')
+    p.add_argument('--numbers', nargs='+', type=positive(int), default=[10, 20, 40, 80, 160, 320],
+                   help='numbers of blocks that are measured')
+    p.add_argument('--draws', type=positive(int), default=5, help='draws of each number')
+    p.add_argument('--seed', type=SEED, default=0, help='seed of the draws')
     p.add_argument('--output', default=os.path.join('checkpoints', 'benchmarks', 'adapted_platforms'),
                    help='path of the results without ending')
     return p.parse_args()

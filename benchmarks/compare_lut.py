@@ -46,8 +46,8 @@ def get_args():
     p.add_argument('--scale', type=positive(float), default=1.0, help='our resolutions over the published ones')
     p.add_argument('--rows', type=positive(int), default=10, help='rows of each file')
     p.add_argument('--batch_size', type=positive(int), default=32, help='images')
-    p.add_argument('--num_calib_batches', type=positive(int), default=3, help='of batch-norm calibration')
-    p.add_argument('--num_eval_batches', type=positive(int), default=4, help='of the NSR')
+    p.add_argument('--num_calib_batches', type=positive(int), default=3, help='batches of batch-norm calibration')
+    p.add_argument('--num_eval_batches', type=positive(int), default=4, help='batches of the NSR')
     p.add_argument('--nsr_signal', choices=NSR_SIGNALS, default='teacher',
                    help="whose variance divides; the published rows': student")
     p.add_argument('--output', required=True, help='folder of the results')

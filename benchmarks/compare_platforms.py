@@ -33,7 +33,7 @@ def get_args():
     p.add_argument('--superspace', default='onnxw', help='hyperspace')
     p.add_argument('--published', metavar='FILE', help='gzipped block table of measurements')
     p.add_argument('--subnets', type=positive(int), default=1000, help='random subnets')
-    p.add_argument('--seed', type=SEED, default=0, help='of the subnets')
+    p.add_argument('--seed', type=SEED, default=0, help='seed of the subnets')
     p.add_argument('--output', default=os.path.join('checkpoints', 'benchmarks', 'compare_platforms'),
                    help='path of the results without ending')
     return p.parse_args()

@@ -44,9 +44,9 @@ def get_args():
     p.add_argument('--teacher_archs', nargs='+', default=['efficientnet-b5', 'efficientnet-lite0'], help='teachers')
     p.add_argument('--stage_list', nargs='+', default=list(SEARCHABLE_STAGES), help='stages')
     p.add_argument('--rows', type=positive(int), default=1, help='rows timed, of each stage and block type')
-    p.add_argument('--scale', type=positive(float), default=0.04, help='of the numbers of images')
+    p.add_argument('--scale', type=positive(float), default=0.04, help='share of the numbers of images')
     p.add_argument('--rows_of_a_file', type=positive(int), default=1000, help='over which the cache is shared')
-    p.add_argument('--seed', type=int, default=0, help='of the rows')
+    p.add_argument('--seed', type=int, default=0, help='seed of the rows')
     return p.parse_args()
 
 

@@ -36,7 +36,7 @@ def get_args():
     p.add_argument('--number', type=positive(int), default=6000, help='crops')
     p.add_argument('--size', type=positive(int), default=160, help='pixels')
     p.add_argument('--min_detail', type=float, default=0.5, help='share of 16-pixel tiles that are not flat')
-    p.add_argument('--seed', type=int, default=0, help='of the crops')
+    p.add_argument('--seed', type=int, default=0, help='seed of the crops')
     return p.parse_args()
 
 

@@ -42,7 +42,7 @@ def get_args():
     p.add_argument('--image_size', type=positive(int), default=224, help='side of the images in pixels')
     p.add_argument('--output', default=os.path.join('checkpoints', 'baselines'), help='folder of what is written')
     p.add_argument('--runs', type=positive(int), default=300, help='timed runs of each model')
-    p.add_argument('--only_latency', action='store_true', help='of the models that are there; the rest of result.csv '
+    p.add_argument('--only_latency', action='store_true', help='time the models that are there; the rest of result.csv '
                    'stays')
     add_settings(p, DownstreamRecipe, skip=('distill', 'only_train_head'))
     add_reduce_range(p)

@@ -20,7 +20,7 @@ def get_args():
     p = parser(__doc__)
     p.add_argument('--table', required=True, help='file *.json')
     p.add_argument('--platform', required=True, help='name of the new platform, such as my_host')
-    p.add_argument('--epochs', type=positive(int), default=40, help='of the nets')
+    p.add_argument('--epochs', type=positive(int), default=40, help='epochs of the nets')
     p.add_argument('--force', action='store_true', help='replace a platform of this name')
     p.add_argument('--data', default=DATA, help='folder of the platforms')
     return p.parse_args()

@@ -158,7 +158,7 @@ def get_args():
     parser.add_argument('--output', default=SHIPPED, help='folder to write to')
     parser.add_argument('--superspace', nargs='+', default=['mobilew', 'onnxw'], help='hyperspaces to make')
     parser.add_argument('--num_rows', type=cli.positive(int), default=1000, help='rows of a file')
-    parser.add_argument('--seed', type=cli.SEED, default=0, help='of the rows drawn')
+    parser.add_argument('--seed', type=cli.SEED, default=0, help='seed of the rows drawn')
     args = parser.parse_args()
     if os.path.abspath(args.reference) == os.path.abspath(args.output):
         raise UserError('--output would replace the published LUTs in --reference')

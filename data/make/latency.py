@@ -159,7 +159,7 @@ def get_args():
     parser.add_argument('--platform', nargs='+', default=list(RECIPES), choices=list(RECIPES), help='platforms to fit')
     parser.add_argument('--output', default=DATA, help='folder of the platforms')
     parser.add_argument('--epochs', type=cli.positive(int), help='over the figures; default: 50')
-    parser.add_argument('--seed', type=cli.SEED, default=0, help='of the nets and of what is held out')
+    parser.add_argument('--seed', type=cli.SEED, default=0, help='seed of the nets and of what is held out')
     parser.add_argument('--skip_scores', action='store_true', help='only fit to all figures and write')
     return parser.parse_args()
 

@@ -47,17 +47,17 @@ class LutSettings:
     hw_list: tuple[int, ...] = setting((), "image resolutions; default: the hyperspace's", least=1)
     num_samples_per_stage: int = setting(1000, 'rows of a file', least=1)
     calib_batch_size: int = setting(64, 'images of a calibration batch', least=1)
-    num_calib_batches: int = setting(4, 'of batch-norm calibration', least=1)
+    num_calib_batches: int = setting(4, 'batches of batch-norm calibration', least=1)
     eval_batch_size: int = setting(50, 'images of an evaluation batch', least=1)
     num_eval_batches: int | None = setting(None, 'default: all held-out images', least=1)
     debug: bool = setting(False, 'evaluate on few batches')
-    debug_batches: int = setting(10, 'of --debug', least=1)
+    debug_batches: int = setting(10, 'batches of --debug', least=1)
     nsr_signal: str = setting('teacher', 'whose variance divides the loss', choices=NSR_SIGNALS)
     cache_budget_gb: float = setting(4.0, "GiB of the teacher's maps kept in memory; the rest is memory-mapped under "
                                      'output_path', above=0)
     num_threads: int | None = setting(None, 'rows measured at a time by a rank, on a CPU; default: its share of the '
                                       'cores', least=1, most=1024)
-    seed: int = setting(0, 'of the rows and the calibration images', most=2 ** 32 - 1)
+    seed: int = setting(0, 'seed of the rows and the calibration images', most=2 ** 32 - 1)
 
 
 class Sample(NamedTuple):

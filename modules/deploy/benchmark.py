@@ -82,7 +82,7 @@ class BenchmarkSettings:
     runs: int = setting(100, 'timed runs of each model', least=1)
     reduce_range: bool = setting(False, REDUCE_RANGE)
     core: int | None = setting(None, 'core of this machine', flags=())      # these two: of add_host_arguments()
-    threads: int = setting(1, 'of the runtime', flags=())
+    threads: int = setting(1, 'threads of the runtime', flags=())
 
 
 def add_benchmark_arguments(parser, runtime):

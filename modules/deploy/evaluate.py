@@ -27,7 +27,7 @@ class EvaluationSettings(ExportSettings):
     num_eval_images: int | None = setting(None, 'for short runs; default: all test images', least=1)
     cache_gb: float = setting(8.0, 'GiB for test images that several models share; above it they are decoded for each',
                               above=0)
-    threads: int = setting(1, 'of the runtime', least=1)
+    threads: int = setting(1, 'threads of the runtime', least=1)
     output: str | None = setting(None, 'CSV of the results')
     confusion: str | None = setting(None, 'CSV: images by true and by answered class, of the last network')
 

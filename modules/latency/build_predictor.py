@@ -30,7 +30,7 @@ class BuildSettings:
     max_disturbed: float = setting(0.33, 'with a larger share of chunks disturbed no platform is written', most=1)
     resume: bool = setting(False, 'continue the measurements of a run that was stopped')
     force: bool = setting(False, 'replace a platform of this name')
-    seed: int = setting(0, 'of what is measured', most=2 ** 32 - 1)
+    seed: int = setting(0, 'seed of what is measured', most=2 ** 32 - 1)
     output: str = setting(os.path.join('checkpoints', 'predictor'), 'folder of <platform>/measurements.jsonl')
     data: str = setting(DATA, 'folder of the platforms')
 

@@ -33,7 +33,7 @@ def add_host_arguments(parser, runtime):
     parser.add_argument('--core', type=within(int, 0, 4095),
                         help='core of this machine to run on; default: the last one')
     parser.add_argument('--threads', type=positive(int), default=1,
-                        help=f'of {runtime}; with more than one the process is not pinned')
+                        help=f'threads of {runtime}; with more than one the process is not pinned')
 
 
 def run_on_one_core(args):
