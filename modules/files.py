@@ -12,7 +12,7 @@ import time
 
 from .errors import UserError
 
-ANEW = 'start over without --resume'        # what helps where a journal cannot be continued
+START_OVER = 'start over without --resume'        # what helps where a journal cannot be continued
 _ABANDONED = 3600           # seconds without a write after which no writer is thought to live
 _held = {}                  # {path: its open lock file}
 
@@ -141,7 +141,7 @@ class Journal:
     read_journal(); without, an old file is renamed to `set_aside`. `entries` are what parse(line) made of them.
     """
 
-    def __init__(self, path, settings, parse, resume=False, columns=(), otherwise=ANEW):
+    def __init__(self, path, settings, parse, resume=False, columns=(), otherwise=START_OVER):
         self.entries, self.set_aside, size = [], None, 0
         if not resume:
             self.set_aside = set_aside(path)
@@ -168,7 +168,7 @@ class Journal:
         self.close()
 
 
-def read_journal(path, parse, settings=None, otherwise=ANEW):
+def read_journal(path, parse, settings=None, otherwise=START_OVER):
     """(settings, [parse(line) of the whole lines after them], bytes of all these) of a Journal.
 
     settings: those that it has to have, None for any. UserError where it has others, and where parse() raises

@@ -7,7 +7,7 @@ from datetime import date
 import numpy as np
 
 from ..errors import UserError
-from ..files import ANEW
+from ..files import START_OVER
 from ..search_space.superspace import SUPERSPACES
 from ..settings import add_settings, setting
 from .builder import RESERVE, Platform, measure, test_networks
@@ -55,7 +55,7 @@ def build(settings, make_device, timing=None):
     path = os.path.join(settings.output, settings.platform, 'measurements.jsonl')
     old = path.removesuffix('.jsonl') + '.csv'
     if settings.resume and os.path.exists(old) and not os.path.exists(path):
-        raise UserError(f'{old}: of an older version; {ANEW}')
+        raise UserError(f'{old}: of an older version; {START_OVER}')
     depends_on = {'device': str(device), 'superspaces': superspaces, 'networks': settings.networks,
                   'seed': settings.seed}
     profile = Profile(path, device, smallest_network(superspaces[0]), depends_on, settings.resume, settings.max_drift,
