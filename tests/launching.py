@@ -18,7 +18,8 @@ import torch
 from .conftest import ROOT
 
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['torch', 'torchvision', 'timm', 'matplotlib.figure', 'sklearn.datasets', 'scipy.stats'])
+SERVER.set_forkserver_preload(['torch', 'torchvision', 'timm', 'matplotlib.figure', 'sklearn.datasets', 'scipy.stats',
+                               'torch.utils.tensorboard'])
 LONGEST = 1200                  # seconds of a run, on a busy machine
 
 
