@@ -16,16 +16,21 @@ from modules.files import check_file
 from modules.latency import open_predictor
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import EXTREMES, find_subnet, find_supernet, named_subnets, named_supernets
+from modules.settings import settings_of
 from modules.subnets.evaluate import (
+    EvaluationSettings,
     add_confusion,
     add_evaluation_arguments,
     calibrated_network,
     evaluate_all,
     evaluate_static,
     evaluate_subnet,
-    evaluation,
+    open_supernet,
+    prepare,
 )
 from modules.training.checkpoint import precision
+from modules.training.classes import class_names
+from modules.training.distributed import distributed_job
 from modules.zoo import CHECKPOINTS, find_checkpoint, save_network
 
 
@@ -50,10 +55,14 @@ def main(args):
     predictor = open_predictor(args, supernet.superspace)
     latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
     path = find_checkpoint(supernet, args.quant_mode, args.checkpoint_path, name=published)
-    with evaluation(args.model_name, supernet, path, subnets, args) as (model, images, names, job):
+    model, data = open_supernet(supernet, path, args.quant_mode, args.dataset_path, args.dataset, args.valid_size)
+    kind = precision(args.quant_mode)
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
+        images = prepare(f'{args.model_name} in {kind} from {path}', model, data, subnets,
+                         settings_of(EvaluationSettings, args), job)
         evaluate_all(model, subnets, images, job, latencies,
-                     os.path.join(args.output_path, f'{args.model_name}_{precision(args.quant_mode)}.csv'),
-                     names, evaluate_static if args.model_name in named_subnets() else evaluate_subnet, args.confusion)
+                     os.path.join(args.output_path, f'{args.model_name}_{kind}.csv'), class_names(data),
+                     evaluate_static if args.model_name in named_subnets() else evaluate_subnet, args.confusion)
         if args.save_network:
             subnet, = subnets.values()
             network = calibrated_network(model, subnet, images[0], job)

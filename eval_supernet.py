@@ -10,7 +10,6 @@ statistics of its own; with --valid_size N accuracy on N held-out training image
 of given subnets a breakdown by block, without any the distribution of random subnets with its picture. Both write a CSV
 below --output_path.
 """
-import contextlib
 import os
 import random
 
@@ -24,8 +23,17 @@ from modules.search_space.encoding import subnet_config
 from modules.search_space.named import EXTREMES, choose_subnet, find_supernet
 from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
-from modules.subnets.evaluate import add_confusion, add_evaluation_arguments, evaluate_all, evaluation
+from modules.settings import settings_of
+from modules.subnets.evaluate import (
+    EvaluationSettings,
+    add_confusion,
+    add_evaluation_arguments,
+    evaluate_all,
+    open_supernet,
+    prepare,
+)
 from modules.training.checkpoint import precision
+from modules.training.classes import class_names
 from modules.training.data import VALID_SIZE
 from modules.training.distributed import distributed_job
 from modules.zoo import CHECKPOINTS, find_checkpoint
@@ -53,35 +61,35 @@ def get_args():
 
 def main(args):
     supernets = [find_supernet(choice, args.superspace) for choice in args.supernet_choice]
-    with (distributed_job(args.local_rank, args.device, args.deterministic) if args.mode == 'acc'
-          else contextlib.nullcontext()):
+    if args.mode == 'lat':
+        for supernet in supernets if is_main_process() else ():         # latencies need one process only
+            print_latencies(supernet, args)
+        return
+    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
         for supernet in supernets:
-            evaluate_supernet(supernet, args)
+            print_accuracy(supernet, args, job)
 
 
-def evaluate_supernet(supernet, args):
-    """What the arguments ask for, of one supernet."""
-    predictor = open_predictor(args, supernet.superspace)
-    folder = os.path.join(args.output_path, str(supernet))
-    if args.mode == 'acc':
-        print_accuracy(supernet, predictor, folder, args)
-    elif is_main_process():                     # latencies need one process only
-        if args.subnet_choice:
-            print_breakdowns(supernet, args.subnet_choice, predictor)
-        else:
-            draw_distribution(supernet, predictor, args.num_samples, random.Random(args.seed), folder,
-                              args.align_sample)
-
-
-def print_accuracy(supernet, predictor, folder, args):
+def print_accuracy(supernet, args, job):
     """Accuracy, size and predicted latency of each chosen subnet, all of them checked before the first is run."""
+    predictor, settings = open_predictor(args, supernet.superspace), settings_of(EvaluationSettings, args)
     subnets = {choice: choose_subnet(supernet, choice) for choice in args.subnet_choice or EXTREMES}
     latencies = {name: predictor.predict_subnet(subnet_config(supernet, s)) for name, s in subnets.items()}
-    path = find_checkpoint(supernet, args.quant_mode, args.resume, args.align_sample)
-    with evaluation(supernet, supernet, path, subnets, args, args.held_out) as (model, images, names, job):
-        evaluate_all(model, subnets, images, job, latencies,
-                     os.path.join(folder, f'accuracy_{precision(args.quant_mode)}.csv'), names,
-                     confusion=args.confusion)
+    path, kind = find_checkpoint(supernet, args.quant_mode, args.resume, args.align_sample), precision(args.quant_mode)
+    model, data = open_supernet(supernet, path, args.quant_mode, args.dataset_path, args.dataset, args.valid_size)
+    images = prepare(f'{supernet} in {kind} from {path}', model, data, subnets, settings, job, args.held_out)
+    evaluate_all(model, subnets, images, job, latencies, os.path.join(
+        args.output_path, str(supernet), f'accuracy_{kind}.csv'), class_names(data), confusion=args.confusion)
+
+
+def print_latencies(supernet, args):
+    """Predicted latencies of the chosen subnets by block, or of random ones."""
+    predictor = open_predictor(args, supernet.superspace)
+    if args.subnet_choice:
+        print_breakdowns(supernet, args.subnet_choice, predictor)
+    else:
+        draw_distribution(supernet, predictor, args.num_samples, random.Random(args.seed),
+                          os.path.join(args.output_path, str(supernet)), args.align_sample)
 
 
 def print_breakdowns(supernet, choices, predictor):

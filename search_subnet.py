@@ -20,7 +20,13 @@ from modules.search_space.named import find_supernet
 from modules.search_space.sampling import sample_subnet
 from modules.search_space.superspace import SUPERSPACES
 from modules.settings import add_settings, settings_of
-from modules.subnets.evaluate import add_evaluation_arguments, complete_scales, images_to_test, open_supernet
+from modules.subnets.evaluate import (
+    EvaluationSettings,
+    add_evaluation_arguments,
+    complete_scales,
+    images_to_test,
+    open_supernet,
+)
 from modules.subnets.results import all_members, evaluate_best, write_results
 from modules.subnets.search import (
     BEST,
@@ -87,7 +93,7 @@ def main(args):
                                          random.Random(f'{args.seed} start {window}')) for window in windows}
     if args.valid_size is None:
         args.valid_size = trained_valid_size(path) or 10000
-    model, data = open_supernet(supernet, path, args)
+    model, data = open_supernet(supernet, path, args.quant_mode, args.dataset_path, args.dataset, args.valid_size)
     if not len(data.valid):
         raise UserError(f'--valid_size {args.valid_size}: no held-out images to search with')
     note_trained_images(path, len(data.valid))
@@ -119,8 +125,7 @@ def main(args):
         members = all_members(space, history, found)
         best = {window: best_members(members, window) for window in windows}
         say(f'testing the best {BEST} of each window')
-        test = images_to_test(data, job, args.batch_size, args.num_eval_images, BEST * len(best), args.cache_gb,
-                              args.num_workers)
+        test = images_to_test(data, job, settings_of(EvaluationSettings, args), BEST * len(best))
         tested = evaluate_best(model, best, calibration, test, job)
         if job.is_main:
             write_results(folder, space, members, best, tested, kind, say)

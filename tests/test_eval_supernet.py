@@ -11,7 +11,7 @@ from modules.latency import LatencyPredictor
 from modules.search_space.encoding import subnet_config
 from modules.search_space.named import find_subnet, named_subnets
 from modules.search_space.sampling import max_subnet, sample_subnet
-from modules.subnets.evaluate import evaluate_static, evaluation_images
+from modules.subnets.evaluate import EvaluationSettings, evaluate_static, evaluation_images
 from modules.training.checkpoint import load_checkpoint
 from modules.training.data import open_data
 from modules.training.distributed import Job
@@ -102,7 +102,8 @@ def test_accuracy_is_the_same_on_one_rank_and_two(tmp_path, root, monkeypatch, k
     # by hand, through the extracted static network
     supernet = random_supernet(SUPERNET, 10, kind == 'int8')
     data = open_data('.', 'digits', image_size=48)
-    images = list(evaluation_images(data, Job(), 32, 3, 100))
+    images = list(evaluation_images(data, Job(), EvaluationSettings(
+        batch_size=32, num_calib_batches=3, num_eval_images=100)))
     static = evaluate_static(supernet, SUBNET, *images, Job())
     assert float(one[1]['top1']) == pytest.approx(static.top1, abs=1.01)
     assert float(one[1]['loss']) == pytest.approx(static.loss, rel=1e-3)
@@ -116,7 +117,8 @@ def test_test_images_are_decoded_once_for_several_subnets_if_they_fit(root, caps
     supernet, results = random_supernet(SUPERNET, 10), []
     for cache_gb, times in ((1.0, 1), (1e-6, 2)):
         decoded.clear()
-        images = evaluation_images(data, Job(), 32, 2, 64, passes=2, cache_gb=cache_gb)
+        images = evaluation_images(data, Job(), EvaluationSettings(
+            batch_size=32, num_calib_batches=2, num_eval_images=64, cache_gb=cache_gb), passes=2)
         results += [evaluate_subnet(supernet, SUBNET, *images, Job()) for _ in range(2)]
         assert len(decoded) in (64 * times, 64 * times + 1)              # one to see how large they are
     assert len(set(results)) == 1

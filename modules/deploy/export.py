@@ -16,7 +16,7 @@ from ..optional import need
 from ..search_space.encoding import Subnet, Supernet, parse_subnet, parse_supernet
 from ..search_space.superspace import SearchSpaceError
 from ..settings import add_settings, setting
-from ..subnets.evaluate import calibrated_network, complete_scales, images_to_test
+from ..subnets.evaluate import EvaluationSettings, calibrated_network, complete_scales, images_to_test
 from ..training.calibrate import calibrate
 from ..training.classes import class_names, fit_classes
 from ..training.data import add_data_arguments, calibration_batches, open_data, seed_of
@@ -166,8 +166,9 @@ class RunImages:
     """
 
     def __init__(self, data, settings, passes=1, num_images=None, cache_gb=8.0):
-        self.data, self._opened, self.settings = data, data, settings
-        self._test = {'passes': passes, 'limit_images': num_images, 'cache_gb': cache_gb}
+        self.data, self._opened, self.settings, self._passes = data, data, settings, passes
+        self._testing = EvaluationSettings(batch_size=settings.batch_size, num_workers=settings.num_workers,
+                                           num_eval_images=num_images, cache_gb=cache_gb)
 
     @cached_property
     def calibration(self):
@@ -179,8 +180,7 @@ class RunImages:
     @cached_property
     def test(self):
         """Batches of test images."""
-        return images_to_test(self.data, Job(), self.settings.batch_size, workers=self.settings.num_workers,
-                              **self._test)
+        return images_to_test(self.data, Job(), self._testing, self._passes)
 
     def fit_classes(self, num_classes, what):
         """Number the labels as a network of `num_classes` (named `what`) does; UserError where that cannot be."""

@@ -1,18 +1,17 @@
 """Accuracy of subnets of a trained supernet: what eval_supernet.py, eval_specific_net.py and search_subnet.py share."""
 import contextlib
-import dataclasses
 import functools
+from dataclasses import dataclass, replace
 
-from ..cli import SEED, positive
 from ..files import write_csv
 from ..latency import add_platform_arguments
 from ..modeling.complexity import config_complexity
 from ..modeling.ops.lsq_plus import quantise_weights_once
+from ..settings import add_settings, setting
 from ..training.calibrate import initialize_all_scales
-from ..training.checkpoint import precision
-from ..training.classes import by_class, class_names, fit_classes, write_confusion
+from ..training.classes import by_class, fit_classes, write_confusion
 from ..training.data import add_data_arguments, calibration_batches, eval_loader, open_data
-from ..training.distributed import add_distributed_arguments, distributed_job
+from ..training.distributed import add_distributed_arguments
 from ..training.evaluate import DecodedImages, accuracy, calibrated_subnet, evaluate_subnet, images_of, kept_subnet
 from ..training.log import note, progress
 from ..zoo import load_supernet
@@ -20,17 +19,24 @@ from ..zoo import load_supernet
 COLUMNS = ('subnet', 'top1', 'top5', 'loss', 'MFLOPs', 'Mparams', 'ms')
 
 
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How subnets of a trained supernet are calibrated and evaluated."""
+    quant_mode: bool = setting(False, 'int8: lsq.pth instead of checkpoint.pth')
+    batch_size: int = setting(64, 'images a batch and rank', least=1)
+    num_calib_batches: int = setting(20, 'batches of training images, for batch-norm calibration; ranks share them',
+                                     least=1)
+    num_eval_images: int | None = setting(None, 'for short runs; default: all test images', least=1)
+    cache_gb: float = setting(8.0, 'GiB a rank for test images that several subnets share; above it they are decoded '
+                              'again', above=0)
+    seed: int = setting(0, 'seed of the calibration images', most=2 ** 32 - 1)
+    num_workers: int = setting(0, 'loader processes', flags=())
+
+
 def add_evaluation_arguments(parser):
-    """--quant_mode, batches of calibration and evaluation, latency platform, data and launcher."""
-    parser.add_argument('--quant_mode', action='store_true', help='int8: lsq.pth instead of checkpoint.pth')
-    parser.add_argument('--batch_size', type=positive(int), default=64, help='images a batch and rank')
-    parser.add_argument('--num_calib_batches', type=positive(int), default=20,
-                        help='batches of training images, for batch-norm calibration; ranks share them')
-    parser.add_argument('--num_eval_images', type=positive(int), help='for short runs; default: all test images')
-    parser.add_argument('--cache_gb', type=positive(float), default=8.0,
-                        help='GiB a rank for test images that several subnets share; above it they are decoded again')
+    """EvaluationSettings, latency platform, data and launcher."""
+    add_settings(parser, EvaluationSettings)
     add_platform_arguments(parser)
-    parser.add_argument('--seed', type=SEED, default=0, help='seed of the calibration images')
     add_data_arguments(parser, trains=False)
     add_distributed_arguments(parser)
 
@@ -54,25 +60,26 @@ class _Watched:
                 bar.update()
 
 
-def evaluation_images(data, job, batch_size, num_calib_batches, limit_images=None, passes=1, cache_gb=8.0, seed=0,
-                      workers=0):
+def evaluation_images(data, job, settings, passes=1):
     """(calibration, test) batches of this rank's share, the latter of images_to_test()."""
-    calibration = DecodedImages(calibration_batches(data.train, batch_size, num_calib_batches, seed, workers, job.rank,
-                                                    job.world_size).to(job.device))
-    return calibration, images_to_test(data, job, batch_size, limit_images, passes, cache_gb, workers)
+    calibration = DecodedImages(calibration_batches(
+        data.train, settings.batch_size, settings.num_calib_batches, settings.seed, settings.num_workers, job.rank,
+        job.world_size).to(job.device))
+    return calibration, images_to_test(data, job, settings, passes)
 
 
-def images_to_test(data, job, batch_size, limit_images=None, passes=1, cache_gb=8.0, workers=0):
-    """Test batches of this rank's share; decoded once for several `passes` if they fit in cache_gb (GiB)."""
-    test = eval_loader(data.test, batch_size, job.rank, job.world_size, workers, limit_images=limit_images)
-    test = test.to(job.device)
+def images_to_test(data, job, settings, passes=1):
+    """Test batches of this rank's share; decoded once for several `passes` if they fit in settings.cache_gb (GiB)."""
+    test = eval_loader(data.test, settings.batch_size, job.rank, job.world_size, settings.num_workers,
+                       limit_images=settings.num_eval_images).to(job.device)
     total = len(test)
     if passes > 1:
-        size = total * batch_size * 3 * data.image_size ** 2 / 2 ** 30
-        if size <= cache_gb:
+        size = total * settings.batch_size * 3 * data.image_size ** 2 / 2 ** 30
+        if size <= settings.cache_gb:
             test = DecodedImages(test)
         else:
-            note(f'the test images take {size:.1f} GiB a rank, more than --cache_gb {cache_gb:g}: decoded per subnet')
+            note(f'the test images take {size:.1f} GiB a rank, more than --cache_gb {settings.cache_gb:g}: decoded '
+                 'per subnet')
     return _Watched(test, total, job)
 
 
@@ -88,35 +95,31 @@ def complete_scales(supernet, subnets, first_images, job):
         note(f'the LSQ+ scales of {count} ops were never trained: initialised on one batch of training images')
 
 
-def open_supernet(supernet, path, args):
+def open_supernet(supernet, path, quant_mode, dataset_path, dataset, valid_size):
     """(supernet model with the weights at `path`, Data of as many classes at its largest resolution)."""
-    model = load_supernet(supernet, path, args.quant_mode)
-    data = open_data(args.dataset_path, args.dataset, args.valid_size, image_size=max(supernet.superspace.resolutions))
+    model = load_supernet(supernet, path, quant_mode)
+    data = open_data(dataset_path, dataset, valid_size, image_size=max(supernet.superspace.resolutions))
     return model, fit_classes(data, model.num_classes, path)
 
 
-@contextlib.contextmanager
-def evaluation(title, supernet, path, subnets, args, held_out=False):
-    """Yields (model, images, class names, job) for evaluate_all() of {name: Subnet}, a line with `title` once printed.
+def prepare(title, model, data, subnets, settings, job, held_out=False):
+    """(calibration, test) batches for evaluate_all() of {name: Subnet}, a line with `title` once printed.
 
-    path: the supernet's checkpoint; args: of a script with add_evaluation_arguments(); held_out: on the images held
-    out of the training images instead of the test images.
+    The model and its data are open_supernet()'s; the model moves to the job's device and gets the LSQ+ scales that
+    training never reached. held_out: on the images held out of the training images instead of the test images.
     """
-    model, data = open_supernet(supernet, path, args)
     if held_out:
         note(f'on {len(data.valid)} held-out training images, not on the test images')
-        data = dataclasses.replace(data, test=data.valid)
-    with distributed_job(args.local_rank, args.device, args.deterministic) as job:
-        if job.is_main:
-            print(f'{title} in {precision(args.quant_mode)} from {path}', flush=True)
-        model.to(job.device)
-        images = evaluation_images(data, job, args.batch_size, args.num_calib_batches, args.num_eval_images,
-                                   len(subnets), args.cache_gb, args.seed, args.num_workers)
+        data = replace(data, test=data.valid)
+    if job.is_main:
+        print(title, flush=True)
+    model.to(job.device)
 
-        def first_images():                 # the same on every rank, unlike images
-            return next(images_of(calibration_batches(data.train, args.batch_size, 1, args.seed)))
-        complete_scales(model, list(subnets.values()), first_images, job)
-        yield model, images, class_names(data), job
+    def first_images():                     # the same on every rank, unlike the shares below
+        return next(images_of(calibration_batches(data.train, settings.batch_size, 1, settings.seed)))
+    images = evaluation_images(data, job, settings, len(subnets))
+    complete_scales(model, list(subnets.values()), first_images, job)
+    return images
 
 
 def calibrated_network(supernet, subnet, calibration, job):
