@@ -220,7 +220,7 @@ def test_a_window_without_subnets_is_one_line(tmp_path):
 @pytest.mark.parametrize('text, problem', [
     ('steps: {lunch: {}}', 'steps: unknown lunch'), ('steps: [1]', 'steps: expected names'), ('speed: 9', 'unknown'),
     ('latency: fast', 'is not of type float'),
-    ('baselines: [resnet18]\nsteps: {accuracy: {}}', 'baselines: trained in the step of that name'),
+    ('baselines: [resnet18]\nsteps: {accuracy: {}}', 'baselines: trained beside the supernets'),
     ('steps: {teacher: 3}', 'teacher: expected flags')])
 def test_a_wrong_key_is_one_line(text, problem, tmp_path):
     (tmp_path / 'mine.yaml').write_text(text)

@@ -6,7 +6,7 @@ from ..settings import checked_values, read_yaml, setting
 
 OWN_FLAGS = ('superspace_of', 'datasets', 'baselines', 'finds_nothing', 'steps')      # keys that are no flags
 SECTIONS = ('teacher', 'block_kd', 'block_kd_lsq', 'predictor', 'block_lut', 'space_search', 'supernets',
-            'supernets_lsq', 'subnet_search', 'finish', 'baselines', 'accuracy', 'latency')
+            'supernets_lsq', 'subnet_search', 'finish', 'accuracy', 'latency')
 STEP_KEYS = 'planned_minutes', 'train_steps'    # of a step, beside the flags of its script
 
 
@@ -61,7 +61,7 @@ def load_settings(path, overrides):
             raise UserError(f'{path}: steps: unknown {name}; known: {", ".join(known)}')
         if not isinstance(section, dict):
             raise UserError(f'{path}: steps: {name}: expected flags and values')
-    if values.get('baselines') and 'baselines' not in steps:
-        raise UserError(f'{path}: baselines: trained in the step of that name, which has no section in steps')
+    if values.get('baselines') and 'supernets' not in steps:
+        raise UserError(f'{path}: baselines: trained beside the supernets, which have no section in steps')
     values.update((key, value) for key, value in overrides.items() if value is not None)
     return Settings(steps=steps, **values)

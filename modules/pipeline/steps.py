@@ -294,8 +294,20 @@ def _supernet(p, space, step, *more, without=()):
 
 def supernets(p):
     start = ['--init_block_kd', p.path('block_kd', p.space)] if p.settings.init_block_kd else []
-    return [[_supernet(p, space, 'supernets', *start), _supernet(p, space, 'supernets_lsq', '--quant_mode')]
-            for space in p.spaces]
+    return [*([_supernet(p, space, 'supernets', *start), _supernet(p, space, 'supernets_lsq', '--quant_mode')]
+              for space in p.spaces), *baselines(p)]
+
+
+def baseline_step(model):
+    """Name of the settings' section of a ready-made network."""
+    return f'baseline {model}'
+
+
+def baselines(p, *more):
+    return [[p.script('onnx_tools/baseline.py', step, '--model', model, '--image_size', p.image_size, '--batch_size',
+                      p.settings.batch_size, *p.length(step), '--output', p.path('baselines'), '--seed',
+                      p.settings.seed, '--resume', *p.narrow, *more, *p.data.flags)]
+            for model in p.settings.baselines for step in [baseline_step(model)]]
 
 
 def subnet_search(p):
@@ -311,24 +323,8 @@ def finish(p):
                       network.supernet.choice, '--subnet_name', network.subnet, *p.align, '--keep_head', '--distill',
                       '--checkpoint_path', p.path('supernet_training'), '--output_path', p.path('finished'),
                       '--batch_size', p.settings.batch_size, *p.length('finish'), '--seed', p.settings.seed,
-                      '--resume', *p.narrow_training, *p.data.flags)]
-            for network in p.deployed()]
-
-
-def baseline_step(model):
-    """Name of the settings' section of a ready-made network."""
-    return f'baseline {model}'
-
-
-def baselines(p, *more):
-    return [[p.script('onnx_tools/baseline.py', step, '--model', model, '--image_size', p.image_size, '--batch_size',
-                      p.settings.batch_size, *p.length(step), '--output', p.path('baselines'), '--seed',
-                      p.settings.seed, '--resume', *p.narrow, *more, *p.data.flags)]
-            for model in p.settings.baselines for step in [baseline_step(model)]]
-
-
-def accuracy(p):
-    return [[p.script('onnx_tools/eval_onnx.py', 'accuracy', '--network', p.finished(network), '--only_int8',
+                      '--resume', *p.narrow_training, *p.data.flags),
+             p.script('onnx_tools/eval_onnx.py', 'accuracy', '--network', p.finished(network), '--only_int8',
                       '--model_path', p.path('models'), '--output', p.accuracy_file(network), *p.narrow,
                       *p.data.flags)] for network in p.deployed()]
 
@@ -349,12 +345,11 @@ STEPS = (
     Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', block_kd_lsq, side_by_side=True),
     Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', block_lut),
     Step('space_search', 'space search: block types and widths by Q-T score', space_search),
-    Step('supernets', 'train what was found as weight-sharing supernets, fp32 then LSQ+', supernets,
-         side_by_side=True),
+    Step('supernets', 'train what was found as weight-sharing supernets, fp32 then LSQ+; and ready-made networks',
+         supernets, side_by_side=True),
     Step('subnet_search', 'search each supernet for the best subnets of the INT8 latency window', subnet_search,
          side_by_side=True),
-    Step('finish', 'fine-tune what was found, in INT8', finish, side_by_side=True),
-    Step('baselines', 'train ready-made networks to compare with', baselines, side_by_side=True),
-    Step('accuracy', 'export to INT8 ONNX, accuracy in ONNX Runtime', accuracy, side_by_side=True),
+    Step('finish', 'fine-tune what was found, in INT8; export to ONNX, accuracy in ONNX Runtime', finish,
+         side_by_side=True),
     Step('latency', 'latency in ONNX Runtime', latency),
 )
