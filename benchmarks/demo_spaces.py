@@ -23,23 +23,19 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from benchmarks.supernet_start import recipe_of, trained
 from modules import ROOT, usable_cores
-from modules.block_kd.into_supernet import learn_rest, start_from_blocks
 from modules.cli import SEED, parser, positive, run
 from modules.errors import UserError
 from modules.history import read_history
 from modules.latency import LatencyPredictor
 from modules.search_space.encoding import parse_supernet, subnet_config
 from modules.search_space.sampling import max_subnet, min_subnet, sample_subnet
-from modules.settings import load_config
-from modules.training.data import calibration_batches, eval_loader, open_data
+from modules.training.data import calibration_batches, eval_loader
 from modules.training.distributed import Job
 from modules.training.evaluate import DecodedImages, evaluate_subnet
 from modules.training.sources import plain_name
-from modules.training.supernet_trainer import SupernetRecipe, train_supernet
-from train_supernet import build
 
-CONFIGS = [os.path.join(ROOT, 'supernet_training_configs', name) for name in ('demo_short.yaml', 'block_kd_short.yaml')]
 WIDTH = 0.15                            # of the window, as in the demo
 DRAWS = 20000
 BEST = 4
@@ -84,22 +80,15 @@ def window_subnets(supernet, predictor, constraint, count, seed):
 
 def measure(supernet, constraint, predictor, args):
     """(top-1 of the subnets in the window, best first, of the largest, of the smallest) of a space, in percent."""
-    recipe = load_config(SupernetRecipe, CONFIGS[bool(args.init_block_kd)], {
-        'max_steps': args.steps, 'resume': True, 'align_sample': True})
-    data = open_data(args.dataset_path, args.dataset, recipe.valid_size, recipe.augment,
-                     max(supernet.superspace.resolutions), seed=recipe.seed)
-    model, job, blocks = build(supernet, data.num_classes, recipe), Job(), None
-    if args.init_block_kd:
-        students, blocks = start_from_blocks(model, args.init_block_kd)
-        learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, recipe.seed)
     start = 'block_kd' if args.init_block_kd else 'scratch'
     folder = os.path.join(args.output, f'{plain_name(args.dataset)}-{start}-{args.steps}', str(supernet))
-    train_supernet(model, data, recipe, folder, job, blocks)
+    model, data = trained(supernet, recipe_of(args.init_block_kd, max_steps=args.steps), folder, args.dataset,
+                          args.dataset_path, args.init_block_kd)
     calibration = DecodedImages(calibration_batches(data.train, 64, 8, args.seed))
     valid = DecodedImages(eval_loader(data.valid, 64, limit_images=args.images))
 
     def top1(subnet):
-        return evaluate_subnet(model, subnet, calibration, valid, job).top1
+        return evaluate_subnet(model, subnet, calibration, valid, Job()).top1
     subnets = window_subnets(supernet, predictor, constraint, args.subnets, args.seed)
     return sorted(map(top1, subnets), reverse=True), top1(max_subnet(supernet)), top1(min_subnet(supernet))
 

@@ -66,26 +66,35 @@ def get_args():
     return p.parse_args()
 
 
-def train(args, supernet, rate, seed, folder):
-    """Train the supernet into `folder`, in --curve parts, each an epoch for the trainer; returns it and the data."""
-    config = 'block_kd_short.yaml' if args.init_block_kd or args.after else 'demo_short.yaml'
-    warmup = load_config(SupernetRecipe, os.path.join(CONFIGS, config)).warmup_epochs
-    recipe = load_config(SupernetRecipe, os.path.join(CONFIGS, config), {
-        'epochs': args.curve, 'max_steps': args.steps // args.curve, 'base_lr': rate, 'seed': seed,
-        'warmup_epochs': args.curve * warmup, 'num_valid_images': args.images if args.curve > 1 else 100,
-        'num_calib_batches': 8, 'quant_mode': args.quant_mode, 'resume': True, 'align_sample': True,
-        'from_scratch': not args.after})
-    data = open_data(args.dataset_path, args.dataset, recipe.valid_size, recipe.augment,
-                     max(supernet.superspace.resolutions), seed=seed)
+def recipe_of(from_blocks, **overrides):
+    """SupernetRecipe of the short recipe for a start from blocks or from random weights, its overrides above it."""
+    config = os.path.join(CONFIGS, 'block_kd_short.yaml' if from_blocks else 'demo_short.yaml')
+    return load_config(SupernetRecipe, config, {'resume': True, 'align_sample': True, **overrides})
+
+
+def trained(supernet, recipe, folder, dataset, dataset_path, init_block_kd=None):
+    """(supernet trained into `folder`, Data); from the blocks of a folder, or as the recipe says."""
+    data = open_data(dataset_path, dataset, recipe.valid_size, recipe.augment, max(supernet.superspace.resolutions),
+                     seed=recipe.seed)
     model, blocks = build(supernet, data.num_classes, recipe), None
+    if init_block_kd:
+        students, blocks = start_from_blocks(model, init_block_kd, recipe.quant_mode)
+        learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, recipe.seed)
+    train_supernet(model, data, recipe, folder, Job(), blocks)
+    return model, data
+
+
+def train(args, supernet, rate, seed, folder):
+    """trained() in --curve parts, each an epoch for the trainer."""
+    from_blocks = args.init_block_kd or args.after
+    recipe = recipe_of(from_blocks, epochs=args.curve, max_steps=args.steps // args.curve, base_lr=rate, seed=seed,
+                       warmup_epochs=args.curve * recipe_of(from_blocks).warmup_epochs, num_calib_batches=8,
+                       num_valid_images=args.images if args.curve > 1 else 100, quant_mode=args.quant_mode,
+                       from_scratch=not args.after)
     if args.after:
         os.makedirs(folder, exist_ok=True)
         shutil.copy(os.path.join(args.output, args.after, 'checkpoint.pth'), folder)
-    elif args.init_block_kd:
-        students, blocks = start_from_blocks(model, args.init_block_kd, args.quant_mode)
-        learn_rest(model, students, data, recipe.batch_size_per_gpu, recipe.init_steps, seed)
-    train_supernet(model, data, recipe, folder, Job(), blocks)
-    return model, data
+    return trained(supernet, recipe, folder, args.dataset, args.dataset_path, not args.after and args.init_block_kd)
 
 
 def curve(folder, quant):
