@@ -433,6 +433,7 @@ def test_int8_lite0_keeps_its_answers_on_labelled_photos():
     assert (int8_answers == answers).sum() >= 19
 
 
+@pytest.mark.slow                       # one loop for all: test_block_kd.py
 def test_two_ranks_with_a_disk_each_go_on_with_what_rank_0_has(weights):
     argv = _finetune(weights / 'disk{rank}', '--from_teacher')
     path = default_checkpoint(LITE0, weights / 'disk0')
