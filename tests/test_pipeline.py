@@ -1,6 +1,7 @@
 """pipeline.py: all of it, shortened; killed at twenty random moments it ends with the same results."""
 import contextlib
 import csv
+import json
 import os
 import random
 import re
@@ -164,6 +165,9 @@ def test_the_first_data_set_that_can_be_had_is_kept(tmp_path, monkeypatch):
         choose_data('pictures', ['cats'], 500)
     with pytest.raises(UserError, match='no pictures to be had'):
         choose_data('pictures', names, 500)
+    (tmp_path / 'data.json').write_text(json.dumps(data[:3]))
+    with pytest.raises(UserError, match='data.json: of another version'):
+        choose_data('pictures', names, 500, record)
 
 
 def _pipeline(folder, images=1000, **settings):

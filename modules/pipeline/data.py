@@ -32,8 +32,12 @@ def choose_data(path, datasets, valid_size, record=None):
     record: the file of keep_data(), whose choice counts where it is one of them. UserError where none can be had.
     """
     if record is not None and os.path.isfile(record):
-        with open(record, encoding='utf-8') as f:
-            kept = PipelineData(*json.load(f))
+        try:
+            with open(record, encoding='utf-8') as f:
+                kept = PipelineData(*json.load(f))
+        except (ValueError, TypeError):
+            raise UserError(f'{record}: of another version, or damaged; remove its folder, or give another '
+                            '--output_path') from None
         if kept.dataset in datasets:
             return kept
     problems = []
