@@ -5,7 +5,8 @@
 
 Ready-made networks of timm become INT8 by ONNX Runtime's static quantiser (of convolutions and matrix products, or of
 every operator it knows, whichever takes less time here), SEQnets by our exporter; all with random weights, on which
-latency does not depend. One thread, one image, medians, all models of a row in turns. Accuracies are published float
+latency does not depend. One thread, one image, medians, all models of a row in turns. The last column is our exporter
+against that quantiser on the same SEQnet, each with the runtime that is better for it. Accuracies are published float
 ones, where there is one (PUBLISHED below has the sources); those of SEQnets stay empty until someone has checkpoints.
 --platform: what that platform predicts for the SEQnets, beside. Writes baselines.csv, table.md and picture.png.
 """
@@ -38,6 +39,7 @@ PUBLISHED = {'mobilenetv2_100': (224, 71.88), 'mobilenetv3_small_100': (224, 67.
              'mobilenetv3_large_100': (224, 74.04), 'mobilenetv4_conv_small': (224, 73.8),
              'tf_efficientnet_lite0': (224, 75.1), 'resnet18': (224, 69.76), 'resnet50': (224, 76.13)}
 IMAGES = 8                              # of noise, for the ranges of the static quantiser
+QUANTISED = CONVOLUTIONS, None          # which operators that quantiser is given
 
 
 def get_args():
@@ -64,21 +66,25 @@ def main(args):
                                                           for kind in ('fp32', 'INT8'))]
     if predictor:
         header.append(f'{args.platform} ms')
+    header.append("ours / quantiser's")
     versions = ', '.join(f'{ONNX_RUNTIMES[name].name} {ONNX_RUNTIMES[name].version}' for name in args.runtimes)
     print(f'{processor()}; {versions}; one thread\n' + _line(header) + '\n' + '|' + '---|' * len(header), flush=True)
     rows = []
     for name in [*args.models, *args.networks]:
-        models, pixels = _searched(name, args) if name in named_subnets() else _ready_made(name, args)
-        _, top1 = PUBLISHED.get(name, (pixels, ''))
-        row = [name, pixels, top1]
+        searched = name in named_subnets()
+        models, pixels = _searched(name, args) if searched else _ready_made(name, args)
+        calls = {(kind, runtime): ONNX_RUNTIMES[runtime].open(model).invoke for runtime in args.runtimes
+                 for kind, model in models.items() if kind == runtime or kind not in ONNX_RUNTIMES}
+        times = {call: latency.median for call, latency in in_turns(calls, args.warmup, args.runs).items()}
+        quantiser = {runtime: min(times[str(ops), runtime] for ops in QUANTISED) for runtime in args.runtimes}
+        ours = {runtime: times[runtime, runtime] for runtime in args.runtimes} if searched else quantiser
+        row = [name, pixels, PUBLISHED.get(name, (pixels, ''))[1]]
         for runtime in args.runtimes:
-            calls = {kind: ONNX_RUNTIMES[runtime].open(model).invoke for kind, model in models.items()
-                     if kind == runtime or kind not in ONNX_RUNTIMES}
-            times = {kind: latency.median for kind, latency in in_turns(calls, args.warmup, args.runs).items()}
-            row += [f'{times.pop("fp32"):.3f}', f'{min(times.values()):.3f}']
+            row += [f'{times["fp32", runtime]:.3f}', f'{ours[runtime]:.3f}']
         if predictor:
             row.append(f'{predictor.predict_subnet(subnet_config(*find_subnet(name))):.3f}'
-                       if name in named_subnets() else '')
+                       if searched else '')
+        row.append(f'{min(ours.values()) / min(quantiser.values()):.3f}' if searched else '')
         rows.append(row)
         print(_line(row), flush=True)
     write_csv(os.path.join(args.output, 'baselines.csv'), header, rows)
@@ -96,17 +102,21 @@ def _ready_made(name, args):
     pixels, _ = PUBLISHED.get(name, (224, ''))
     torch.manual_seed(seed_of(0, name))
     fp32 = export_ready_made(ready_made(name, 1000, pixels))
-    batches = [torch.randn(IMAGES, 3, pixels, pixels)]
-    return {'fp32': fp32, **{str(ops): quantize_static(fp32, batches, ops, args.reduce_range)
-                             for ops in (CONVOLUTIONS, None)}}, pixels
+    return _quantised(fp32, [torch.randn(IMAGES, 3, pixels, pixels)], args), pixels
+
+
+def _quantised(fp32, batches, args):
+    """{kind: ModelProto} of an fp32 model and of what ONNX Runtime's quantiser makes of it."""
+    return {'fp32': fp32, **{str(ops): quantize_static(fp32, batches, ops, args.reduce_range) for ops in QUANTISED}}
 
 
 def _searched(name, args):
     """The same of a published network, by our exporter; of INT8 a model for each runtime, under its name."""
     entry = Entry(*find_subnet(name))
     int8 = random_source(entry, quant_mode=True)
-    ranges = observe(int8.network, [images for images, _ in int8.batches])
-    return {'fp32': export_fp32(random_source(entry, quant_mode=False).network),
+    batches = [images for images, _ in int8.batches]
+    ranges = observe(int8.network, batches)
+    return {**_quantised(export_fp32(random_source(entry, quant_mode=False).network), batches, args),
             **{runtime: export_int8(int8.network, ranges, **ONNX_RUNTIMES[runtime].int8_options(args.reduce_range))
                for runtime in args.runtimes}}, entry.subnet.resolution
 
