@@ -65,7 +65,7 @@ PARSED = {
     '--trust_pickles': 'needs predictors registered with nn-Meter: tests/test_nn_meter.py',
     'onnx_tools/build_predictor.py': 'minutes of a quiet machine; tests/test_build_predictor.py',
     'tflite_tools/build_predictor.py': 'the same',
-    'tflite_tools/export_tflite.py': 'needs TensorFlow: tests/test_deploy_commands.py, tests/test_tflite.py',
+    'tflite_tools/export_tflite.py': 'needs ai-edge-litert: tests/test_deploy_commands.py, tests/test_tflite.py',
     'tflite_tools/eval_tflite.py': 'the same',
     'tflite_tools/benchmark.py': 'the same',
     'benchmarks/compare_lut.py': 'needs ../shared/reference',

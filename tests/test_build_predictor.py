@@ -429,7 +429,7 @@ def test_ort_times_blocks_networks_and_nothing():
 
 @pytest.mark.slow
 def test_tflite_times_blocks_as_parts_of_a_network():
-    pytest.importorskip('tensorflow'), pytest.importorskip('ai_edge_litert')
+    pytest.importorskip('ai_edge_litert')
     code = ('''
 from modules.deploy.devices import LiteRtDevice, PhoneDevice, tflite_chain
 from modules.latency.candidates import smallest_network

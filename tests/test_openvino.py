@@ -1,6 +1,6 @@
 """OpenVINO's tests, openvino_cases.py, in a process of their own.
 
-In one that holds TensorFlow and torch's compilers too, the tests after them ended in a segmentation fault now and then.
+In one that held TensorFlow and torch's compilers too, the tests after them ended in a segmentation fault now and then.
 """
 import subprocess
 import sys

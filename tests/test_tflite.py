@@ -1,5 +1,4 @@
 """TFLite export: every block type in fp32 and int8 beside torch, no floats left, a phone."""
-import importlib.util
 import os
 import sys
 
@@ -23,7 +22,6 @@ from .blocks import CASES, DEMO, difference, each_once, some_block, subnet_list
 from .checkpoints import call, fails
 
 pytest.importorskip('ai_edge_litert')
-pytestmark = pytest.mark.skipif(importlib.util.find_spec('tensorflow') is None, reason='needs tensorflow')
 
 
 def operators(model):

@@ -16,10 +16,10 @@ from ..search_space.encoding import SubnetConfig
 from ..training.calibrate import calibrate
 from .benchmark import processor
 from .int8_exporter import Int8Exporter, PendingTensor
-from .onnx_models import IMAGE, IR_VERSION, OPSET, OnnxGraph
-from .quantisation import FloatTensor, QuantisedTensor, Range, observe
+from .onnx_models import IR_VERSION, OPSET, OnnxGraph
+from .quantisation import IMAGE, FloatTensor, QuantisedTensor, observe
 from .runtimes import ONNX_RUNTIMES, TFLITE, Interpreter
-from .tflite_models import TfGraph, convert, read_tree, write_tree
+from .tflite_models import TfliteGraph
 
 NOISE_IMAGES = 2            # for batch-norm statistics and ranges; one has no variance at 1 x 1 pixels
 NOTHING = (Block('FinalExpandBlock', 1, 8, 8, 1, None, 1, 'relu'),)     # the least of blocks: what a TFLite call costs
@@ -122,8 +122,6 @@ class _Chain:
         calibrate(self.network, [noise])
         set_quant_mode(self.network)
         self.ranges = observe(self.network, [noise])
-        self.ranges[IMAGE] = Range()
-        self.ranges[IMAGE].see(noise)
         self.reads_codes = first.name != 'FirstConvBlock'           # not an image
         self.writes_codes = blocks[-1].name != 'LogitsBlock'
 
@@ -172,31 +170,7 @@ def _onnx_model(graph, shape, reads_codes, output, writes_codes):
 def tflite_chain(blocks):
     """Bytes of the INT8 .tflite of Blocks in a row; integers in and out but at a network's two ends."""
     chain = _Chain(blocks)
-
-    def write(image):
-        exporter = Int8Exporter(TfGraph(image), chain.ranges)
-        return chain.write(exporter, lambda target: exporter.quantised(FloatTensor(image), target, 'codes'))
-    model = convert(chain.network, write, quantised=True)
-    return without_ends(model, first=chain.reads_codes, last=chain.writes_codes)
-
-
-def without_ends(model, first, last):
-    """Bytes of a .tflite without the QUANTIZE after its input (`first`), the DEQUANTIZE before its output (`last`)."""
-    schema, tree = read_tree(model)
-    graph, codes = tree.subgraphs[0], schema.BuiltinOperator
-
-    def is_a(operator, code):
-        return tree.operatorCodes[operator.opcodeIndex].builtinCode == code
-
-    if first:
-        readers = [op for op in graph.operators if graph.inputs[0] in op.inputs]
-        if len(readers) == 1 and is_a(readers[0], codes.QUANTIZE):
-            graph.inputs = readers[0].outputs
-            graph.operators.remove(readers[0])
-    if last:
-        writer, = (op for op in graph.operators if graph.outputs[0] in op.outputs)
-        if is_a(writer, codes.DEQUANTIZE):
-            graph.outputs = writer.inputs
-            graph.operators.remove(writer)
-    tree.signatureDefs = None                   # they name the tensors that are gone
-    return write_tree(tree)
+    graph = TfliteGraph(io_sizes(chain.network)[0], chain.reads_codes)
+    exporter = Int8Exporter(graph, chain.ranges)
+    output = chain.write(exporter, lambda target: exporter.quantised(FloatTensor(graph.image), target, 'codes'))
+    return graph.model(output if chain.writes_codes else graph.dequantised(output))

@@ -14,8 +14,8 @@ from ..training.checkpoint import precision
 from ..training.classes import by_class, class_names, write_confusion
 from ..training.evaluate import confusion_table
 from .export import ExportSettings, check_weights, export, open_entries, open_images, open_source
-from .onnx_models import IMAGE, metadata_of
-from .quantisation import op_inputs
+from .onnx_models import metadata_of
+from .quantisation import IMAGE, op_inputs
 from .runtimes import open_session
 
 

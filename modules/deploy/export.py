@@ -27,7 +27,7 @@ from .predict import preprocessing
 from .quantisation import observe
 from .runtimes import ONNX, ONNX_RUNTIMES
 
-VERSION = 3                     # of the exporters: another number makes every model be written again
+VERSION = 4                     # of the exporters: another number makes every model be written again
 RANGE_BATCHES = 8               # of the calibration batches, for the ranges of tensors without an LSQ+ scale
 RANDOM_IMAGES = 8               # pictures of noise for random weights
 

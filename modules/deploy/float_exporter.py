@@ -1,6 +1,6 @@
 """A static Network written into a graph, layer by layer: in float, or in float between int8 quantisers.
 
-A graph (onnx_models.OnnxGraph, tflite_models.TfGraph) writes the operators. int8_exporter.py writes networks on
+A graph (onnx_models.OnnxGraph, tflite_models.TfliteGraph) writes the operators. int8_exporter.py writes networks on
 integers.
 """
 import numpy as np

@@ -1,7 +1,7 @@
 """An LSQ+ Network on integers: 8-bit activations and weights on the trained scales, for any runtime.
 
 Int8Exporter decides scales, zero points, biases and which tensors are quantised; a graph (onnx_models.OnnxGraph,
-tflite_models.TfGraph) writes the operators. docs/onnx.md explains the numbers.
+tflite_models.TfliteGraph) writes the operators. docs/onnx.md explains the numbers.
 
 The shift of a tensor (quantisation.py) is taken off in the bias of the convolution that writes it and put back in that
 of its reader.
@@ -10,6 +10,7 @@ import numpy as np
 
 from .float_exporter import Exporter, unit_of
 from .quantisation import (
+    IMAGE,
     SATURATING,
     FloatTensor,
     QuantisedTensor,
@@ -65,7 +66,10 @@ class Int8Exporter(Exporter):
     # -- values -----------------------------------------------------------------------------------------------
 
     def image(self):
-        return FloatTensor(self.graph.image)
+        image = FloatTensor(self.graph.image)
+        if self.graph.has_floats:
+            return image
+        return PendingTensor(IMAGE, lambda target: self.quantised(image, target, IMAGE + '.codes'))
 
     def op_input(self, value, name, op):
         """QuantisedTensor of `value` as the input of a quantised op called `name`."""
@@ -92,7 +96,7 @@ class Int8Exporter(Exporter):
                      for end in (beta, beta + 255 * scale))
         low = low if seen.low < beta - scale / 2 else 0
         high = high if seen.high > beta + 255.5 * scale else 255
-        return x._replace(tensor=self.graph.clip(x.tensor, x.params, low, high))
+        return x._replace(tensor=self.graph.clip(x.tensor, x.params, low, high, shared=True))
 
     def calibrated(self, value, shift=0.0):
         """QuantisedTensor of a value, of a PendingTensor on its range in the calibration images.

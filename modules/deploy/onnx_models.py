@@ -11,10 +11,9 @@ from ..modeling.ops.lsq_plus import quantisation_of
 from ..optional import need
 from .float_exporter import FloatExporter, SymmetricExporter
 from .int8_exporter import Int8Exporter
-from .quantisation import check_bits
+from .quantisation import IMAGE, check_bits
 
 OPSET, IR_VERSION = 17, 8
-IMAGE = 'input'                         # the input of every model
 
 
 class OnnxGraph:
@@ -124,8 +123,8 @@ class OnnxGraph:
         return self.add('DequantizeLinear', [codes, self.constant('scale', params.scale),
                                              self.constant('zero', params.zero_point, self.code_type)], codes + '.real')
 
-    def clip(self, codes, params, low, high):
-        """uint8 codes kept within low..high; a pass over bytes, next to free."""
+    def clip(self, codes, params, low, high, shared=False):
+        """uint8 codes kept within low..high; a pass over bytes, next to free. shared: of TfliteGraph."""
         if low <= 0 and high >= 255:
             return codes
         return self.add('Clip', [codes, self.constant('low', low, np.uint8), self.constant('high', high, np.uint8)],

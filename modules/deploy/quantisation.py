@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..modeling.ops.fake_quantise import positive_scale
 from ..modeling.ops.lsq_plus import WEIGHT_BITS, QBase, quantised_ops, quantize_activation
 
+IMAGE = 'input'                 # what models and ranges call the image
 REDUCED = 63                    # largest weight of 7 bits: two products with uint8 fit into int16
 # activations that the saturation of the codes computes, and their largest values
 SATURATING = {'relu': np.inf, 'relu6': 6.0}
@@ -188,9 +189,10 @@ def _hooks(network, see):
 def observe(network, batches):
     """{module name: Range of its output} over batches of images, network in eval mode as it is, fp32 or int8.
 
-    `<name>.input` is that of a quantised op's input. LSQ+ scales that are not initialised yet are by the first batch.
+    `<name>.input` is that of a quantised op's input, IMAGE that of the images. LSQ+ scales that are not initialised yet
+    are by the first batch.
     """
-    ranges = {}
+    ranges = {IMAGE: Range()}
 
     def see(name, module, x, y):
         ranges.setdefault(name, Range()).see(y)
@@ -201,6 +203,7 @@ def observe(network, batches):
     with _hooks(network.eval(), see):
         for images in batches:
             seen += len(images)
+            ranges[IMAGE].see(images)
             network(images)
     if not seen:
         raise UserError('no images to calibrate with')

@@ -298,7 +298,7 @@ class OpenVinoSession:
 
 class LiteRt(Runtime):
     name, ending = 'TFLite', 'tflite'
-    export_packages, run_packages = ('tensorflow', 'ai_edge_litert'), ('ai_edge_litert',)
+    export_packages = run_packages = ('ai_edge_litert',)
     export_fp32 = staticmethod(tflite_models.export_fp32)
     export_int8 = staticmethod(tflite_models.export_int8)
     metadata = staticmethod(tflite_models.metadata_of)
