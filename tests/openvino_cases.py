@@ -98,7 +98,9 @@ def test_swishes_are_part_of_the_convolution_before(name, activation):
     convolutions = sum(isinstance(op, QConv) for op in quantised_ops(network))
     for operators in (before, after):
         assert sum(op.kind == 'Convolution' and op.reads == 'u8' for op in operators) == convolutions
-    passes = [sum(op.kind == 'Subgraph' for op in operators) for operators in (before, after)]
+    # beside those that add a constant map, which a shift at the border may need
+    passes = [sum(op.kind == 'Subgraph' and not any(node.endswith('.sum') for node in op.nodes) for op in operators)
+              for operators in (before, after)]
     assert passes[0] - passes[1] == 2 * 3               # two swishes in each of three blocks
 
 

@@ -144,7 +144,7 @@ class Int8Exporter(Exporter):
         """QuantisedTensor of gain * norm(op(x)) + offset by a Target; swish: of this activation of it, in float."""
         graph, (codes, scale) = self.graph, weight_codes(op, self.reduce_range)
         factor, bias = affine(op, norm)
-        factor, bias = factor * scale * gain, bias * gain + offset - target.shift
+        factor, bias = factor * scale * gain, bias * gain + offset - (0.0 if swish else target.shift)
         hw = self.ranges[name + '.input'].hw
         border = tap_sums(op, codes.sum(1) * (x.shift * factor)[:, None, None], hw)  # what the shift adds to each pixel
         bias = bias + border.mean((1, 2))
@@ -160,7 +160,7 @@ class Int8Exporter(Exporter):
             left = graph.constant_map(left, params_for_range(left.min(), left.max()), name + '.left')
             y = graph.sum(y, left, name + '.sum')
         if swish is not None:
-            y = graph.activated(y, swish, name + '.swish')
+            y = graph.minus(graph.activated(y, swish, name + '.swish'), target.shift)
         return QuantisedTensor(graph.quantise(y, target.params, name), target.params, target.shift)
 
     def _before_sum(self, name, norm, target, most, gain, offset):
@@ -188,7 +188,7 @@ class Int8Exporter(Exporter):
             def write_codes(target):
                 y = write_swish(write, before, target.params, name)
                 return QuantisedTensor(self.graph.quantise(y, target.params, name + '.codes'), target.params)
-        return PendingTensor(name, write_codes, can_shift=False, write_float=write_float)
+        return PendingTensor(name, write_codes, can_shift=self.graph.float_swish, write_float=write_float)
 
     def hswish(self, write, before, wanted, name):
         """Float hswish of codes that have their first one at -3, below which it is 0; wanted: QuantParams of it."""
@@ -294,7 +294,7 @@ class Int8Exporter(Exporter):
             return FloatTensor(graph.activated(graph.plus(x.tensor, x.shift), activation, name))
 
         def write(target, swish=None):
-            return self.quantised(write_float(0.0) if swish else total(target.shift), target, name)
+            return self.quantised(write_float(0.0) if swish else total(target.shift), target, name, exact=bool(swish))
         before = Range(SWISH_ZERO, self.ranges[name].high + SWISH_GAP)
         return self.activated(write, activation, before, name, write_float)
 

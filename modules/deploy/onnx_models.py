@@ -21,7 +21,7 @@ class OnnxGraph:
 
     Quantised operators are float ones between DequantizeLinear and QuantizeLinear, which ONNX Runtime fuses.
     float_swish: hswish and swish are taken of the float result of the operator before, into which OpenVINO fuses them,
-    and not of codes. code_type: of activations.
+    and not of codes; then their shift can be taken off. code_type: of activations.
     """
 
     image, has_floats = IMAGE, True     # has_floats: a tensor with several readers may stay float
