@@ -25,7 +25,8 @@ class TrainingSettings:
 
 
 def choose_quantisers(choice, quant, steps, device):
-    """Use compiled fake-quantisers from now on or not, by --compile; steps: of the whole run, resumed or not.
+    """Use compiled fake-quantisers from now on or not, by --compile; steps: of the whole run, resumed or not, 0 of
+    what only evaluates.
 
     UserError where they are asked for and cannot be compiled; for auto a line says so.
     """
@@ -41,7 +42,7 @@ def choose_quantisers(choice, quant, steps, device):
         if choice == 'on':
             raise
         compile_quantisers(False)
-        note(f'{error}; int8 training continues without, slower')
+        note(f'{error}; int8 goes on without, slower')
 
 
 def memory_format(settings):
