@@ -1,4 +1,4 @@
-"""fake_quantise.c, compiled for this CPU where it is first used: half a second with g++ or $CXX."""
+"""fake_quantise.cpp, compiled for this CPU where it is first used: half a second with g++ or $CXX."""
 import ctypes
 import functools
 import os
@@ -19,12 +19,12 @@ _NUMBERS, _LEVELS = ctypes.c_void_p, [ctypes.c_float] * 3
 @functools.cache
 def library():
     """The kernels; UserError where they cannot be compiled."""
-    source = os.path.join(os.path.dirname(__file__), 'fake_quantise.c')
+    source = os.path.join(os.path.dirname(__file__), 'fake_quantise.cpp')
     with tempfile.TemporaryDirectory() as folder:
         built = os.path.join(folder, 'fake_quantise.so')
         compiler = shlex.split(os.environ.get('CXX', 'g++'))
         try:
-            subprocess.run([*compiler, '-x', 'c++', *_FLAGS, '-o', built, source], check=True, capture_output=True,
+            subprocess.run([*compiler, *_FLAGS, '-o', built, source], check=True, capture_output=True,
                            text=True)
             kernels = ctypes.CDLL(built)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -65,7 +65,7 @@ def _quantise_backward_flat(dy, x, scale, beta, low, high, least):
     q = v.clamp(low, high)
     inside = q == v
     dx = dy * inside
-    grad_scale = torch.dot(dy, q.round() - v * inside) * sign
+    grad_scale = torch.dot(dy, torch.addcmul(q.round(), v, inside, value=-1)) * sign
     return dx.to(dtype), grad_scale, None if beta is None else (dy - dx).sum().reshape(1)
 
 
@@ -210,6 +210,7 @@ class QuantisedOp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, scale_x, beta, scale_w, levels_x, levels_w, geometry):
         ctx.levels, ctx.geometry, ctx.bias_sizes = (levels_x, levels_w), geometry, None if bias is None else [len(bias)]
+        weight = _dense(weight)                                 # a slice: not copied again by the backward pass
         used_x = QuantisedOp.operand(x, scale_x, beta, levels_x, _op_dtype(x))
         used_weight = QuantisedOp.operand(weight, scale_w, None, levels_w, used_x.dtype)
         ctx.save_for_backward(x, weight, used_weight, scale_x, beta, scale_w)
