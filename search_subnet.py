@@ -42,6 +42,7 @@ from modules.subnets.search import (
     trained_valid_size,
     window_below,
 )
+from modules.training.acceleration import choose_quantisers
 from modules.training.checkpoint import precision
 from modules.training.data import calibration_batches, eval_loader
 from modules.training.distributed import check_same, distributed_job, share
@@ -110,6 +111,7 @@ def main(args):
         check_same("the supernet's checkpoint", settings['checkpoint'], job)
         say(f'{supernet} in {kind} from {path}; {recipe}; {len(history.entries)} subnets scored before; {settings}')
         model.to(job.device)
+        choose_quantisers('auto', args.quant_mode, 0, job.device)
         calibration = DecodedImages(calibration_batches(data.train, args.batch_size, args.num_calib_batches, args.seed,
                                                         args.num_workers)).to(job.device)
         valid = DecodedImages(eval_loader(data.valid, args.batch_size, workers=args.num_workers,

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modules.modeling.ops import lsq_plus
+from modules.errors import UserError
+from modules.modeling.ops import cpu_kernels, fake_quantise, lsq_plus
 from modules.modeling.ops.convolution import conv2d, convolution_backward
 from modules.modeling.ops.fake_quantise import QuantisedOp, compile_quantisers
 from modules.modeling.ops.lsq_plus import (
@@ -32,11 +33,15 @@ OPS = {'conv': lambda: QConv(8, 12, 3, 2, 1), 'dwconv': lambda: QConv(8, 8, 5, p
        'linear': lambda: QLinear(16, 10)}
 
 
-@pytest.fixture(params=['eager', pytest.param('compiled', marks=pytest.mark.skipif(
-    not shutil.which('g++'), reason='no C++ compiler'))])
-def kernels(request):
-    """Eager fake-quantisers, then those of torch.compile."""
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler')
+
+
+@pytest.fixture(params=['eager', pytest.param('compiled', marks=NEEDS_COMPILER), 'as on a GPU'])
+def kernels(request, monkeypatch):
+    """Fake-quantisers of a CPU, eager and compiled, and the expressions that run elsewhere."""
     compile_quantisers(request.param == 'compiled')
+    if request.param == 'as on a GPU':
+        monkeypatch.setattr(fake_quantise, '_kernel', lambda function, x: function)
     yield request.param
     compile_quantisers(False)
 
@@ -59,7 +64,7 @@ def test_output_and_gradients_are_the_published_ones(name, kernels):
                       (op.beta.grad, 'beta')):
         want = figure(f'grad_{key}')
         # the published sums of scales and offsets cancel, with errors of their own that only their order repeats
-        tolerance = 1e-3 if kernels == 'compiled' and key in ('sa', 'sw', 'beta') else 1e-4
+        tolerance = 1e-3 if kernels != 'eager' and key in ('sa', 'sw', 'beta') else 1e-4
         assert (grad - want).norm() <= tolerance * want.norm() + 1e-7, key
 
 
@@ -70,6 +75,54 @@ def _composed(x, scale, beta, low, high, g):
     s, b = scale_grad(scale), scale_grad(beta)
     v = ((x - b) / s).clamp(low, high)
     return (v + (v.round() - v).detach()) * s + b
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize('offset', [-0.7, None])
+@pytest.mark.parametrize('shape', [(0, 3), (1, 1), (4, 9, 70, 71)])
+def test_compiled_kernels_give_the_numbers_of_eager_ones(shape, offset):
+    """The very output, the gradients to rounding; on one thread and on two the same."""
+    torch.manual_seed(0)
+    x = torch.randn(shape) * 2
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    dy, scale, beta = torch.randn(shape), torch.tensor([-0.011]), None if offset is None else torch.tensor([offset])
+    levels, results = fake_quantise.activation_range(x, 8), []
+    try:
+        for compiled, threads in ((False, 1), (True, 1), (True, 2)):
+            torch.set_num_threads(threads)
+            compile_quantisers(compiled)
+            results.append((fake_quantise._quantise(x, scale, beta, levels),
+                            *fake_quantise._quantise_backward(dy, x, scale, beta, levels)))
+        unknown = torch.tensor([[math.nan, 0.5]])
+        assert fake_quantise._quantise(unknown, scale, beta, levels).isnan().tolist() == [[True, False]]
+    finally:
+        torch.set_num_threads(1)
+        compile_quantisers(False)
+    eager, one, two = results
+    assert torch.equal(eager[0], one[0]) and one[0].stride() == eager[0].stride()
+    torch.testing.assert_close(one[1:], eager[1:], rtol=1e-4, atol=1e-5)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_a_compiler_that_does_not_work_is_one_line(monkeypatch):
+    monkeypatch.setenv('CXX', 'no-such-compiler -g')
+    cpu_kernels.library.cache_clear()
+    compile_quantisers()
+    with pytest.raises(UserError, match="--compile: no C\\+\\+ compiler that works here: .*no-such-compiler"):
+        fake_quantise.check_quantisers(torch.device('cpu'))
+    compile_quantisers(False)
+    cpu_kernels.library.cache_clear()
+
+
+@pytest.mark.slow                       # half a minute
+@NEEDS_COMPILER
+def test_what_runs_on_a_gpu_can_be_compiled():
+    """By torch.compile, here for this CPU."""
+    x, one = torch.randn(5000), torch.tensor([0.02])
+    for beta in (None, -one):
+        for function, args in ((fake_quantise._quantise_flat, (x, one, beta, 0, 255, 1e-9, x.dtype)),
+                               (fake_quantise._quantise_backward_flat, (x.flip(0), x, one, beta, 0, 255, 1e-9))):
+            torch.testing.assert_close(fake_quantise._compiled(function)(*args), function(*args), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('bits', [2, 4, 8])

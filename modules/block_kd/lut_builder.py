@@ -26,6 +26,7 @@ from ..search_space import sampling
 from ..search_space.block import out_size
 from ..search_space.encoding import format_sub_stage, parse_block_id, stage_blocks
 from ..settings import setting
+from ..training.acceleration import choose_quantisers
 from ..training.calibrate import calibrate, kept_statistics
 from ..training.distributed import barrier, gather, of_main
 from ..training.log import note, progress
@@ -197,6 +198,7 @@ class LutBuilder:
         for lut_id in (lut_id for lut_id in lut_ids if lut_id not in built):
             for sample in self._samples(lut_id):
                 self._latency(sample)               # and a block that the platform lacks
+        choose_quantisers('auto', True, 0, self.job.device)
         for stage in dict.fromkeys(lut_id.stage for lut_id in lut_ids):
             ids = [lut_id for lut_id in lut_ids if lut_id.stage == stage]
             self._build_stage(stage, ids, built.intersection(ids), calibration, evaluation)

@@ -8,6 +8,7 @@ from ..latency import add_platform_arguments
 from ..modeling.complexity import config_complexity
 from ..modeling.ops.lsq_plus import quantise_weights_once
 from ..settings import add_settings, setting
+from ..training.acceleration import choose_quantisers
 from ..training.calibrate import initialize_all_scales
 from ..training.classes import by_class, fit_classes, write_confusion
 from ..training.data import add_data_arguments, calibration_batches, eval_loader, open_data
@@ -114,6 +115,7 @@ def prepare(title, model, data, subnets, settings, job, held_out=False):
     if job.is_main:
         print(title, flush=True)
     model.to(job.device)
+    choose_quantisers('auto', settings.quant_mode, 0, job.device)
 
     def first_images():                     # the same on every rank, unlike the shares below
         return next(images_of(calibration_batches(data.train, settings.batch_size, 1, settings.seed)))

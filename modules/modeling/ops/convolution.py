@@ -16,10 +16,16 @@ _SMALLEST_KERNEL = 5                        # below it oneDNN's weight gradient 
 def conv2d(x, weight, bias, stride, padding, dilation, groups):
     """F.conv2d(), with a fast backward pass where there is one."""
     if torch.is_grad_enabled() and weight.requires_grad:
-        if _is_linear(x, weight, padding, groups):
-            return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
         if _is_slow(x, weight, dilation, groups):
             return _DepthwiseConv.apply(x, weight, bias, stride, padding, dilation, groups)
+        return convolution(x, weight, bias, stride, padding, dilation, groups)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def convolution(x, weight, bias, stride, padding, dilation, groups):
+    """F.conv2d(), of single pixels by a matrix product."""
+    if _is_linear(x, weight, padding, groups):
+        return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 

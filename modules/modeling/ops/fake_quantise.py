@@ -1,4 +1,4 @@
-"""The arithmetic of LSQ+: fake quantisation of tensors with its gradients, eager and by kernels of torch.compile.
+"""The arithmetic of LSQ+: fake quantisation of tensors with its gradients, eager and by compiled kernels.
 
 Sources: LSQ+ (Bhalgat et al., CVPR-W 2020), LSQ (Esser et al., ICLR 2020).
 """
@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import UserError, one_line
-from .convolution import convolution_backward
+from . import cpu_kernels
+from .convolution import convolution, convolution_backward
 
 OFF = 32                                    # bits of an op that does not quantise
 _MIN_RANGE = 1e-7                           # a scale never falls below this / (2^b - 1)
 _PIECE = 1 << 16                            # elements: four such tensors fit into a core's cache
 _WARM_UP = 1 << 22                          # elements of the first use of compiled kernels
-_use_kernels = False                        # of torch.compile, see compile_quantisers()
+_use_kernels = False                        # compiled ones, see compile_quantisers()
 
 
 class _Range(NamedTuple):
@@ -50,21 +51,21 @@ def _computed_in(dtype):
 
 
 def _quantise_flat(x, scale, beta, low, high, least, dtype):
-    """_quantise() of a 1-d tensor as one expression, for devices and torch.compile."""
+    """_quantise() of a 1-d tensor as one expression, for GPUs."""
     x, scale = x.to(_computed_in(x.dtype)), positive(scale, least)
     q = (x / scale if beta is None else (x - beta) / scale).clamp(low, high).round()
     return (q * scale if beta is None else q * scale + beta).to(dtype)
 
 
 def _quantise_backward_flat(dy, x, scale, beta, low, high, least):
-    """_quantise_backward() of 1-d tensors as one expression, for devices and torch.compile; without the factor g."""
+    """_quantise_backward() of 1-d tensors as one expression, for GPUs; without the factor g."""
     dtype, exact = x.dtype, _computed_in(x.dtype)
     dy, x, sign, scale = dy.to(exact), x.to(exact), scale.sgn(), positive(scale, least)
     v = x / scale if beta is None else (x - beta) / scale
     q = v.clamp(low, high)
     inside = q == v
     dx = dy * inside
-    grad_scale = torch.dot(dy, q.round() - v * inside) * sign
+    grad_scale = torch.dot(dy, torch.addcmul(q.round(), v, inside, value=-1)) * sign
     return dx.to(dtype), grad_scale, None if beta is None else (dy - dx).sum().reshape(1)
 
 
@@ -80,14 +81,18 @@ def _compiled(function):
 
 
 def _kernel(function, x):
-    """The function of flat tensors as it runs where x is; None on a CPU without compiled kernels: see _pieces()."""
-    if _use_kernels:
-        return _compiled(function)
-    return None if x.device.type == 'cpu' else function
+    """The function of flat tensors as it runs on a device; None on a CPU: see _pieces()."""
+    if x.device.type == 'cpu':
+        return None
+    return _compiled(function) if _use_kernels else function
+
+
+def _has_cpu_kernel(x, scale):
+    return _use_kernels and x.device.type == 'cpu' and x.dtype == scale.dtype == torch.float32
 
 
 def compile_quantisers(enable=True):
-    """From now on fake-quantise by kernels of torch.compile, which needs a C++ compiler on a CPU; False: no more.
+    """From now on fake-quantise by compiled kernels: C++ on a CPU, torch.compile's elsewhere; False: no more.
 
     The same numbers, but for the rounding of the sums in the gradients of scales and offsets.
     """
@@ -98,13 +103,16 @@ def compile_quantisers(enable=True):
 def check_quantisers(device):
     """Compile the kernels by a first use on `device`; UserError where that fails.
 
-    With the levels of int8 and as many numbers as large activations have: their reductions are sized for the first use.
+    With the levels of int8 and as many numbers as large activations have: torch.compile sizes reductions for the first
+    use.
     """
     try:
         x, ones = torch.ones(_WARM_UP, device=device), torch.ones(1, device=device)
         for beta, levels in ((None, weight_range(x, 8)), (torch.zeros(1, device=device), activation_range(x, 8))):
             _quantise(x, ones, beta, levels)
             _quantise_backward(x, x, ones, beta, levels)
+    except UserError:
+        raise
     except Exception as error:                                  # of torch's compilers, of many kinds
         raise UserError(f'--compile: torch.compile does not work here: {one_line(error)[:200]}') from error
 
@@ -123,6 +131,8 @@ def _quantise(x, scale, beta, levels, dtype=None):
     """s * round(clamp((x - beta) / s, low, high)) + beta with s = positive(scale), cast once to dtype, by default x's.
     """
     x, dtype = _dense(x), dtype or x.dtype
+    if _has_cpu_kernel(x, scale):
+        return cpu_kernels.quantise(x, scale, beta, levels).to(dtype)
     if kernel := _kernel(_quantise_flat, x):
         return _like(kernel(_bare(x), scale.detach(), None if beta is None else beta.detach(), levels.low,
                             levels.high, levels.least, dtype), x)
@@ -148,6 +158,8 @@ def _quantise_backward(grad_y, x, scale, beta, levels):
     """
     x = _dense(x)
     grad_y = _dense(grad_y, like=x)
+    if _has_cpu_kernel(x, scale):
+        return cpu_kernels.quantise_backward(grad_y.float(), x, scale, beta, levels)
     if kernel := _kernel(_quantise_backward_flat, x):
         grad_x, grad_scale, grad_beta = kernel(_bare(grad_y), _bare(x), scale.detach(),
                                                None if beta is None else beta.detach(), levels.low, levels.high,
@@ -198,12 +210,13 @@ class QuantisedOp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, scale_x, beta, scale_w, levels_x, levels_w, geometry):
         ctx.levels, ctx.geometry, ctx.bias_sizes = (levels_x, levels_w), geometry, None if bias is None else [len(bias)]
+        weight = _dense(weight)                                 # a slice: not copied again by the backward pass
         used_x = QuantisedOp.operand(x, scale_x, beta, levels_x, _op_dtype(x))
         used_weight = QuantisedOp.operand(weight, scale_w, None, levels_w, used_x.dtype)
         ctx.save_for_backward(x, weight, used_weight, scale_x, beta, scale_w)
         if geometry is None:
             return F.linear(used_x, used_weight, bias)
-        return F.conv2d(used_x, used_weight, bias, *geometry)
+        return convolution(used_x, used_weight, bias, *geometry)
 
     @staticmethod
     def operand(x, scale, beta, levels, dtype):
