@@ -42,7 +42,7 @@ def choose_quantisers(choice, quant, steps, device):
         if choice == 'on':
             raise
         compile_quantisers(False)
-        note(f'{error}; int8 goes on without, slower')
+        note(f'{error}; int8 continues without them, slower')
 
 
 def memory_format(settings):
