@@ -104,6 +104,7 @@ class ExactEstimator:
     """
 
     LATENCY_STEP, LOSS_STEP = 0.08, 0.0085      # widths of a bin, ms and NSR: errors of L below 0.02 %
+    LATENCY_BINS = 64       # at least, up to the constraint: for networks of a few ms, 0.08 are too wide
     MAX_BINS = 1024         # of an axis; wider bins where that does not do (c of 100 ms, losses of untrained nets)
     DAMPING = 20.0          # latency mass one grid length beyond the constraint wraps around scaled by exp(-20)
     MARGIN = 8              # loss bins left free below the smallest sum: each row spreads over 3 bins
@@ -121,7 +122,9 @@ class ExactEstimator:
                     for r, fixed in enumerate(tables.fixed))
         most = max(fixed + sum(max(rows[r][0].max() for rows in files) for files in stages.values())
                    for r, fixed in enumerate(tables.fixed))
-        latency_bins, self.latency_step = self._axis(min(max(self.constraints), most) - least, self.LATENCY_STEP)
+        length = max(min(max(self.constraints), most) - least, 0)
+        step = min(self.LATENCY_STEP, length / self.LATENCY_BINS) or self.LATENCY_STEP
+        latency_bins, self.latency_step = self._axis(length, step)
         loss_bins, self.loss_step = self._axis(sum(spread.values()), self.LOSS_STEP)
         self.bins = latency_bins, loss_bins
         self.damping = self.DAMPING / latency_bins               # per bin
@@ -129,7 +132,7 @@ class ExactEstimator:
 
     def _axis(self, length, step):
         """(bins, their width) of a periodic axis of at least `length` with the margins."""
-        bins = fft.next_fast_len(int(max(length, 0) / step) + 2 * self.MARGIN + 2, real=True)
+        bins = fft.next_fast_len(int(length / step) + 2 * self.MARGIN + 2, real=True)
         if bins > self.MAX_BINS:
             bins, step = self.MAX_BINS, length / (self.MAX_BINS - 2 * self.MARGIN - 2)
         return bins, step

@@ -145,10 +145,10 @@ _MOBILE_RES_BLOCKS = (BlockType('MobileNetV1DualBlock', K357),
                       BlockType('MobileNetV3ResBlock', K357, MBCONV_MOBILE, 'hswish'), *_MOBILE_BLOCKS[3:])
 _ONNXW_BLOCKS = _onnx_blocks(K357) + (BlockType('FusedMBConvResBlock', K357, FUSED_E, 'swish'),)
 
-# quick, slow and in between in int8 on x86, small enough for a laptop to train
+# quick, slow, and quicker than its FLOPs in int8 on x86; small enough for a laptop to train
 _DEMO_BLOCKS = (BlockType('MobileNetV2ResBlock', K35, (3, 6), 'relu6'),
                 BlockType('MobileNetV3ResBlock', K35, (3, 6), 'hswish'),
-                BlockType('ResNetBlock', K35, (0.5, 1.0)))
+                BlockType('FusedMBConvResBlock', K3, (2, 4), 'relu6'))
 
 PIXEL4, VNNI = 'tflite27_cpu_int8', 'onnx_lut'
 
