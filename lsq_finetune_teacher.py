@@ -104,7 +104,7 @@ def finetune(teacher, original, data, path, settings, job):
     """SGD on labels, or on the original's logits; its state is written to `path` now and then."""
     steps = steps_per_epoch(data, settings.batch_size, settings.seed, job)
     total = min(settings.epochs * steps, settings.max_steps or math.inf)
-    choose_quantisers(settings.compile, True, total, job.device)
+    choose_quantisers(settings.compile, True, job.device)
     decided_by = deciding(settings) | {
         'images': len(data.train), 'images a step': settings.batch_size * job.world_size, 'steps': total,
         'steps an epoch': steps}

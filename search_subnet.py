@@ -111,7 +111,7 @@ def main(args):
         check_same("the supernet's checkpoint", settings['checkpoint'], job)
         say(f'{supernet} in {kind} from {path}; {recipe}; {len(history.entries)} subnets scored before; {settings}')
         model.to(job.device)
-        choose_quantisers('auto', args.quant_mode, 0, job.device)
+        choose_quantisers('auto', args.quant_mode, job.device)
         calibration = DecodedImages(calibration_batches(data.train, args.batch_size, args.num_calib_batches, args.seed,
                                                         args.num_workers)).to(job.device)
         valid = DecodedImages(eval_loader(data.valid, args.batch_size, workers=args.num_workers,

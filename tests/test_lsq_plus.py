@@ -36,12 +36,10 @@ OPS = {'conv': lambda: QConv(8, 12, 3, 2, 1), 'dwconv': lambda: QConv(8, 8, 5, p
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler')
 
 
-@pytest.fixture(params=['eager', pytest.param('compiled', marks=NEEDS_COMPILER), 'as on a GPU'])
-def kernels(request, monkeypatch):
-    """Fake-quantisers of a CPU, eager and compiled, and the expressions that run elsewhere."""
+@pytest.fixture(params=['eager', pytest.param('compiled', marks=NEEDS_COMPILER)])
+def kernels(request):
+    """Fake-quantisers of a CPU, eager and compiled; a GPU's: test_gpu_kernels.py."""
     compile_quantisers(request.param == 'compiled')
-    if request.param == 'as on a GPU':
-        monkeypatch.setattr(fake_quantise, '_kernel', lambda function, x: function)
     yield request.param
     compile_quantisers(False)
 
@@ -112,17 +110,6 @@ def test_a_compiler_that_does_not_work_is_one_line(monkeypatch):
         fake_quantise.check_quantisers(torch.device('cpu'))
     compile_quantisers(False)
     cpu_kernels.library.cache_clear()
-
-
-@pytest.mark.slow                       # half a minute
-@NEEDS_COMPILER
-def test_what_runs_on_a_gpu_can_be_compiled():
-    """By torch.compile, here for this CPU."""
-    x, one = torch.randn(5000), torch.tensor([0.02])
-    for beta in (None, -one):
-        for function, args in ((fake_quantise._quantise_flat, (x, one, beta, 0, 255, 1e-9, x.dtype)),
-                               (fake_quantise._quantise_backward_flat, (x.flip(0), x, one, beta, 0, 255, 1e-9))):
-            torch.testing.assert_close(fake_quantise._compiled(function)(*args), function(*args), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('bits', [2, 4, 8])

@@ -1,5 +1,6 @@
 """The score of a space against its definition, the evolution, and search_block_kd.py as users run it."""
 import csv
+import dataclasses
 import os
 import random
 import sys
@@ -50,11 +51,17 @@ def mean_loss(make, ids, index, seeds):
     return np.mean([tail.p for tail in tails]), np.mean([tail.loss for tail in tails if tail.p])
 
 
-@pytest.mark.parametrize('choice, constraints', [('onnxw-151122-023231', (10, 20)), ('onnxw-000000-000000', (8, 40)),
-                                                 ('onnxw-132435-012300', (12, 20))])
-def test_exact_is_the_expectation_of_the_definition(choice, constraints):
+@pytest.mark.parametrize('choice, constraints, faster', [('onnxw-151122-023231', (10, 20), 1),
+                                                         ('onnxw-000000-000000', (8, 40), 1),
+                                                         ('onnxw-132435-012300', (12, 20), 1),
+                                                         ('onnxw-151122-023231', (10, 20), 50)])
+def test_exact_is_the_expectation_of_the_definition(choice, constraints, faster):
+    """Also on a device, or of networks, so fast that all take less than a millisecond."""
     ids = lut_ids(parse_supernet(choice))
-    tables = Tables(read_luts(SHIPPED, 'onnxw', ids), 'onnxw', FIXED)
+    luts = {lut_id: dataclasses.replace(lut, latency=lut.latency / faster)
+            for lut_id, lut in read_luts(SHIPPED, 'onnxw', ids).items()}
+    tables = Tables(luts, 'onnxw', {resolution: ms / faster for resolution, ms in FIXED.items()})
+    constraints = [constraint / faster for constraint in constraints]
     exact = ExactEstimator(tables, constraints).tails(ids)
     for index, tail in enumerate(exact):
         p, loss = mean_loss(lambda seed: IndependentEstimator(tables, constraints, seed), ids, index, 40)

@@ -21,6 +21,7 @@ import torch
 from ..errors import UserError
 from ..files import Journal, read_journal
 from ..modeling.complexity import config_complexity
+from ..modeling.ops.lsq_plus import quantise_weights_once
 from ..modeling.ops.op import resize
 from ..search_space import sampling
 from ..search_space.block import out_size
@@ -198,7 +199,7 @@ class LutBuilder:
         for lut_id in (lut_id for lut_id in lut_ids if lut_id not in built):
             for sample in self._samples(lut_id):
                 self._latency(sample)               # and a block that the platform lacks
-        choose_quantisers('auto', True, 0, self.job.device)
+        choose_quantisers('auto', True, self.job.device)
         for stage in dict.fromkeys(lut_id.stage for lut_id in lut_ids):
             ids = [lut_id for lut_id in lut_ids if lut_id.stage == stage]
             self._build_stage(stage, ids, built.intersection(ids), calibration, evaluation)
@@ -253,12 +254,14 @@ class LutBuilder:
             student.cpu()
 
     def _prepare(self, student, cache):
-        """Initialise scales that training never reached, the same on every rank; digest of all a row depends on."""
+        """Initialise scales that training never reached, the same on every rank, and quantise the weights, of which
+        each row takes slices; returns a digest of all a row depends on."""
         digest = hashlib.sha256(f'{cache.digest} {self.settings.nsr_signal} {self.predictor.platform}'.encode())
         _hash_tensors(digest, student.state_dict().values())
         stage_input = next(cache.calibration(max(cache.batches)))
         with one_core():
             student.initialize_scales(stage_input, random.Random(f'{self.settings.seed} {student.block_id} scales'))
+        quantise_weights_once(student)
         return digest.hexdigest()
 
     def _build(self, lut_id, student, cache, digest):

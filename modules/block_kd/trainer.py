@@ -145,7 +145,7 @@ def train_blocks(superspace, block_ids, teacher, data, folder, recipe, job):
     if recipe.quant and not recipe.from_scratch:
         of_main(lambda: [require_checkpoint(folder, block, False, superspace) for block in block_ids], job)
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
-    choose_quantisers(recipe.compile, recipe.quant, steps * recipe.epochs * len(block_ids), job.device)
+    choose_quantisers(recipe.compile, recipe.quant, job.device)
     digest = teacher.weights_digest()
     check_same("the teacher's weights", digest, job)
     decided_by = deciding(recipe) | {

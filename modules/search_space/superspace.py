@@ -150,7 +150,7 @@ _MOBILENET_V3 = BlockType('MobileNetV3ResBlock', K35, (3, 6), 'hswish')
 # many FLOPs that int8 on x86 does quickly, few that it does slowly, and in between: FLOPs and latency disagree
 _DEMO_BLOCKS = (_FUSED_LITE, _MOBILENET_V3, BlockType('ResNetBlock', K35, (0.5, 1.0)))
 # what int8 on x86 does best, small enough for a laptop to train
-_SMALL_BLOCKS = (BlockType('MobileNetV2ResBlock', K35, (3, 6), 'relu6'), _MOBILENET_V3, _FUSED_LITE)
+_LAPTOP_BLOCKS = (BlockType('MobileNetV2ResBlock', K35, (3, 6), 'relu6'), _MOBILENET_V3, _FUSED_LITE)
 
 PIXEL4, VNNI = 'tflite27_cpu_int8', 'onnx_lut'
 
@@ -166,9 +166,9 @@ SUPERSPACES = {space.name: space for space in (
     Superspace('onnx_v1', macro_arch.ONNX, _onnx_blocks(K35), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('demo', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
                resolutions=(32, 40, 48), kd_resolutions=(40, 48)),      # of 32, stage3 has 2 x 2 to learn from
-    Superspace('demo_96', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
-               resolutions=(64, 80, 96), kd_resolutions=(64, 80, 96)),      # demo for pictures with finer detail
-    Superspace('small', macro_arch.SMALL, _SMALL_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
+    Superspace('demo_96', macro_arch.DEMO, _LAPTOP_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
+               resolutions=(64, 80, 96), kd_resolutions=(64, 80, 96)),      # for pictures with finer detail
+    Superspace('small', macro_arch.SMALL, _LAPTOP_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
                resolutions=span(128, 192, 16), kd_resolutions=(128, 160, 192)),
 )}
 

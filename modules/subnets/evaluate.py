@@ -115,7 +115,7 @@ def prepare(title, model, data, subnets, settings, job, held_out=False):
     if job.is_main:
         print(title, flush=True)
     model.to(job.device)
-    choose_quantisers('auto', settings.quant_mode, 0, job.device)
+    choose_quantisers('auto', settings.quant_mode, job.device)
 
     def first_images():                     # the same on every rank, unlike the shares below
         return next(images_of(calibration_batches(data.train, settings.batch_size, 1, settings.seed)))

@@ -9,8 +9,6 @@ from ..modeling.ops.fake_quantise import check_quantisers, compile_quantisers
 from ..settings import setting
 from .log import note
 
-PAYS_FROM = 1000            # steps of a run on a GPU, from which compiling takes less time than it saves
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
@@ -18,22 +16,21 @@ class TrainingSettings:
     resume: bool = setting(False, 'continue from the checkpoint in the output folder, if there is one', in_file=False,
                            decides=False)
     compile: str = setting('auto', 'fake-quantise in int8 by compiled kernels: on CPUs of a C++ compiler, on GPUs of '
-                           f"torch.compile with Triton; auto: where that works, on GPUs in runs of {PAYS_FROM} steps "
-                           'and more', const='on', choices=('auto', 'on', 'off'), in_file=False, decides=False)
+                           'Triton; auto: where that works', const='on', choices=('auto', 'on', 'off'), in_file=False,
+                           decides=False)
     channels_last: bool = setting(True, 'NHWC memory: faster on CPUs, not measured on GPUs', decides=False)
     num_workers: int = setting(0, 'loader processes per rank', flags=(), in_file=False, decides=False)
 
 
-def choose_quantisers(choice, quant, steps, device):
-    """Use compiled fake-quantisers from now on or not, by --compile; steps: of the whole run, resumed or not, 0 of
-    what only evaluates.
+def choose_quantisers(choice, quant, device):
+    """Use compiled fake-quantisers from now on or not, by --compile.
 
     UserError where they are asked for and cannot be compiled; for auto a line says so.
     """
     compile_quantisers(False)
     if choice == 'on' and not quant:
         note('--compile speeds up int8 training only')
-    if not quant or choice == 'off' or choice == 'auto' and device.type != 'cpu' and steps < PAYS_FROM:
+    if not quant or choice == 'off':
         return
     compile_quantisers()
     try:

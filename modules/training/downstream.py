@@ -134,7 +134,7 @@ def finetune(network, data, recipe, path, job, identity, teacher=None, calibrati
     keep_freed_memory()
     steps = steps_per_epoch(data, recipe.batch_size, recipe.seed, job, recipe.max_steps)
     quant = any(op.is_quantised for op in quantised_ops(network))
-    choose_quantisers(recipe.compile, quant, steps * recipe.epochs, job.device)
+    choose_quantisers(recipe.compile, quant, job.device)
     tuning = _start(network, data, recipe, path, job, identity, steps, calibration or data)
     if tuning.done:
         note(f'{path}: already fine-tuned')

@@ -115,7 +115,7 @@ def train_supernet(supernet, data, recipe, folder, job, blocks=None):
         raise UserError(f'--accumulate {recipe.accumulate}: less than two images in a part of '
                         f'{recipe.batch_size_per_gpu}')
     steps = steps_per_epoch(data, recipe.batch_size_per_gpu, recipe.seed, job, recipe.max_steps)
-    choose_quantisers(recipe.compile, recipe.quant_mode, steps * recipe.epochs, job.device)
+    choose_quantisers(recipe.compile, recipe.quant_mode, job.device)
     training = _start(supernet, data, recipe, folder, job, steps, blocks)
     if training.done:
         note(f'{training.path}: already trained')

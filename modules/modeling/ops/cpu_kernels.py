@@ -36,16 +36,17 @@ def library():
     return kernels
 
 
-def quantise(x, scale, beta, levels):
-    """x, fake-quantised; all float32 on a CPU, x dense, in whatever order."""
+def quantise(x, scale, beta, levels, dtype):
+    """x, fake-quantised, in dtype; x and scales float32 on a CPU, x dense, in whatever order."""
     y = torch.empty_like(x)
     library().quantise(x.numel(), x.data_ptr(), scale.data_ptr(), _pointer(beta), y.data_ptr(), levels.low, levels.high,
                        levels.least, torch.get_num_threads())
-    return y
+    return y.to(dtype)
 
 
 def quantise_backward(dy, x, scale, beta, levels):
     """(dx, dscale, dbeta) of quantise(); dy and x in one order."""
+    dy = dy.float()
     dx, dscale, dbeta = (None if tensor is None else torch.empty_like(tensor) for tensor in (x, scale, beta))
     library().quantise_backward(x.numel(), dy.data_ptr(), x.data_ptr(), scale.data_ptr(), _pointer(beta), dx.data_ptr(),
                                 dscale.data_ptr(), _pointer(dbeta), levels.low, levels.high, levels.least,

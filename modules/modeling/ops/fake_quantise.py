@@ -16,7 +16,8 @@ from .convolution import convolution, convolution_backward
 OFF = 32                                    # bits of an op that does not quantise
 _MIN_RANGE = 1e-7                           # a scale never falls below this / (2^b - 1)
 _PIECE = 1 << 16                            # elements: four such tensors fit into a core's cache
-_WARM_UP = 1 << 22                          # elements of the first use of compiled kernels
+WITH_TRITON = ('cuda', 'meta')              # devices: meta to count what would be launched
+MOST = 1 << 31                              # elements of one of Triton's kernels, which count in int32
 _use_kernels = False                        # compiled ones, see compile_quantisers()
 
 
@@ -41,8 +42,9 @@ def _dense(x, like=None):
 
 
 def _pieces(*tensors):
-    """Corresponding pieces of dense tensors on a CPU, so small that several passes over them stay in its cache."""
-    return zip(*(_flat(tensor).split(_PIECE) for tensor in tensors))
+    """Corresponding pieces of dense tensors: on a CPU so small that several passes over them stay in its cache."""
+    flat = [_flat(tensor) for tensor in tensors]
+    return zip(*(tensor.split(_PIECE) for tensor in flat)) if flat[0].device.type == 'cpu' else [flat]
 
 
 def _computed_in(dtype):
@@ -50,49 +52,27 @@ def _computed_in(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def _quantise_flat(x, scale, beta, low, high, least, dtype):
-    """_quantise() of a 1-d tensor as one expression, for GPUs."""
-    x, scale = x.to(_computed_in(x.dtype)), positive(scale, least)
-    q = (x / scale if beta is None else (x - beta) / scale).clamp(low, high).round()
-    return (q * scale if beta is None else q * scale + beta).to(dtype)
-
-
-def _quantise_backward_flat(dy, x, scale, beta, low, high, least):
-    """_quantise_backward() of 1-d tensors as one expression, for GPUs; without the factor g."""
-    dtype, exact = x.dtype, _computed_in(x.dtype)
-    dy, x, sign, scale = dy.to(exact), x.to(exact), scale.sgn(), positive(scale, least)
-    v = x / scale if beta is None else (x - beta) / scale
-    q = v.clamp(low, high)
-    inside = q == v
-    dx = dy * inside
-    grad_scale = torch.dot(dy, torch.addcmul(q.round(), v, inside, value=-1)) * sign
-    return dx.to(dtype), grad_scale, None if beta is None else (dy - dx).sum().reshape(1)
-
-
 @functools.cache
-def _compiled(function):
-    """The function compiled for tensors of any size, always called in one state: each other one would compile again."""
-    compiled = torch.compile(function, dynamic=True)
+def _gpu_kernels():
+    """Imported where it is used: Triton comes with torch where torch runs on GPUs. UserError where it does not."""
+    try:
+        from . import gpu_kernels
+    except ImportError as error:
+        raise UserError(f'--compile: no Triton here: {one_line(error)[:200]}') from None
+    return gpu_kernels
 
-    def run(x, *args):
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return compiled(x, *args)
-    return run
 
-
-def _kernel(function, x):
-    """The function of flat tensors as it runs on a device; None on a CPU: see _pieces()."""
-    if x.device.type == 'cpu':
+def _kernels(x, scale):
+    """The compiled kernels for x: functions quantise and quantise_backward; None where there are none."""
+    if not _use_kernels or scale.dtype != torch.float32 or _computed_in(x.dtype) != torch.float32:
         return None
-    return _compiled(function) if _use_kernels else function
-
-
-def _has_cpu_kernel(x, scale):
-    return _use_kernels and x.device.type == 'cpu' and x.dtype == scale.dtype == torch.float32
+    if x.device.type == 'cpu':
+        return cpu_kernels if x.dtype == torch.float32 else None
+    return _gpu_kernels() if x.device.type in WITH_TRITON and x.numel() < MOST else None
 
 
 def compile_quantisers(enable=True):
-    """From now on fake-quantise by compiled kernels: C++ on a CPU, torch.compile's elsewhere; False: no more.
+    """From now on fake-quantise by compiled kernels: C++ on a CPU, Triton on a GPU; False: no more.
 
     The same numbers, but for the rounding of the sums in the gradients of scales and offsets.
     """
@@ -101,41 +81,24 @@ def compile_quantisers(enable=True):
 
 
 def check_quantisers(device):
-    """Compile the kernels by a first use on `device`; UserError where that fails.
-
-    With the levels of int8 and as many numbers as large activations have: torch.compile sizes reductions for the first
-    use.
-    """
+    """Compile the kernels by a first use on `device`; UserError where that fails."""
     try:
-        x, ones = torch.ones(_WARM_UP, device=device), torch.ones(1, device=device)
+        x, ones = torch.ones(1, device=device), torch.ones(1, device=device)
         for beta, levels in ((None, weight_range(x, 8)), (torch.zeros(1, device=device), activation_range(x, 8))):
             _quantise(x, ones, beta, levels)
             _quantise_backward(x, x, ones, beta, levels)
     except UserError:
         raise
-    except Exception as error:                                  # of torch's compilers, of many kinds
-        raise UserError(f'--compile: torch.compile does not work here: {one_line(error)[:200]}') from error
-
-
-def _bare(x):
-    """_flat() of a dense tensor that is no view to torch.compile, which would compile again for each shape viewed."""
-    return _flat(x).data
-
-
-def _like(flat, x):
-    """A 1-d tensor in the shape of x, in whose memory order it is."""
-    return flat.as_strided(x.shape, x.stride())
+    except Exception as error:                                  # of Triton and its compilers, of many kinds
+        raise UserError(f'--compile: Triton does not work here: {one_line(error)[:200]}') from error
 
 
 def _quantise(x, scale, beta, levels, dtype=None):
     """s * round(clamp((x - beta) / s, low, high)) + beta with s = positive(scale), cast once to dtype, by default x's.
     """
     x, dtype = _dense(x), dtype or x.dtype
-    if _has_cpu_kernel(x, scale):
-        return cpu_kernels.quantise(x, scale, beta, levels).to(dtype)
-    if kernel := _kernel(_quantise_flat, x):
-        return _like(kernel(_bare(x), scale.detach(), None if beta is None else beta.detach(), levels.low,
-                            levels.high, levels.least, dtype), x)
+    if kernels := _kernels(x, scale):
+        return kernels.quantise(x, scale, beta, levels, dtype)
     scale, exact = positive(scale, levels.least), _computed_in(x.dtype)
     quantised = torch.empty_like(x, dtype=dtype)
     for v, y in _pieces(x, quantised):
@@ -158,14 +121,8 @@ def _quantise_backward(grad_y, x, scale, beta, levels):
     """
     x = _dense(x)
     grad_y = _dense(grad_y, like=x)
-    if _has_cpu_kernel(x, scale):
-        return cpu_kernels.quantise_backward(grad_y.float(), x, scale, beta, levels)
-    if kernel := _kernel(_quantise_backward_flat, x):
-        grad_x, grad_scale, grad_beta = kernel(_bare(grad_y), _bare(x), scale.detach(),
-                                               None if beta is None else beta.detach(), levels.low, levels.high,
-                                               levels.least)
-        factor = levels.gradient_factor                         # a number in a kernel would be one kernel a number
-        return _like(grad_x, x), factor * grad_scale, None if beta is None else factor * grad_beta
+    if kernels := _kernels(x, scale):
+        return kernels.quantise_backward(grad_y, x, scale, beta, levels)
     sign, scale = scale.sgn(), positive(scale, levels.least)
     exact, grad_x = _computed_in(x.dtype), torch.empty_like(x)
     grad_scale, grad_beta = [], []
