@@ -51,7 +51,8 @@ def test_they_compile_for_gpus(capability, beta, dtype, tmp_path, monkeypatch):
     numbers = {'n': 'i32', 'low': 'fp32', 'high': 'fp32', 'least': 'fp32'}
     once = {'programs': 'i32', 'factor': 'fp32', 'sums': '*fp32', 'scale': '*fp32', 'grads': '*fp32'}
     for kernel, types, constants in (
-            (gpu_kernels._quantise, {'x': dtype, 'scale': '*fp32', 'beta': beta, 'y': dtype, **numbers}, {'BLOCK': 1024}),
+            (gpu_kernels._quantise, {'x': dtype, 'scale': '*fp32', 'beta': beta, 'y': dtype, **numbers},
+             {'BLOCK': 1024}),
             (gpu_kernels._backward, {'dy': dtype, 'x': dtype, 'scale': '*fp32', 'beta': beta, 'dx': dtype,
                                      'sums': '*fp32', **numbers}, {'BLOCK': 1024}),
             (gpu_kernels._finish, once, {'PROGRAMS': 1024})):

@@ -145,12 +145,10 @@ _MOBILE_RES_BLOCKS = (BlockType('MobileNetV1DualBlock', K357),
                       BlockType('MobileNetV3ResBlock', K357, MBCONV_MOBILE, 'hswish'), *_MOBILE_BLOCKS[3:])
 _ONNXW_BLOCKS = _onnx_blocks(K357) + (BlockType('FusedMBConvResBlock', K357, FUSED_E, 'swish'),)
 
-_FUSED_LITE = BlockType('FusedMBConvResBlock', K3, (2, 4), 'relu6')
-_MOBILENET_V3 = BlockType('MobileNetV3ResBlock', K35, (3, 6), 'hswish')
-# many FLOPs that int8 on x86 does quickly, few that it does slowly, and in between: FLOPs and latency disagree
-_DEMO_BLOCKS = (_FUSED_LITE, _MOBILENET_V3, BlockType('ResNetBlock', K35, (0.5, 1.0)))
-# what int8 on x86 does best, small enough for a laptop to train
-_LAPTOP_BLOCKS = (BlockType('MobileNetV2ResBlock', K35, (3, 6), 'relu6'), _MOBILENET_V3, _FUSED_LITE)
+# in between, few FLOPs that int8 on x86 does slowly, many that it does quickly; small enough for a laptop to train
+_LAPTOP_BLOCKS = (BlockType('MobileNetV2ResBlock', K35, (3, 6), 'relu6'),
+                  BlockType('MobileNetV3ResBlock', K35, (3, 6), 'hswish'),
+                  BlockType('FusedMBConvResBlock', K3, (2, 4), 'relu6'))
 
 PIXEL4, VNNI = 'tflite27_cpu_int8', 'onnx_lut'
 
@@ -164,10 +162,10 @@ SUPERSPACES = {space.name: space for space in (
                PIXEL4),                 # mobile_v1 with the block types that always have a shortcut
     Superspace('onnx', macro_arch.ONNX, _onnx_blocks(K357), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
     Superspace('onnx_v1', macro_arch.ONNX, _onnx_blocks(K35), stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI),
-    Superspace('demo', macro_arch.DEMO, _DEMO_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
+    Superspace('demo', macro_arch.DEMO, _LAPTOP_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
                resolutions=(32, 40, 48), kd_resolutions=(40, 48)),      # of 32, stage3 has 2 x 2 to learn from
     Superspace('demo_96', macro_arch.DEMO, _LAPTOP_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
-               resolutions=(64, 80, 96), kd_resolutions=(64, 80, 96)),      # for pictures with finer detail
+               resolutions=(64, 80, 96), kd_resolutions=(64, 80, 96)),      # demo for pictures with finer detail
     Superspace('small', macro_arch.SMALL, _LAPTOP_BLOCKS, stem_and_head(_ONNX_STAGE0, 'hswish'), VNNI,
                resolutions=span(128, 192, 16), kd_resolutions=(128, 160, 192)),
 )}

@@ -1,8 +1,8 @@
 """LSQ+ fake quantisation on a GPU by Triton kernels, in one pass each way; the formulas stand in fake_quantise.py.
 
 Imported where they are used: Triton comes with torch where torch runs on GPUs. Each result is what torch's operations
-give one after another, in float32; sums are those of at most _PROGRAMS programs, added up in turn, so they do not depend
-on chance. They are torch operations (torch.ops.spaceevo), so that tests/meta.py can count them.
+give one after another, in float32; sums are those of at most _PROGRAMS programs, added up in turn, and so the same in
+each run. They are torch operations (torch.ops.spaceevo), so that tests/meta.py can count them.
 """
 import torch
 import triton
