@@ -168,7 +168,7 @@ def trained_on_digits():
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 8 - 1
     images, labels = F.interpolate(images, size=32), torch.tensor(digits.target)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-    for batch in torch.randint(len(images), (80, 32)):
+    for batch in torch.randint(len(images), (160, 32)):
         optimizer.zero_grad()
         F.cross_entropy(network(images[batch]), labels[batch]).backward()
         optimizer.step()

@@ -15,6 +15,8 @@ from ..settings import add_settings, setting
 from .export import REDUCE_RANGE, SUBNETS, export, random_source, read_entries
 from .runtimes import ONNX
 
+TOGETHER = 8                # networks that are measured in turns on this machine
+
 
 class Latency(NamedTuple):
     """Milliseconds of one image over all timed runs."""
@@ -67,7 +69,7 @@ class Host:
         self.name, self.software = processor(), f'{runtime.name} {runtime.version}'
 
     def latencies(self, paths, warmup=100, runs=100):
-        """{kind: Latency} of {kind: file of a model}, in turns."""
+        """{name: Latency} of {name: file of a model}, in turns."""
         return in_turns({kind: self.runtime.open(path, self.threads).invoke for kind, path in paths.items()}, warmup,
                         runs)
 
@@ -93,7 +95,7 @@ def add_benchmark_arguments(parser, runtime):
 
 
 def benchmark(settings, runtime, phone=None):
-    """Latencies of the fp32 and the INT8 model of each subnet, printed and appended to a CSV.
+    """Latencies of the fp32 and the INT8 model of each subnet, in turns, printed and appended to a CSV.
 
     phone: phone.Phone that runs them instead of this machine. Missing models are exported with random weights: latency
     does not depend on them.
@@ -107,16 +109,20 @@ def benchmark(settings, runtime, phone=None):
         run_on_one_core(settings)
     device = phone or Host(runtime, settings.threads)
     print(f'on {device.name}: {device.software}', flush=True)
-    for entry in entries:
-        paths = {'fp32': _model(entry, False, settings, runtime), 'int8': _model(entry, True, settings, runtime)}
+    count = TOGETHER if phone is None else 1
+    for start in range(0, len(entries), count):
+        together = entries[start:start + count]
+        paths = {(entry, kind): _model(entry, kind == 'int8', settings, runtime)
+                 for entry in together for kind in ('fp32', 'int8')}
         latencies = device.latencies(paths, settings.warmup, settings.runs)
-        fp32, int8 = latencies['fp32'].typical, latencies['int8'].typical
-        print(f'{entry.supernet} {entry.subnet}')
-        for kind, latency in latencies.items():
-            print(f'  {kind}: {latency}')
-        print(f'  speed-up {fp32 / int8:.2f}', flush=True)
-        _append_line(output, [f'{entry.supernet.superspace.name}-{entry.choice}-{entry.subnet}', f'{fp32:.4f}',
-                              f'{int8:.4f}', f'{fp32 / int8:.4f}', device.name, device.software])
+        for entry in together:
+            fp32, int8 = latencies[entry, 'fp32'], latencies[entry, 'int8']
+            speed_up = fp32.typical / int8.typical
+            print(f'{entry.supernet} {entry.subnet}\n  fp32: {fp32}\n  int8: {int8}\n  speed-up {speed_up:.2f}',
+                  flush=True)
+            _append_line(output, [f'{entry.supernet.superspace.name}-{entry.choice}-{entry.subnet}',
+                                  f'{fp32.typical:.4f}', f'{int8.typical:.4f}', f'{speed_up:.4f}', device.name,
+                                  device.software])
     print(output)
 
 
