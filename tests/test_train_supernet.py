@@ -102,7 +102,7 @@ def test_learning_rate_warms_up_and_goes_to_zero():
 def test_the_last_gamma_of_blocks_with_a_shortcut_starts_at_zero():
     supernet = Supernet.build_from_str('demo-012', 10)
     supernet.initialize_weights()
-    for name, last in (('stage1', 'point_conv2'), ('stage2', 'point_conv2'), ('stage3', 'conv3')):
+    for name, last in (('stage1', 'point_conv2'), ('stage2', 'point_conv2'), ('stage3', 'point_conv')):
         for block in supernet.stages[name].blocks:
             assert not getattr(block, last).norm.weight.any() and block.downsample.norm.weight.all()
     assert supernet.stages['first_conv'].blocks[0].conv.norm.weight.all()
