@@ -16,8 +16,8 @@ from .convolution import convolution, convolution_backward
 OFF = 32                                    # bits of an op that does not quantise
 _MIN_RANGE = 1e-7                           # a scale never falls below this / (2^b - 1)
 _PIECE = 1 << 16                            # elements: four such tensors fit into a core's cache
-WITH_TRITON = ('cuda', 'meta')              # devices: meta to count what would be launched
-MOST = 1 << 31                              # elements of one of Triton's kernels, which count in int32
+_TRITON = ('cuda', 'meta')                  # devices of its kernels: meta to count what would be launched
+_MOST = 1 << 31                             # elements of one of Triton's kernels, which count in int32
 _use_kernels = False                        # compiled ones, see compile_quantisers()
 
 
@@ -68,7 +68,7 @@ def _kernels(x, scale):
         return None
     if x.device.type == 'cpu':
         return cpu_kernels if x.dtype == torch.float32 else None
-    return _gpu_kernels() if x.device.type in WITH_TRITON and x.numel() < MOST else None
+    return _gpu_kernels() if x.device.type in _TRITON and x.numel() < _MOST else None
 
 
 def compile_quantisers(enable=True):
