@@ -2,8 +2,9 @@
 
     python train_block_kd.py --plugin benchmarks/onnxw_small.py --superspace onnxw_small …
 
-onnxw_small: the six block types of onnxw in narrow stages. demo_narrow, demo_resnet: what results.md measured in `demo`
-until 2026-11-28 and 2026-11-29, with ResNet in the place of fused MBConv.
+onnxw_small: the six block types of onnxw in narrow stages. demo_narrow, demo_resnet, demo_kernels: what results.md
+measured in `demo` until 2026-11-28 and on 2026-11-29, with two kernels a block and hswish, the first two with ResNet in
+the place of fused MBConv.
 """
 import dataclasses
 
@@ -16,8 +17,10 @@ NARROW = stage_table((16,), (16,), [
     (span(48, 96, 16), span(1, 3), 2),
 ], stage0_depths=(1,), head=(256, 320, 10))
 demo = SUPERSPACES['demo']
-before = (*demo.block_types[:2], BlockType('ResNetBlock', (3, 5), (0.5, 1.0)))
+mobile = (BlockType('MobileNetV2ResBlock', (3, 5), (3, 6), 'relu6'),
+          BlockType('MobileNetV3ResBlock', (3, 5), (3, 6), 'hswish'))
+resnet = (*mobile, BlockType('ResNetBlock', (3, 5), (0.5, 1.0)))
 
-for name, stages, types in (('onnxw_small', NARROW, SUPERSPACES['onnxw'].block_types), ('demo_narrow', NARROW, before),
-                            ('demo_resnet', DEMO, before)):
+for name, stages, types in (('onnxw_small', NARROW, SUPERSPACES['onnxw'].block_types), ('demo_narrow', NARROW, resnet),
+                            ('demo_resnet', DEMO, resnet), ('demo_kernels', DEMO, (*mobile, demo.block_types[2]))):
     register_superspace(dataclasses.replace(demo, name=name, stages=stages, block_types=types))

@@ -274,6 +274,16 @@ def test_chains_run_side_by_side_and_their_commands_one_by_one(tmp_path, monkeyp
     assert names[:2] == ['a', 'b'] and sorted(names) == ['a', 'b', 'c', 'end']
 
 
+def test_chains_take_turns(tmp_path, monkeypatch):
+    """A core that is free begins the next chain before it continues one: what is left at the end is short."""
+    monkeypatch.setattr(runner, 'usable_cores', lambda: 1)
+    chains = [[_meet(tmp_path, 'a', 'a'), _meet(tmp_path, 'b', 'a')], [_meet(tmp_path, 'c', 'a')]]
+    said = []
+    with alone(str(tmp_path)) as lock:
+        run_steps(*_one_step(tmp_path, chains, side_by_side=True), lock, said.append)
+    assert [line.split()[-3] for line in said if 'meet.py' in line] == ['a', 'c', 'b']
+
+
 def test_a_chain_that_fails_ends_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, 'usable_cores', lambda: 2)
     chains = [[_meet(tmp_path, 'a', 'never')], [_meet(tmp_path, 'b', 'a', 3), _meet(tmp_path, 'c', 'c')]]

@@ -1,4 +1,5 @@
 """How near exported models are to torch: accuracy and agreement on test images, and the error of each layer."""
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class EvaluationSettings(ExportSettings):
     quant_mode: bool = setting(False, 'INT8 models too')
     only_int8: bool = setting(False, 'INT8 models, not those of fp32')
     num_eval_images: int | None = setting(None, 'for short runs; default: all test images', least=1)
+    num_torch_images: int | None = setting(None, 'the first of them, which torch runs too; default: all', least=1)
     cache_gb: float = setting(8.0, 'GiB for test images that several models share; above it they are decoded for each',
                               above=0)
     threads: int = setting(1, 'threads of the runtime', least=1)
@@ -36,42 +38,46 @@ class EvaluationSettings(ExportSettings):
 
 
 class Comparison(NamedTuple):
-    """torch and an exported model on the same images: percent right of each, percent of images of the same first class,
-    rms of the difference of the logits over their standard deviation, number of images, and the model's confusion
-    table (C, C)."""
+    """torch on the first `torch_images` images and an exported model on all `images`: percent right of each, percent of
+    torch's images with the same first class, rms of the difference of their logits over the standard deviation, and the
+    model's confusion table (C, C)."""
     torch: float
     exported: float
     agreement: float
     logit_error: float
     images: int
+    torch_images: int
     table: np.ndarray
 
     def describe(self, runtime):
         """As a line; runtime: name of what ran the model."""
+        part = '' if self.torch_images == self.images else f', torch on {self.torch_images}'
         return (f'torch {self.torch:.2f}%  {runtime} {self.exported:.2f}%  agreement {self.agreement:.2f}%  logit '
-                f'error {self.logit_error:.4f}  ({self.images} images)')
+                f'error {self.logit_error:.4f}  ({self.images} images{part})')
 
 
 @torch.no_grad()
-def compare(network, run, batches):
+def compare(network, run, batches, torch_images=None):
     """Comparison of a torch Network and run(images (N, 3, r, r)) -> logits on batches (images, labels), which are
-    resized to the network's resolution."""
-    ours, theirs, labels = [], [], []
+    resized to the network's resolution; torch_images: of how many, default all."""
+    ours, theirs, labels, left = [], [], [], torch_images or math.inf
     network.eval()
     for images, truth in batches:
         images = resize(images, network.resolution)
-        ours.append(network(images).numpy())
+        if left > 0:
+            ours.append(network(images[:min(left, len(images))]).numpy())
+            left -= len(images)
         theirs.append(run(images.numpy()))
         labels.append(truth.numpy())
     if not labels:
         raise UserError('no images to evaluate on')
     ours, theirs, labels = map(np.concatenate, (ours, theirs, labels))
-    first, second = ours.argmax(1), theirs.argmax(1)
-    error = np.sqrt(np.mean((ours - theirs) ** 2)) / max(ours.std(), 1e-12)
+    n, first, second = len(ours), ours.argmax(1), theirs.argmax(1)
+    error = np.sqrt(np.mean((ours - theirs[:n]) ** 2)) / max(ours.std(), 1e-12)
     table = confusion_table(torch.as_tensor(labels), torch.as_tensor(second), ours.shape[1]).numpy()
     right, their_right, same = (100 * float(np.mean(hits)) for hits in (
-        first == labels, second == labels, first == second))
-    return Comparison(right, their_right, same, float(error), len(labels), table)
+        first == labels[:n], second == labels, first == second[:n]))
+    return Comparison(right, their_right, same, float(error), len(labels), n, table)
 
 
 def evaluate(settings, runtime):
@@ -91,16 +97,18 @@ def evaluate(settings, runtime):
         for quant_mode in kinds:
             source = open_source(entry, settings, quant_mode, images)
             path, model, _ = export(source, settings.model_path, quant_mode, runtime, settings.reduce_range)
-            found = compare(source.network, runtime.open(model, settings.threads).run, images.test)
+            found = compare(source.network, runtime.open(model, settings.threads).run, images.test,
+                            settings.num_torch_images)
             kind, names = precision(quant_mode), class_names(images.data)
             print(f'  {kind}: {found.describe(runtime.name)}\n        {by_class(found.table, names)}'
                   f'\n        {path}', flush=True)
             if settings.confusion:              # of the last model, INT8 where there is one
                 write_confusion(settings.confusion, found.table, names)
-            rows.append([entry.supernet, entry.subnet, kind, *(f'{figure:.4f}' for figure in found[:4]), found.images])
+            rows.append([entry.supernet, entry.subnet, kind, *(f'{figure:.4f}' for figure in found[:4]), found.images,
+                         found.torch_images])
             if settings.output:
                 write_csv(settings.output, ('supernet', 'subnet', 'kind', 'torch', runtime.ending, 'agree', 'error',
-                                            'images'), rows)
+                                            'images', 'torch_images'), rows)
 
 
 # -- by layer, of ONNX models -----------------------------------------------------------------------------------

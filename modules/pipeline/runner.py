@@ -130,30 +130,26 @@ def _read(record):
 
 
 def _run(chains, lock, say):
-    """Run chains of commands, each chain one by one, as many chains side by side as there are cores.
+    """Run chains of commands, each chain one by one, as many chains side by side as there are cores, in turns.
 
     Ctrl-C reaches the driver alone, which ends the scripts.
     """
     cores = usable_cores()
-    at_once, waiting, running = min(len(chains), cores), [list(chain) for chain in chains], {}
+    at_once, waiting, running = min(len(chains), cores), [chain for chain in chains if chain], {}
     threads = str(cores // at_once) if at_once > 1 else None
-
-    def start(chain):
-        if chain:
-            command, *rest = chain
-            running[_start(command, lock, threads, say)] = _script(command), rest
-
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                start(waiting.pop(0))
+                command, *rest = waiting.pop(0)
+                running[_start(command, lock, threads, say)] = _script(command), rest
             ended = [process for process in running if process.poll() is not None]
             for process in ended:
                 script, rest = running.pop(process)
                 if process.returncode:
                     raise UserError(f'{script} ended with code {process.returncode}; mend that and run it all again, '
                                     'it continues from there')
-                start(rest)
+                if rest:
+                    waiting.append(rest)
             if running and not ended:
                 time.sleep(POLL)
     finally:

@@ -239,40 +239,36 @@ class Step(NamedTuple):
 def teacher(p):
     _ = p.window                            # a latency that no network has ends here, not after hours of block KD
     return [p.script('lsq_finetune_teacher.py', 'teacher', '--teacher_arch', p.settings.teacher_arch, '--output_path',
-                     p.path('block_kd', 'teacher_checkpoint'), '--image_size', p.image_size, '--resume',
-                     *p.data.flags)]
-
-
-def _block_kd(p, script, step, *more):
-    """A chain for each stage where processes run side by side, else one command."""
-    stages = get_superspace(p.space).searchable_stages
-    chains = [stages] if p.settings.nproc_per_node else [[stage] for stage in stages]
-    return [[p.script(script, step, '--superspace', p.space, '--teacher_arch', p.settings.teacher_arch,
-                      '--output_path', p.path('block_kd', p.space), '--inplace_distill_from_teacher', '--resume',
-                      '--train_batch_size', p.settings.batch_size, *p.length(step), *more, *p.data.flags,
-                      '--stage_list', *chain)] for chain in [*chains[:-1], [*chains[-1], 'stem']]]
+                     p.path('block_kd', 'teacher_checkpoint'), '--image_size', p.image_size, '--seed',
+                     p.settings.seed, '--resume', *p.data.flags)]
 
 
 def block_kd(p):
-    return _block_kd(p, 'train_block_kd.py', 'block_kd')
+    parts = [*get_superspace(p.space).searchable_stages, 'stem']
 
+    def train(script, step, chain, *more):
+        return p.script(script, step, '--superspace', p.space, '--teacher_arch', p.settings.teacher_arch,
+                        '--output_path', p.path('block_kd', p.space), '--inplace_distill_from_teacher', '--resume',
+                        '--train_batch_size', p.settings.batch_size, *p.length(step), '--seed', p.settings.seed, *more,
+                        *p.data.flags, '--stage_list', *chain)
 
-def block_kd_lsq(p):
-    return _block_kd(p, 'lsq_block_kd.py', 'block_kd_lsq', '--teacher_checkpoint_path', p.teacher_checkpoint)
+    return [[train('train_block_kd.py', 'block_kd', chain),
+             train('lsq_block_kd.py', 'block_kd_lsq', chain, '--teacher_checkpoint_path', p.teacher_checkpoint)]
+            for chain in ([parts] if p.settings.nproc_per_node else [[part] for part in parts])]
 
 
 def predictor(p):
     if not p.measured:
         return []
     return [p.script('onnx_tools/build_predictor.py', 'predictor', '--platform', p.platform, '--superspace', p.space,
-                     '--output', p.path('predictor'), '--resume', '--force', *p.narrow)]
+                     '--output', p.path('predictor'), '--seed', p.settings.seed, '--resume', '--force', *p.narrow)]
 
 
 def block_lut(p):
     return [p.script('eval_block_kd.py', 'block_lut', '--superspace', p.space, '--platform', p.platform,
                      '--teacher_arch', p.settings.teacher_arch, '--checkpoint_path', p.path('block_kd'),
                      '--output_path', p.path('block_kd', 'lut'), '--teacher_checkpoint_path', p.teacher_checkpoint,
-                     *p.data.flags)]
+                     '--seed', p.settings.seed, *p.data.flags)]
 
 
 def space_search(p):
@@ -326,7 +322,7 @@ def finish(p):
                       '--resume', *p.narrow_training, *p.data.flags),
              p.script('onnx_tools/eval_onnx.py', 'accuracy', '--network', p.finished(network), '--only_int8',
                       '--model_path', p.path('models'), '--output', p.accuracy_file(network), *p.narrow,
-                      *p.data.flags)] for network in p.deployed()]
+                      *p.data.flags)] for network in sorted(p.deployed(), key=lambda network: network.what != LARGEST)]
 
 
 def latency(p):
@@ -340,9 +336,8 @@ def latency(p):
 STEPS = (
     Step('predictor', 'measure INT8 blocks on this machine and fit a latency predictor', predictor),
     Step('teacher', 'quantise the pretrained teacher with LSQ+', teacher),
-    Step('block_kd', 'block KD: stem and each block type of each stage learn to copy the teacher, in fp32', block_kd,
-         side_by_side=True),
-    Step('block_kd_lsq', 'block KD with LSQ+ quantisation-aware training', block_kd_lsq, side_by_side=True),
+    Step('block_kd', 'block KD: stem and each block type of each stage learn to copy the teacher, fp32 then LSQ+',
+         block_kd, side_by_side=True),
     Step('block_lut', 'block LUT: loss and latency of random sub-stages of each block and width window', block_lut),
     Step('space_search', 'space search: block types and widths by Q-T score', space_search),
     Step('supernets', 'train what was found as weight-sharing supernets, fp32 then LSQ+; and ready-made networks',

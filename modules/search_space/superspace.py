@@ -100,7 +100,7 @@ class Superspace:
                 for window in range(self.stage(block.split('_')[0]).num_windows)]
 
 
-K3, K35, K357 = (3,), (3, 5), (3, 5, 7)
+K3, K5, K35, K357 = (3,), (5,), (3, 5), (3, 5, 7)
 RESNET_E = (0.5, 1.0, 1.5)
 MBCONV_MOBILE = (3, 6, 8)
 MBCONV_ONNX = (4, 6, 8)
@@ -145,9 +145,10 @@ _MOBILE_RES_BLOCKS = (BlockType('MobileNetV1DualBlock', K357),
                       BlockType('MobileNetV3ResBlock', K357, MBCONV_MOBILE, 'hswish'), *_MOBILE_BLOCKS[3:])
 _ONNXW_BLOCKS = _onnx_blocks(K357) + (BlockType('FusedMBConvResBlock', K357, FUSED_E, 'swish'),)
 
-# in between, few FLOPs that int8 on x86 does slowly, many that it does quickly; small enough for a laptop to train
-_LAPTOP_BLOCKS = (BlockType('MobileNetV2ResBlock', K35, (3, 6), 'relu6'),
-                  BlockType('MobileNetV3ResBlock', K35, (3, 6), 'hswish'),
+# MobileNetV2's; EfficientNet's MBConv with SE, few FLOPs that int8 does slowly; EfficientNetV2's fused MBConv, many
+# that it does quickly. One kernel each: in the few steps of a laptop, kernels that share weights learn less
+_LAPTOP_BLOCKS = (BlockType('MobileNetV2ResBlock', K3, (3, 6), 'relu6'),
+                  BlockType('MobileNetV3ResBlock', K5, (3, 6), 'swish'),
                   BlockType('FusedMBConvResBlock', K3, (2, 4), 'relu6'))
 
 PIXEL4, VNNI = 'tflite27_cpu_int8', 'onnx_lut'
