@@ -35,7 +35,7 @@ class Settings:
     init_block_kd: bool = setting(True, 'supernets start from the blocks of block KD')
     batch_size: int = setting(32, 'images a step, a process', least=1)
     nproc_per_node: int = setting(0, 'processes of each training; 0: none but side by side on CPU cores', least=0)
-    seed: int = setting(0, 'seed of the searches, the supernets and the fine-tuning', least=0)
+    seed: int = setting(0, 'seed of all steps', least=0)
     steps: dict = field(default_factory=dict)
 
     def flags(self, step, *without):
