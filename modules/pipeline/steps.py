@@ -212,10 +212,15 @@ class Pipeline:
             command = ['-m', 'torch.distributed.run', '--nproc_per_node', self.settings.nproc_per_node, *command]
         return command
 
-    def length(self, step, epochs='--num_epochs'):
-        """Flags of `train_steps` steps of a batch, in several epochs where the pictures are few; none where the
-        section says epochs itself."""
+    def length(self, step, epochs='--num_epochs', part=None):
+        """Flags of `train_steps` steps of a batch, of `part` where the section has them part by part, in several epochs
+        where the pictures are few; none where the section says epochs itself."""
         steps = self.settings.steps.get(step, {}).get('train_steps')
+        if isinstance(steps, dict):
+            if part not in steps:
+                raise UserError(f'steps: {step}: train_steps: none for {part}' if part else
+                                f'steps: {step}: train_steps: expected one number')
+            steps = steps[part]
         if steps is None:
             return []
         epoch = max(1, self.data.images // self.settings.batch_size)
@@ -245,16 +250,21 @@ def teacher(p):
 
 def block_kd(p):
     parts = [*get_superspace(p.space).searchable_stages, 'stem']
+    steps = p.settings.steps['block_kd'].get('train_steps')
+    by_part = isinstance(steps, dict)
+    if by_part:
+        parts.sort(key=lambda part: steps.get(part, 0), reverse=True)
+    chains = [parts] if p.settings.nproc_per_node and not by_part else [[part] for part in parts]
 
     def train(script, step, chain, *more):
         return p.script(script, step, '--superspace', p.space, '--teacher_arch', p.settings.teacher_arch,
                         '--output_path', p.path('block_kd', p.space), '--inplace_distill_from_teacher', '--resume',
-                        '--train_batch_size', p.settings.batch_size, *p.length(step), '--seed', p.settings.seed, *more,
-                        *p.data.flags, '--stage_list', *chain)
+                        '--train_batch_size', p.settings.batch_size, *p.length(step, part=chain[0]), '--seed',
+                        p.settings.seed, *more, *p.data.flags, '--stage_list', *chain)
 
     return [[train('train_block_kd.py', 'block_kd', chain),
              train('lsq_block_kd.py', 'block_kd_lsq', chain, '--teacher_checkpoint_path', p.teacher_checkpoint)]
-            for chain in ([parts] if p.settings.nproc_per_node else [[part] for part in parts])]
+            for chain in chains]
 
 
 def predictor(p):
