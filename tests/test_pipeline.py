@@ -19,7 +19,7 @@ from modules.pipeline import runner
 from modules.pipeline.data import PipelineData, choose_data, keep_data
 from modules.pipeline.runner import alone, check_flags, chosen_steps, print_steps, run_steps
 from modules.pipeline.settings import Settings, load_settings
-from modules.pipeline.steps import FLOPS, FOUND, LARGEST, SMALLEST, STEPS, Pipeline, Step, supernets
+from modules.pipeline.steps import FLOPS, FOUND, LARGEST, SMALLEST, STEPS, Pipeline, Step, block_kd, supernets
 from modules.pipeline.summary import Row, claims
 from modules.search_space.encoding import parse_supernet
 
@@ -180,6 +180,20 @@ def test_few_pictures_are_seen_in_several_epochs(images, expected, tmp_path, mon
     monkeypatch.setattr(Pipeline, 'spaces', [parse_supernet('demo-000-011')])
     (fp32, _), = supernets(_pipeline(tmp_path, images, steps={'supernets': {'train_steps': 300}}))
     assert [fp32[fp32.index(flag) + 1] for flag in ('--epochs', '--max_steps')] == expected
+
+
+def test_block_kd_has_steps_part_by_part_and_begins_with_the_longest(tmp_path):
+    parts = {'stage1': 2, 'stage2': 3, 'stage3': 5, 'stem': 1}
+    steps = {'block_kd': {'train_steps': parts}, 'block_kd_lsq': {'train_steps': 4}}
+    for nproc in 0, 2:
+        chains = block_kd(_pipeline(tmp_path, steps=steps, nproc_per_node=nproc))
+        said = [[(chain[-1][-1], command[command.index('--max_steps') + 1]) for command in chain] for chain in chains]
+        assert said == [[(part, parts[part]), (part, 4)] for part in ('stage3', 'stage2', 'stage1', 'stem')]
+    del parts['stem']
+    with pytest.raises(UserError, match='steps: block_kd: train_steps: none for stem'):
+        block_kd(_pipeline(tmp_path, steps=steps))
+    with pytest.raises(UserError, match='steps: block_kd_lsq: train_steps: expected one number'):
+        _pipeline(tmp_path, steps={'block_kd_lsq': {'train_steps': parts}}).length('block_kd_lsq')
 
 
 def _shipped(name, **overrides):
