@@ -129,10 +129,10 @@ class Pipeline:
 
     @property
     def budget(self):
-        """MFLOPs that one would search by without a predictor: the median of random subnets of the window."""
+        """MFLOPs that one would search by without a predictor: as many random subnets have less as take less than c."""
         def find():
-            c, d = self.window
-            return float(f'{np.median([mflops for ms, mflops in self.drawn if c - d <= ms <= c]):.3g}')
+            share = np.mean([ms <= self.window[0] for ms, _ in self.drawn])
+            return float(f'{np.quantile([mflops for _, mflops in self.drawn], share):.3g}')
         return Unknown('MFLOPS') if isinstance(self.window[0], Unknown) else self.known('MFLOPS', find)
 
     def search_folder(self, constraint):

@@ -106,8 +106,8 @@ def _text(pipeline, steps, rows):
               'another seed moves an accuracy by more.',
               f'- Seed {settings.seed}. All subnets were fine-tuned alike.']
     if settings.compare_flops:
-        lines.append(f'- FLOPs searched for {pipeline.budget:g} MFLOPs, the median of random subnets in the latency '
-                     'window.')
+        lines.append(f'- FLOPs searched for {pipeline.budget:g} MFLOPs: as many random subnets have less as are '
+                     'quicker than the end of the latency window.')
     if settings.compare_types:
         lines.append(f'- The space by hand: block types {settings.compare_types} ({_types(pipeline)}), with the width '
                      'windows that the search scores best, trained and searched as the one found.')
