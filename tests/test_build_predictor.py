@@ -173,7 +173,7 @@ def test_a_block_without_others_like_it_is_measured_until_nothing_disturbs(tmp_p
     def begun(path):
         profile = Counted(str(path), Synthetic(), smallest_network('demo'), {}, timing=QUICK)
         profile.device.slow = lambda: 1.0 if profile.rows else 2.0
-        measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 8 / (1 - builder.RESERVE) / 60, seed=3,
+        measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 8 / (1 - builder.RESERVE) / 60, seed=0,
                 say=lambda line: None)
         assert profile.quiet_chunks() == set(range(1, 8))
         return profile
@@ -224,12 +224,12 @@ def test_of_a_busy_machine_the_quiet_chunks_count(tmp_path):
     path = str(tmp_path / 'rows.jsonl')
     profile = Counted(path, Synthetic(), smallest_network('demo'), {}, max_disturbed=0.9, timing=QUICK)
     profile.device.slow = lambda: 1.0 if len({row.chunk for row in profile.rows}) % 5 == 3 else 1.6
-    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 60 / (1 - builder.RESERVE) / 60,
+    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 35 / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
     profile.check()
-    assert profile.quiet_chunks() == set(range(3, 60, 5)) and profile.disturbed() == pytest.approx(0.8, abs=0.02)
+    assert profile.quiet_chunks() == set(range(3, 35, 5)) and profile.disturbed() == pytest.approx(0.8, abs=0.02)
     assert {row.chunk for row in rows_of(profile, FIT)} == profile.quiet_chunks()
-    assert len(Platform('busy', profile, epochs=2).held_out) == 36
+    assert len(Platform('busy', profile, epochs=2).held_out) == 21
 
 
 def test_a_noisy_run_is_resumed_with_another_max_drift(tmp_path):
@@ -392,7 +392,7 @@ def test_an_imported_table_is_learned(tmp_path):
 
 
 def test_a_table_without_stem_and_head_is_imported_with_them(tmp_path):
-    blocks = [block for block in space_blocks('demo') if block.name.startswith(('MobileNet', 'ResNet'))][::3]
+    blocks = [block for block in space_blocks('demo') if block.name.startswith(('MobileNet', 'Fused'))][::2]
     ours = dict(zip(blocks, (3 * ms for ms in LatencyPredictor('onnx_lut').predict_blocks(blocks))))
     tables.write_table(tmp_path / 'lut.json', ours)
     _, error = import_table(str(tmp_path / 'lut.json'), str(tmp_path / 'mine'), epochs=4)

@@ -284,7 +284,8 @@ def _words(folder, data, *more):
     return ['train_supernet.py', '--config-file', DEMO, '--superspace', 'demo', '--supernet_choice', '012-111',
             '--dataset', 'digits', '--dataset_path', data, '--output_path', folder, '--epochs', 2,
             '--batch_size_per_gpu', 8, '--max_steps', 2, '--checkpoint_freq', 1, '--num_calib_batches', 2,
-            '--num_valid_images', 20, '--num_workers', 0, '--valid_size', 100, '--device', 'cpu', *more]
+            '--num_valid_images', 20, '--num_workers', 0, '--valid_size', 100, '--base_lr', 0.02, '--device', 'cpu',
+            *more]
 
 
 def _train(*words, **options):
