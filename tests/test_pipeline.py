@@ -89,7 +89,8 @@ def test_every_step_runs_and_is_summed_up(whole):
         assert f'[{number}/{len(STEPS)}] {step.title}' in output
     assert 'minutes, ' in output
     text = (folder / 'summary.md').read_text()
-    rows = {line.split(' | ')[0].removeprefix('| '): line.split(' | ') for line in text.splitlines() if ' ± ' in line}
+    rows = {line.split(' | ')[0].removeprefix('| '): line.split(' | ') for line in text.splitlines()
+            if line.startswith('| ') and ' ± ' in line}
     assert [*rows][0] == FOUND and set(rows) >= {LARGEST, SMALLEST} and len(rows) in (5, 6)
     assert 'shows that everything runs, no more' in text and 'efficientnet-lite0, ready-made, pretrained' in rows
     with open(next((folder / 'accuracy').iterdir()), newline='') as f:
