@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from modules.deploy import runtimes
-from modules.deploy.evaluate import layer_errors
+from modules.deploy.evaluate import compare, layer_errors
 from modules.deploy.export import Entry, random_source
 from modules.deploy.onnx_models import OPSET, export_fp32, export_int8, metadata_of
 from modules.deploy.quantisation import lsq_target, observe, tap_sums, weight_codes
@@ -284,3 +284,21 @@ def test_dynamic_batch_and_sessions():
     whole = run_session(session, images.numpy())
     single = np.concatenate([run_session(session, image[None].numpy()) for image in images])
     np.testing.assert_allclose(whole, single, atol=1e-5)
+
+
+def test_torch_runs_the_first_images_alone_where_that_is_asked():
+    """Every image has a class of its own, so that answers compared with those to other images would differ."""
+    images, labels = torch.eye(10).view(10, 1, 1, 10).expand(10, 3, 10, 10), torch.arange(10)
+    seen = []
+
+    class Network(torch.nn.Module):
+        resolution = 10
+
+        def forward(self, images):
+            seen.append(len(images))
+            return images[:, 0, 0]
+    batches = [(images[:4], labels[:4]), (images[4:8], labels[4:8]), (images[8:], labels[8:])]
+    found = compare(Network(), lambda images: images[:, 0, 0], batches, torch_images=5)
+    assert seen == [4, 1] and found[:4] == (100, 100, 100, 0) and (found.images, found.torch_images) == (10, 5)
+    assert found.describe('it').endswith('(10 images, torch on 5)')
+    assert compare(Network(), lambda images: images[:, 0, 0], batches).describe('it').endswith('(10 images)')
