@@ -29,13 +29,19 @@ def atomic_path(path):
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     _remove_abandoned(folder, name)
-    temporary = os.path.join(folder, f'.tmp-{os.getpid()}@{name}')
+    temporary = temporary_path(path, os.getpid())
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+def temporary_path(path, process):
+    """The name under which a process (its number) writes the file `path` with atomic_path."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(folder, f'.tmp-{process}@{name}')
 
 
 def _remove_abandoned(folder, name):

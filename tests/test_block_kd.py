@@ -22,6 +22,7 @@ from modules.block_kd.targets import teacher_channels, teacher_maps
 from modules.block_kd.teacher import build_teacher
 from modules.block_kd.trainer import BlockKDSettings, evaluate, select_blocks, train_blocks
 from modules.errors import UserError
+from modules.files import temporary_path
 from modules.modeling.ops.lsq_plus import quantised_ops, set_quant_mode
 from modules.search_space.superspace import get_superspace
 from modules.training.calibrate import calibrate, kept_statistics
@@ -159,6 +160,7 @@ def test_luts_are_the_same_on_one_rank_two_ranks_and_after_a_kill(tmp_path, phot
     _build_lut(tmp_path / 'killed', trained, photos, teacher_file, '--num_threads', 1, kill_when=first)
     assert names[-1] not in os.listdir(tmp_path / 'killed' / 'demo')
     Path(f'{first}.part1').write_text('left by a kill after the LUT was written')
+    Path(temporary_path(f'{first[:-5]}1.csv.part0', 1)).write_text('left by a kill in the first line')
     _build_lut(tmp_path / 'killed', trained, photos, teacher_file, '--num_threads', 2)
     for folder in ('one', 'two', 'killed'):
         assert sorted(os.listdir(tmp_path / folder / 'demo')) == sorted(names)

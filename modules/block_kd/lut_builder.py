@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import UserError
-from ..files import Journal, read_journal
+from ..files import Journal, read_journal, temporary_path
 from ..modeling.complexity import config_complexity
 from ..modeling.ops.lsq_plus import quantise_weights_once
 from ..modeling.ops.op import resize
@@ -309,7 +309,9 @@ class LutBuilder:
 
 
 def _remove_parts(path):
-    for part in glob.glob(f'{glob.escape(path)}.part*'):
+    """Remove the ranks' journals of a LUT that is written, and what was left of them by a kill in their first line."""
+    parts = f'{glob.escape(path)}.part*'
+    for part in glob.glob(parts) + glob.glob(temporary_path(parts, '*')):
         with contextlib.suppress(FileNotFoundError):        # another rank was quicker
             os.remove(part)
 
