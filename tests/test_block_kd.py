@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import eval_block_kd
-from modules.block_kd import trainer
+from modules.block_kd import lut_builder, trainer
 from modules.block_kd.checkpoints import build_student, load_student
 from modules.block_kd.lut import read_block_lut
 from modules.block_kd.lut_builder import FeatureCache, measure, sample_rows
@@ -169,6 +169,18 @@ def test_luts_are_the_same_on_one_rank_two_ranks_and_after_a_kill(tmp_path, phot
     for name in names:
         lut = read_block_lut(str(tmp_path / 'one' / 'demo' / name), 'demo', name[:-4])
         assert len(lut) == 5 and set(lut.hw) <= {8, 12} and (lut.loss > 0).all()
+
+
+def test_a_sub_stage_that_is_drawn_again_is_not_measured_again(tmp_path, photos, trained, teacher_file, monkeypatch):
+    measured = []
+    monkeypatch.setattr(lut_builder, 'measure', lambda student, sample, *others: measured.append(str(sample)) or measure(
+        student, sample, *others))
+    assert call(eval_block_kd, monkeypatch, *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', tmp_path,
+                '--checkpoint_path', trained, '--teacher_checkpoint_path', teacher_file, '--stage_list', BLOCKS[0],
+                '--width_window_filter', 0, '--num_samples_per_stage', 40, '--calib_batch_size', 4,
+                '--num_calib_batches', 1) == 0
+    rows = (tmp_path / 'demo' / f'{BLOCKS[0]}_0.csv').read_text().splitlines()
+    assert len(rows) == 40 and len(measured) == len(set(measured)) == len(set(rows)) < 40
 
 
 def test_a_lut_is_measured_on_what_block_kd_held_out(tmp_path, photos, trained, teacher_file, monkeypatch, capsys):

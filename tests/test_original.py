@@ -143,7 +143,7 @@ def test_a_width_outside_its_window(capsys):
         parse_subnet(max_subnet(name), 'onnxw-121122-033333', 'weights')
     supernet = Supernet.build_from_str('demo-000-111', 10).eval()
     wide = str(max_subnet(supernet.encoding))
-    narrow = wide.replace('w24#24#48', 'w24#24#24')
+    narrow = wide.replace('w24#24#64#64', 'w24#24#32#32')
     assert wide != narrow and supernet.set_active_subnet(narrow) == narrow
     x = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(supernet.get_active_subnet()(x), supernet(x))

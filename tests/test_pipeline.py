@@ -240,11 +240,22 @@ def test_a_window_without_subnets_is_one_line(tmp_path):
     ('steps: {lunch: {}}', 'steps: unknown lunch'), ('steps: [1]', 'steps: expected names'), ('speed: 9', 'unknown'),
     ('latency: fast', 'is not of type float'),
     ('baselines: [resnet18]\nsteps: {accuracy: {}}', 'baselines: trained beside the supernets'),
-    ('steps: {teacher: 3}', 'teacher: expected flags')])
+    ('steps: {teacher: 3}', 'teacher: expected flags'),
+    ('for_data: {elpv: 3}', 'mine.yaml: for_data: elpv: expected keys'),
+    ('for_data: {elpv: {steps: {}}}', 'elpv: expected keys and values, without'),
+    ('for_data: {elpv: {speed: 9}}', 'for_data: elpv: unknown key')])
 def test_a_wrong_key_is_one_line(text, problem, tmp_path):
     (tmp_path / 'mine.yaml').write_text(text)
     with pytest.raises(UserError, match=problem):
         load_settings(str(tmp_path / 'mine.yaml'), {})
+
+
+def test_a_data_set_has_settings_of_its_own_and_the_command_line_wins(tmp_path):
+    elpv = DIGITS._replace(dataset='elpv')
+    for line, data, wanted in (({}, DIGITS, ('demo', 32)), ({}, elpv, ('demo_96', 16)),
+                               ({'batch_size': 8}, elpv, ('demo_96', 8)), ({'batch_size': 8}, DIGITS, ('demo', 8))):
+        pipeline = Pipeline(str(tmp_path), data, _shipped('demo', **line), dry=True)
+        assert (pipeline.space, pipeline.settings.batch_size) == wanted
 
 
 def test_processes_of_gpus_take_turns(tmp_path, monkeypatch):

@@ -265,13 +265,19 @@ class LutBuilder:
         return digest.hexdigest()
 
     def _build(self, lut_id, student, cache, digest):
-        """Measure this rank's share of the rows that are not there yet; the last step puts them in order."""
+        """Measure this rank's share of the rows that are not there yet; the last step puts them in order.
+
+        Rows of one sub-stage and resolution are measured once: a stage of few blocks is drawn many times.
+        """
         path, samples, job = self._path(lut_id), self._samples(lut_id), self.job
+        first = {}
+        for i, sample in enumerate(samples):
+            first.setdefault(str(sample), i)
         digest = hashlib.sha256(f'{digest} {samples}'.encode()).hexdigest()[:16]
         settings = {'block LUT': str(lut_id), 'blocks, images and settings': digest}
         have = _read_parts(path, settings, len(samples))
         barrier(job)                                # every rank has read before one writes
-        share = range(job.rank, len(samples), job.world_size)
+        share = list(first.values())[job.rank::job.world_size]
         mine = [i for i in share if i not in have]
         with Journal(f'{path}.part{job.rank}', settings, str, resume=True, otherwise=REMOVE) as part, \
                 progress(len(share), str(lut_id), len(share) - len(mine), job.is_main) as bar:
@@ -282,8 +288,9 @@ class LutBuilder:
         parts = gather(_read_parts(path, settings, len(samples)), job)
         if job.is_main:
             losses = {i: loss for part in parts for i, loss in part.items()}
-            write_block_lut(path, [LutRow(sample.blocks, losses[i], *config_complexity(sample.blocks),
-                                          self._latency(sample)) for i, sample in enumerate(samples)])
+            write_block_lut(path, [LutRow(sample.blocks, losses[first[str(sample)]],
+                                          *config_complexity(sample.blocks), self._latency(sample))
+                                   for sample in samples])
         barrier(job)
         _remove_parts(path)                         # by every rank: perhaps of a disk of its own
         barrier(job)

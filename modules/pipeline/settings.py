@@ -1,10 +1,10 @@
 """What a pipeline does: a YAML file with what is searched for, and the scripts' own flags, by step."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import UserError
 from ..settings import checked_values, read_yaml, setting
 
-OWN_FLAGS = ('superspace_of', 'datasets', 'baselines', 'finds_nothing', 'steps')      # keys that are no flags
+OWN_FLAGS = ('for_data', 'datasets', 'baselines', 'finds_nothing', 'steps')      # keys that are no flags
 SECTIONS = ('teacher', 'block_kd', 'block_kd_lsq', 'predictor', 'block_lut', 'space_search', 'supernets',
             'supernets_lsq', 'subnet_search', 'finish', 'accuracy', 'latency')
 STEP_KEYS = 'planned_minutes', 'train_steps'    # of a step, beside the flags of its script
@@ -14,9 +14,9 @@ STEP_KEYS = 'planned_minutes', 'train_steps'    # of a step, beside the flags of
 class Settings:
     """steps: {name of a step: {'planned_minutes': …, 'train_steps': of training, flag of its script: value, …}}."""
     superspace: str = setting('demo', 'hyperspace that is searched')
-    superspace_of: dict = setting({}, '{data set: hyperspace}, where it is not superspace')
     teacher_arch: str = setting('efficientnet-lite0', 'teacher of block KD')
     datasets: list = setting(['imagenet'], 'the first of these that can be had; imagenet: class folders')
+    for_data: dict = setting({}, '{data set: {key: value}}, where a data set wants others than stand here')
     dataset_path: str = setting('dataset', 'folder of the data set')
     valid_size: int = setting(5000, 'training images held out for the subnet search, at most a fifth', least=1)
     platform: str = setting('', 'latency platform; default: this machine is measured')
@@ -37,6 +37,10 @@ class Settings:
     nproc_per_node: int = setting(0, 'processes of each training; 0: none but side by side on CPU cores', least=0)
     seed: int = setting(0, 'seed of all steps', least=0)
     steps: dict = field(default_factory=dict)
+
+    def of(self, dataset):
+        """The Settings for a data set."""
+        return replace(self, **self.for_data.get(dataset, {}))
 
     def flags(self, step, *without):
         """The script's flags in the section of a step, as words; keys `without` are left out."""
@@ -63,5 +67,10 @@ def load_settings(path, overrides):
             raise UserError(f'{path}: steps: {name}: expected flags and values')
     if values.get('baselines') and 'supernets' not in steps:
         raise UserError(f'{path}: baselines: trained beside the supernets, which have no section in steps')
-    values.update((key, value) for key, value in overrides.items() if value is not None)
-    return Settings(steps=steps, **values)
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    for name, own in values.get('for_data', {}).items():
+        where = f'{path}: for_data: {name}'
+        if not isinstance(own, dict) or set(OWN_FLAGS).intersection(own):
+            raise UserError(f'{where}: expected keys and values, without {", ".join(OWN_FLAGS)}')
+        values['for_data'][name] = checked_values(where, own, Settings) | overrides
+    return Settings(steps=steps, **values | overrides)

@@ -64,9 +64,9 @@ class Pipeline:
     def __init__(self, folder, data, settings=None, reduce_range=False, dry=False, plugins=()):
         self.folder, self.data, self.dry = folder, data, dry
         self.plugins = [word for path in plugins or () for word in ('--plugin', path)]
-        self.settings = settings = settings or Settings()
+        self.settings = settings = (settings or Settings()).of(data.dataset)
         self.measured, self.platform = not settings.platform, settings.platform or settings.measured_name
-        self.space = settings.superspace_of.get(data.dataset, settings.superspace)
+        self.space = settings.superspace
         self.image_size = max(get_superspace(self.space).resolutions)
         self.narrow = ['--reduce_range'] * reduce_range
         self.narrow_training = ['--weight_bits', 7] if reduce_range else []
