@@ -24,9 +24,10 @@ DEEP = stage_table((24,), (24,), [
 demo = SUPERSPACES['demo']
 mobile = (BlockType('MobileNetV2ResBlock', (3, 5), (3, 6), 'relu6'),
           BlockType('MobileNetV3ResBlock', (3, 5), (3, 6), 'hswish'))
+one_kernel = (demo.block_types[0], BlockType('MobileNetV3ResBlock', (5,), (3, 6), 'swish'), demo.block_types[2])
 resnet = (*mobile, BlockType('ResNetBlock', (3, 5), (0.5, 1.0)))
 
 for name, stages, types in (('onnxw_small', NARROW, SUPERSPACES['onnxw'].block_types), ('demo_narrow', NARROW, resnet),
                             ('demo_resnet', DEEP, resnet), ('demo_kernels', DEEP, (*mobile, demo.block_types[2])),
-                            ('demo_deep', DEEP, demo.block_types)):
+                            ('demo_deep', DEEP, one_kernel)):
     register_superspace(dataclasses.replace(demo, name=name, stages=stages, block_types=types))

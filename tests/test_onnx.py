@@ -11,7 +11,7 @@ from modules.deploy import runtimes
 from modules.deploy.evaluate import compare, layer_errors
 from modules.deploy.export import Entry, random_source
 from modules.deploy.onnx_models import OPSET, export_fp32, export_int8, metadata_of
-from modules.deploy.quantisation import lsq_target, observe, tap_sums, weight_codes
+from modules.deploy.quantisation import lsq_target, observe, signed_codes, tap_sums, weight_codes
 from modules.deploy.runtimes import fits_16_bits, open_session, run_session
 from modules.errors import UserError
 from modules.modeling.ops.lsq_plus import (
@@ -161,6 +161,17 @@ def test_weight_codes_are_torchs():
     weight = quantize_weight(op.weight, op.sw, 8, False)
     np.testing.assert_allclose(codes * scale, weight.detach(), atol=1e-7)
     assert codes.min() >= -128 and codes.max() <= 127
+
+
+def test_small_integers_grow_for_finer_steps_of_the_bias():
+    codes = np.array([[3., -4.], [0., 0.], [100., 5.], [1., 0.], [-128., 1.]])[:, :, None, None]
+    factor, bias = np.array([0.5, 1.0, 2.0, 0.0, -1.0]), np.array([1.0, 2.0, -3.0, 4.0, 0.0])
+    (whole, scales), (grown, finer) = (signed_codes(codes, factor, bias, 0.1, most) for most in (1, 63))
+    assert np.abs(grown).max((1, 2, 3)).tolist() == [60, 0, 100, 0, 127]
+    np.testing.assert_array_equal(grown, np.round(grown))
+    np.testing.assert_allclose(grown * finer[:, None, None, None], whole * scales[:, None, None, None])
+    np.testing.assert_allclose(scales / finer, [15, 63, 1, 1, 1])
+    assert (np.abs(bias) / (0.1 * finer) < 2 ** 31).all()
 
 
 def test_weights_of_7_bits():

@@ -10,6 +10,7 @@ import numpy as np
 
 from .float_exporter import Exporter, unit_of
 from .quantisation import (
+    REDUCED,
     IMAGE,
     SATURATING,
     FloatTensor,
@@ -148,7 +149,8 @@ class Int8Exporter(Exporter):
         hw = self.ranges[name + '.input'].hw
         border = tap_sums(op, codes.sum(1) * (x.shift * factor)[:, None, None], hw)  # what the shift adds to each pixel
         bias = bias + border.mean((1, 2))
-        codes, scales = signed_codes(codes, factor, bias, x.params.scale)
+        codes, scales = signed_codes(codes, factor, bias, x.params.scale,
+                                     REDUCED if self.reduce_range or op.nbits_w < 8 else 127)
         steps = x.params.scale * scales
         # what a bias by channel and in whole steps leaves
         left = border + (bias - np.round(bias / steps) * steps - border.mean((1, 2)))[:, None, None]

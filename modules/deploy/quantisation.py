@@ -123,14 +123,20 @@ def weight_codes(op, reduce_range=False):
     return (steps / _by_channel(widen, steps)).round(), float(scale) * widen
 
 
-def signed_codes(codes, factor, bias, step):
+def signed_codes(codes, factor, bias, step, most=1):
     """(integers, positive scales) by output channel of the weights codes * factor.
 
     A negative factor turns the signs of its channel's integers (-128 becomes 127). A vanishing one (gamma 0) is kept so
     large that the bias, in steps of the input's `step` times it, fits into int32: ONNX Runtime rounds float ones too.
+    A channel of small integers has them multiplied by a whole number, up to `most`, and its scale divided by it: the
+    same products, and finer steps for the bias.
     """
-    scales = np.maximum(np.abs(factor), np.maximum(np.abs(bias) / (step * 2.0 ** 30), 1e-20))
-    return np.round(codes * _by_channel(np.sign(factor) * (np.abs(factor) / scales), codes)).clip(-128, 127), scales
+    least = np.maximum(np.abs(bias) / (step * 2.0 ** 30), 1e-20)
+    scales = np.maximum(np.abs(factor), least)
+    codes = np.round(codes * _by_channel(np.sign(factor) * (np.abs(factor) / scales), codes)).clip(-128, 127)
+    largest = np.abs(codes).reshape(len(codes), -1).max(1)
+    times = np.maximum(1, np.floor(np.minimum(most / np.maximum(largest, 1), scales / least)))
+    return codes * _by_channel(times, codes), scales / times
 
 
 def activation_scale(op):
