@@ -4,7 +4,7 @@
 
 onnxw_small: the six block types of onnxw in narrow stages. demo_narrow, demo_resnet, demo_kernels, demo_deep: what
 results.md and the log measured in `demo` until 2026-11-28 and on 2026-11-29: the first three with two kernels a block
-and hswish, the first two with ResNet in the place of fused MBConv.
+and hswish, the first two with ResNet in the place of fused MBConv, all with two expand ratios.
 """
 import dataclasses
 
@@ -24,10 +24,12 @@ DEEP = stage_table((24,), (24,), [
 demo = SUPERSPACES['demo']
 mobile = (BlockType('MobileNetV2ResBlock', (3, 5), (3, 6), 'relu6'),
           BlockType('MobileNetV3ResBlock', (3, 5), (3, 6), 'hswish'))
-one_kernel = (demo.block_types[0], BlockType('MobileNetV3ResBlock', (5,), (3, 6), 'swish'), demo.block_types[2])
+fused = BlockType('FusedMBConvResBlock', (3,), (2, 4), 'relu6')
+one_kernel = (BlockType('MobileNetV2ResBlock', (3,), (3, 6), 'relu6'),
+              BlockType('MobileNetV3ResBlock', (5,), (3, 6), 'swish'), fused)
 resnet = (*mobile, BlockType('ResNetBlock', (3, 5), (0.5, 1.0)))
 
 for name, stages, types in (('onnxw_small', NARROW, SUPERSPACES['onnxw'].block_types), ('demo_narrow', NARROW, resnet),
-                            ('demo_resnet', DEEP, resnet), ('demo_kernels', DEEP, (*mobile, demo.block_types[2])),
+                            ('demo_resnet', DEEP, resnet), ('demo_kernels', DEEP, (*mobile, fused)),
                             ('demo_deep', DEEP, one_kernel)):
     register_superspace(dataclasses.replace(demo, name=name, stages=stages, block_types=types))

@@ -141,9 +141,14 @@ class Pipeline:
                          f'c{constraint:g}_t{s.latency_loss_t:g}_a{s.latency_loss_a:g}')
 
     def _first(self, constraint):
-        """The Supernet that a space search put first."""
-        with open(os.path.join(self.search_folder(constraint), 'top50.csv'), encoding='utf-8', newline='') as f:
-            return parse_supernet(next(csv.DictReader(f))['supernet'])
+        """The Supernet that a space search put first, of those with subnets on both sides of the window's middle."""
+        c, d = self.window
+        path = os.path.join(self.search_folder(constraint), 'top50.csv')
+        with open(path, encoding='utf-8', newline='') as f:
+            for space in (parse_supernet(row['supernet']) for row in csv.DictReader(f)):
+                if self.predict(space, min_subnet(space)) < c - d / 2 < self.predict(space, max_subnet(space)):
+                    return space
+        raise UserError(f'{path}: no space with subnets of {c - d:.3g} to {c:.3g} ms')
 
     @property
     def found_space(self):

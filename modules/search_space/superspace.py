@@ -145,11 +145,12 @@ _MOBILE_RES_BLOCKS = (BlockType('MobileNetV1DualBlock', K357),
                       BlockType('MobileNetV3ResBlock', K357, MBCONV_MOBILE, 'hswish'), *_MOBILE_BLOCKS[3:])
 _ONNXW_BLOCKS = _onnx_blocks(K357) + (BlockType('FusedMBConvResBlock', K357, FUSED_E, 'swish'),)
 
-# MobileNetV2's; EfficientNet's MBConv6 with SE, few FLOPs that int8 does slowly; EfficientNetV2's fused MBConv, many
-# that it does quickly. One kernel each: in the few steps of a laptop, kernels that share weights learn less
-_LAPTOP_BLOCKS = (BlockType('MobileNetV2ResBlock', K3, (3, 6), 'relu6'),
+# MobileNetV2's; EfficientNet's MBConv6 with SE, few FLOPs that int8 does slowly; EfficientNetV2's fused MBConv4, many
+# that it does quickly. One kernel and one expand ratio each: in the few steps of a laptop, what shares weights learns
+# less
+_LAPTOP_BLOCKS = (BlockType('MobileNetV2ResBlock', K3, (6,), 'relu6'),
                   BlockType('MobileNetV3ResBlock', K5, (6,), 'swish'),
-                  BlockType('FusedMBConvResBlock', K3, (2, 4), 'relu6'))
+                  BlockType('FusedMBConvResBlock', K3, (4,), 'relu6'))
 
 PIXEL4, VNNI = 'tflite27_cpu_int8', 'onnx_lut'
 
