@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from modules.pipeline.settings import Settings, load_settings
 from modules.pipeline.steps import FLOPS, FOUND, LARGEST, SMALLEST, STEPS, Pipeline, Step, block_kd, supernets
 from modules.pipeline.summary import Row, claims
 from modules.search_space.encoding import parse_supernet
+from modules.search_space.sampling import min_subnet
 
 from .conftest import ROOT
 
@@ -234,6 +236,19 @@ def test_a_window_without_subnets_is_one_line(tmp_path):
         _ = _pipeline(tmp_path, latency=99.0).window
     c, d = _pipeline(tmp_path, latency=1.5, latency_width=0.2).window
     assert (c, d) == (1.5, 0.3)
+
+
+def test_a_space_that_is_too_slow_for_the_window_is_not_taken(tmp_path):
+    slow = parse_supernet('demo-111-111')
+    quickest = _pipeline(tmp_path).predict(slow, min_subnet(slow))
+    pipeline = _pipeline(tmp_path, latency=quickest)
+    folder = Path(pipeline.search_folder(pipeline.window[0]))
+    folder.mkdir(parents=True)
+    (folder / 'top50.csv').write_text('rank,supernet\n1,demo-111-111\n2,demo-000-000\n3,demo-000-111\n')
+    assert pipeline.found_space == parse_supernet('demo-000-000')
+    (folder / 'top50.csv').write_text('rank,supernet\n1,demo-111-111\n')
+    with pytest.raises(UserError, match='no space with subnets of'):
+        _ = pipeline.found_space
 
 
 @pytest.mark.parametrize('text, problem', [

@@ -107,7 +107,8 @@ def _text(pipeline, steps, rows):
               f'- Seed {settings.seed}. All subnets were fine-tuned alike.']
     if settings.compare_flops:
         lines.append(f'- FLOPs searched for {pipeline.budget:g} MFLOPs: as many random subnets have less as are '
-                     'quicker than the end of the latency window.')
+                     "quicker than the end of the latency window. The first space with subnets on both sides of the "
+                     "window's middle was taken.")
     if settings.compare_types:
         lines.append(f'- The space by hand: block types {settings.compare_types} ({_types(pipeline)}), with the width '
                      'windows that the search scores best, trained and searched as the one found.')
