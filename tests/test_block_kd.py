@@ -173,11 +173,11 @@ def test_luts_are_the_same_on_one_rank_two_ranks_and_after_a_kill(tmp_path, phot
 
 def test_a_sub_stage_that_is_drawn_again_is_not_measured_again(tmp_path, photos, trained, teacher_file, monkeypatch):
     measured = []
-    monkeypatch.setattr(lut_builder, 'measure', lambda student, sample, *others: measured.append(str(sample)) or measure(
-        student, sample, *others))
-    assert call(eval_block_kd, monkeypatch, *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path', tmp_path,
-                '--checkpoint_path', trained, '--teacher_checkpoint_path', teacher_file, '--stage_list', BLOCKS[0],
-                '--width_window_filter', 0, '--num_samples_per_stage', 40, '--calib_batch_size', 4,
+    monkeypatch.setattr(lut_builder, 'measure', lambda student, sample, *others: (
+        measured.append(str(sample)) or measure(student, sample, *others)))
+    assert call(eval_block_kd, monkeypatch, *SHORT, '--dataset_path', photos, '--valid_size', 12, '--output_path',
+                tmp_path, '--checkpoint_path', trained, '--teacher_checkpoint_path', teacher_file, '--stage_list',
+                BLOCKS[0], '--width_window_filter', 0, '--num_samples_per_stage', 40, '--calib_batch_size', 4,
                 '--num_calib_batches', 1) == 0
     rows = (tmp_path / 'demo' / f'{BLOCKS[0]}_0.csv').read_text().splitlines()
     assert len(rows) == 40 and len(measured) == len(set(measured)) == len(set(rows)) < 40

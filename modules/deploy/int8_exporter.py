@@ -10,8 +10,8 @@ import numpy as np
 
 from .float_exporter import Exporter, unit_of
 from .quantisation import (
-    REDUCED,
     IMAGE,
+    REDUCED,
     SATURATING,
     FloatTensor,
     QuantisedTensor,
