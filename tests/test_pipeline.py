@@ -143,7 +143,10 @@ def test_claims_say_what_the_numbers_show():
     lines = claims(Spaces, [found, flops, quicker])
     assert '+4.00 ± 0.66 points (more than two standard errors), at 0.97 times' in lines[0]
     assert '-1.00 ± 0.64 points (within two standard errors), at 3.00 times' in lines[1]
-    assert lines[-1] == 'Quicker and more accurate than what was found: smallest subnet.'
+    assert lines[-1] == 'Quicker and more accurate than what was found: smallest subnet (within two standard errors).'
+    assert claims(Spaces, [found, flops])[-1] == 'Quicker and more accurate than what was found: none.'
+    assert claims(Spaces, [found, quicker._replace(top1=72.0)])[-1].endswith(': smallest subnet.')
+    assert claims(Spaces, [found, quicker])[-1].startswith('10,000 test images are too few')
 
 
 def test_the_first_data_set_that_can_be_had_is_kept(tmp_path, monkeypatch):

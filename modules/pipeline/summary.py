@@ -135,16 +135,21 @@ def _stages(network):
 
 def claims(pipeline, rows):
     """Lines that say what the numbers show, whatever it is."""
-    found, lines = rows[0], []
+    found, lines, better, ties = rows[0], [], [], 0
     for row in rows[1:]:
         gain, error = found.top1 - row.top1, (found.error ** 2 + row.error ** 2) ** 0.5
-        sure = 'more than two standard errors' if abs(gain) > 2 * error else 'within two standard errors'
+        tie = abs(gain) <= 2 * error
+        sure = 'within two standard errors' if tie else 'more than two standard errors'
         lines.append(f'What was found against the {row.what}: {gain:+.2f} ± {error:.2f} points '
                      f'({sure}), at {found.int8_ms / row.int8_ms:.2f} times its INT8 latency.')
+        if row.int8_ms < found.int8_ms and gain < 0:
+            better.append(f'{row.what} ({sure})' if tie else row.what)
+        ties += tie
     if pipeline.settings.compare_flops and pipeline.flops_space == pipeline.found_space:
         lines.append('FLOPs choose the same space here.')
-    better = [row.what for row in rows[1:] if row.int8_ms < found.int8_ms and row.top1 > found.top1]
     lines.append(f'Quicker and more accurate than what was found: {", ".join(better) or "none"}.')
+    if 0 < ties == len(rows) - 1:
+        lines.append(f'{found.images:,} test images are too few to tell what was found from any of the others.')
     return lines
 
 
