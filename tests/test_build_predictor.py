@@ -33,6 +33,9 @@ from modules.search_space.block import Block
 from .checkpoints import call
 from .conftest import ROOT
 
+importlib.import_module('benchmarks.onnxw_small')
+DEEP = 'demo_deep'                      # has more blocks than demo
+
 # of the synthetic device: ms a call, ms per MB of weights fetched anew, ms a call of a block alone beyond that
 CALL, RATE, MORE = 0.008, 0.05, 0.001
 QUICK = Timing(rounds=3, turn_ms=0, warmup=1)
@@ -78,8 +81,8 @@ class Counted(Profile):
 
 
 def profiled(path, device, chunks, resume=False, kind=Counted):
-    profile = kind(str(path), device, smallest_network('demo'), {'device': str(device)}, resume, timing=QUICK)
-    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), chunks / (1 - builder.RESERVE) / 60,
+    profile = kind(str(path), device, smallest_network(DEEP), {'device': str(device)}, resume, timing=QUICK)
+    measure(profile, [DEEP], builder.test_networks([DEEP], 6, 0), chunks / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
     return profile
 
@@ -121,7 +124,7 @@ def test_more_blocks_where_the_error_is(tmp_path):
 
 
 def test_regions_without_figures_count_as_all_do():
-    candidates = Candidates(['demo'], random.Random(0))
+    candidates = Candidates([DEEP], random.Random(0))
     blocks = candidates.draw(40)
     candidates.aim(blocks, [0.5 if region(b) == region(blocks[0]) else 0.01 for b in blocks])
     seen = set(map(region, blocks))
@@ -131,10 +134,10 @@ def test_regions_without_figures_count_as_all_do():
 
 
 def test_every_block_is_drawn_once_and_small_regions_are_never_held_out():
-    candidates = Candidates(['demo'], random.Random(0))
+    candidates = Candidates([DEEP], random.Random(0))
     held = candidates.draw(100, held_out=True)
     drawn = held + candidates.draw(10 ** 4)
-    assert sorted(map(repr, drawn)) == sorted(map(repr, space_blocks('demo')))
+    assert sorted(map(repr, drawn)) == sorted(map(repr, space_blocks(DEEP)))
     assert not {block.name for block in held} & {'FirstConvBlock', 'LogitsBlock', 'FinalExpandBlock'}
 
 
@@ -151,7 +154,7 @@ def test_the_lower_quartile_of_rounds_counts():
 
 def test_a_disturbed_chunk_is_measured_again(tmp_path):
     busy = [1.0]
-    profile = Profile(str(tmp_path / 'rows.jsonl'), Synthetic(slow=lambda: busy[0]), smallest_network('demo'), {},
+    profile = Profile(str(tmp_path / 'rows.jsonl'), Synthetic(slow=lambda: busy[0]), smallest_network(DEEP), {},
                       timing=QUICK)
     items = [(FIT, (V2,))]
     quiet = profile.chunk(0, items)[0].ms
@@ -171,9 +174,9 @@ def test_a_disturbed_chunk_is_measured_again(tmp_path):
 def test_a_block_without_others_like_it_is_measured_until_nothing_disturbs(tmp_path, monkeypatch):
     """The classifier is the only block of its kind; here the chunk that it is drawn for is disturbed."""
     def begun(path):
-        profile = Counted(str(path), Synthetic(), smallest_network('demo'), {}, timing=QUICK)
+        profile = Counted(str(path), Synthetic(), smallest_network(DEEP), {}, timing=QUICK)
         profile.device.slow = lambda: 1.0 if profile.rows else 2.0
-        measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 8 / (1 - builder.RESERVE) / 60, seed=0,
+        measure(profile, [DEEP], builder.test_networks([DEEP], 6, 0), 8 / (1 - builder.RESERVE) / 60, seed=0,
                 say=lambda line: None)
         assert profile.quiet_chunks() == set(range(1, 8))
         return profile
@@ -186,7 +189,7 @@ def test_a_block_without_others_like_it_is_measured_until_nothing_disturbs(tmp_p
 
 
 def arguments(tmp_path, **more):
-    return SimpleNamespace(**{'platform': 'new', 'superspace': ['demo'], 'minutes': 0.3, 'networks': 4, 'seed': 0,
+    return SimpleNamespace(**{'platform': 'new', 'superspace': [DEEP], 'minutes': 0.3, 'networks': 4, 'seed': 0,
                               'max_drift': 0.1, 'max_disturbed': 0.33, 'resume': False, 'force': False,
                               'from_platform': None, 'output': str(tmp_path / 'measured'),
                               'data': str(tmp_path / 'data'), **more})
@@ -201,9 +204,9 @@ def test_too_much_noise_is_refused_and_nothing_is_written(tmp_path):
 
 
 def test_a_disturbed_start_is_put_up_with(tmp_path):
-    profile = Counted(str(tmp_path / 'rows.jsonl'), Synthetic(), smallest_network('demo'), {}, timing=QUICK)
+    profile = Counted(str(tmp_path / 'rows.jsonl'), Synthetic(), smallest_network(DEEP), {}, timing=QUICK)
     profile.device.slow = lambda: 2.0 if len({row.chunk for row in profile.rows}) < 6 else 1.0
-    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 40 / (1 - builder.RESERVE) / 60,
+    measure(profile, [DEEP], builder.test_networks([DEEP], 6, 0), 40 / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
     profile.check()
     assert profile.quiet_chunks() == set(range(6, 40))
@@ -222,9 +225,9 @@ def test_what_was_refused_as_too_noisy_is_resumed_when_it_is_quiet(tmp_path):
 
 def test_of_a_busy_machine_the_quiet_chunks_count(tmp_path):
     path = str(tmp_path / 'rows.jsonl')
-    profile = Counted(path, Synthetic(), smallest_network('demo'), {}, max_disturbed=0.9, timing=QUICK)
+    profile = Counted(path, Synthetic(), smallest_network(DEEP), {}, max_disturbed=0.9, timing=QUICK)
     profile.device.slow = lambda: 1.0 if len({row.chunk for row in profile.rows}) % 5 == 3 else 1.6
-    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 35 / (1 - builder.RESERVE) / 60,
+    measure(profile, [DEEP], builder.test_networks([DEEP], 6, 0), 35 / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
     profile.check()
     assert profile.quiet_chunks() == set(range(3, 35, 5)) and profile.disturbed() == pytest.approx(0.8, abs=0.02)
@@ -237,9 +240,9 @@ def test_a_noisy_run_is_resumed_with_another_max_drift(tmp_path):
     device = Synthetic(slow=lambda: 1 + noise.random() * 3)
     with pytest.raises(UserError, match='too noisy'):
         profiled(tmp_path / 'rows.jsonl', device, 30)
-    profile = Counted(str(tmp_path / 'rows.jsonl'), device, smallest_network('demo'), {'device': str(device)}, True,
+    profile = Counted(str(tmp_path / 'rows.jsonl'), device, smallest_network(DEEP), {'device': str(device)}, True,
                       9.0, timing=QUICK)
-    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 40 / (1 - builder.RESERVE) / 60,
+    measure(profile, [DEEP], builder.test_networks([DEEP], 6, 0), 40 / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
     assert profile.quiet_chunks() == set(range(40))
 
@@ -291,7 +294,7 @@ def test_a_profile_is_measured_on(tmp_path):
     """As build() does after a refusal; the draws of the first pass do not depend on what came after them."""
     profile = profiled(tmp_path / 'rows.jsonl', Synthetic(), 32)
     before = profile.rows
-    measure(profile, ['demo'], builder.test_networks(['demo'], 6, 0), 40 / (1 - builder.RESERVE) / 60,
+    measure(profile, [DEEP], builder.test_networks([DEEP], 6, 0), 40 / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
     assert profile.rows[:len(before)] == before and profile.quiet_chunks() == set(range(40))
 
@@ -385,19 +388,19 @@ def test_a_space_is_exported_with_predictions():
 
 
 def test_an_imported_table_is_learned(tmp_path):
-    blocks = space_blocks('demo')
+    blocks = space_blocks(DEEP)
     tables.write_table(tmp_path / 'lut.json', {block: true_ms(block) for block in blocks})
     count, error = import_table(str(tmp_path / 'lut.json'), str(tmp_path / 'mine'))
     assert count == len(blocks) and error < 0.03
 
 
 def test_a_table_without_stem_and_head_is_imported_with_them(tmp_path):
-    blocks = [block for block in space_blocks('demo') if block.name.startswith(('MobileNet', 'Fused'))][::2]
+    blocks = [block for block in space_blocks(DEEP) if block.name.startswith(('MobileNet', 'Fused'))][::2]
     ours = dict(zip(blocks, (3 * ms for ms in LatencyPredictor('onnx_lut').predict_blocks(blocks))))
     tables.write_table(tmp_path / 'lut.json', ours)
     _, error = import_table(str(tmp_path / 'lut.json'), str(tmp_path / 'mine'), epochs=4)
     table, model = tables.load_platform(str(tmp_path / 'mine'))
-    rest = [block for block in space_blocks('demo') if block not in table]
+    rest = [block for block in space_blocks(DEEP) if block not in table]
     ratio = model.predict_blocks(rest) / LatencyPredictor('onnx_lut').predict_blocks(rest)
     assert {'FirstConvBlock', 'LogitsBlock'} < {block.name for block in rest}
     assert error < 0.1 and np.quantile(ratio, [0.1, 0.5, 0.9]) == pytest.approx([3, 3, 3], rel=0.15)

@@ -28,7 +28,7 @@ from modules.training.tars import tar_index
 from .conftest import ROOT
 from .hardening import refused, world
 
-DEMO, SUBNET = 'demo-222-111', 'd1#1#1#1#1_k3#3#3#3#3_w24#24#32#64#128_e0#0.5#2.0#2.0#2.0_r32'
+DEMO, SUBNET = 'demo-222-111', 'd1#1#1#1#1_k3#3#3#3#3_w24#24#48#80#160_e0#0.5#4.0#4.0#4.0_r32'
 
 
 def one_line(error, *culprits):

@@ -1,5 +1,6 @@
 """Subnet search: the evolution with a fake accuracy, and search_subnet.py as users run it, killed and resumed."""
 import csv
+import importlib
 import itertools
 import os
 import random
@@ -33,9 +34,12 @@ from modules.training.calibrate import initialize_all_scales
 from modules.training.distributed import Job
 
 from .checkpoints import call, fails
+from .conftest import ROOT
 from .launching import run_script
 
 RECIPE = SearchRecipe(population_size=20, num_rounds=4, num_mutations=5, num_crossovers=5)
+importlib.import_module('benchmarks.onnxw_small')        # spaces with more subnets than demo has
+DEEP, PLUGIN = 'demo_deep-012-111', ('--plugin', os.path.join(ROOT, 'benchmarks', 'onnxw_small.py'))
 WINDOW = Window(0.9, 1.1)
 pytestmark = pytest.mark.usefixtures('one_thread')             # as the scripts below run
 
@@ -55,7 +59,7 @@ def test_the_held_out_images_are_the_supernets(tmp_path):
 
 @pytest.fixture(scope='module')
 def space():
-    return SubnetSpace(parse_supernet('demo-012-111'), LatencyPredictor('onnx_lut'))
+    return SubnetSpace(parse_supernet(DEEP), LatencyPredictor('onnx_lut'))
 
 
 class Fake:
@@ -140,7 +144,7 @@ def test_a_narrow_window_of_a_large_space_is_filled():
 
 
 def test_aligned_samples_stay_aligned():
-    aligned = SubnetSpace(parse_supernet('demo-012-111'), LatencyPredictor('onnx_lut'), align=True)
+    aligned = SubnetSpace(parse_supernet(DEEP), LatencyPredictor('onnx_lut'), align=True)
     rounds = evolve(aligned, WINDOW, initial_population(aligned, WINDOW, 10, random.Random(0)),
                     lambda subnets: [(0, 0, 0)] * len(subnets), random.Random(0), RECIPE)
     for _, members in rounds:
@@ -203,12 +207,12 @@ def test_pareto_front():
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-    """Root of the checkpoints: LSQ+ supernets of the demo space with random weights."""
+    """Root of the checkpoints: LSQ+ supernets with random weights."""
     root, rng = tmp_path_factory.mktemp('supernet_training'), random.Random(0)
-    for encoding, classes in (('demo-012-111', 10), ('demo-000-111', 7), ('onnxw-121122-133333', 2)):
+    for encoding, classes in ((DEEP, 10), ('demo_deep-000-111', 7), ('onnxw-121122-133333', 2)):
         torch.manual_seed(0)
         supernet = set_quant_mode(Supernet.build_from_str(encoding, classes))
-        if encoding == 'demo-012-111':
+        if encoding == DEEP:
             initialize_all_scales(supernet, torch.randn(4, 3, 48, 48), supernet.set_max_subnet,
                                   itertools.repeat(lambda: supernet.sample_active_subnet(rng)), patience=20)
         else:
@@ -220,7 +224,7 @@ def root(tmp_path_factory):
 
 
 def _arguments(root, output, *more):
-    return ['--superspace', 'demo', '--supernet_choice', '012-111', '--dataset', 'digits', '--dataset_path', root,
+    return ['--superspace', 'demo_deep', '--supernet_choice', '012-111', '--dataset', 'digits', '--dataset_path', root,
             '--valid_size', 40, '--output_path', output, '--checkpoint_path', root, '--latency_constraint', 0.9, 1.0,
             '--latency_delta', 0.15, '--batch_size', 10, '--num_calib_batches', 2, '--population_size', 8,
             '--num_rounds', 2, '--num_mutations', 2, '--num_crossovers', 2, '--num_eval_images', 20,
@@ -238,15 +242,15 @@ def _lines(path):
 def test_killed_and_resumed_on_one_and_two_ranks_it_ends_as_the_unbroken_search(root, tmp_path, monkeypatch):
     """Killed plain, resumed on two ranks of which one is killed, resumed on two; against one process."""
     assert call(search_subnet, monkeypatch, *_arguments(root, tmp_path / 'whole')) == 0
-    whole, folder = (tmp_path / run / 'demo-012-111' for run in ('whole', 'broken'))
+    whole, folder = (tmp_path / run / DEEP for run in ('whole', 'broken'))
     arguments, history = _arguments(root, tmp_path / 'broken'), folder / 'history.csv'
-    run_script('search_subnet.py', *arguments, kill_when=lambda: _lines(history) > 4)
+    run_script('search_subnet.py', *PLUGIN, *arguments, kill_when=lambda: _lines(history) > 4)
     assert 4 < len(_entries(folder)) < len(_entries(whole))
-    output = run_script('search_subnet.py', *arguments, '--resume', ranks=2, victims=slice(-1, None),
+    output = run_script('search_subnet.py', *PLUGIN, *arguments, '--resume', ranks=2, victims=slice(-1, None),
                         kill_when=lambda: _lines(history) > 13)
     assert 'another rank is gone' in output, output
     assert 13 < len(_entries(folder)) < len(_entries(whole))
-    run_script('search_subnet.py', *arguments, '--resume', ranks=2)
+    run_script('search_subnet.py', *PLUGIN, *arguments, '--resume', ranks=2)
     for file in ('scored.csv', 'best_c0.9_d0.15.csv', 'best_c1_d0.15.csv', 'search.png'):
         assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
     assert sorted(_entries(folder)) == sorted(_entries(whole))
@@ -269,9 +273,9 @@ def test_held_out_images_that_were_trained_on_are_reported(tmp_path, capsys):
 
 @pytest.mark.parametrize('more, said', [
     (['--latency_constraint', '9'], 'found no subnet of 8.85 to 9 ms'),
-    (['--checkpoint_path', 'nowhere'], 'no checkpoint of demo-012-111: expected nowhere/demo-012-111-align0/lsq.pth'),
-    (['--align_sample'], 'demo-012-111-align1/lsq.pth'),
-    (['--fp32'], 'demo-012-111-align0/checkpoint.pth'),
+    (['--checkpoint_path', 'nowhere'], f'no checkpoint of {DEEP}: expected nowhere/{DEEP}-align0/lsq.pth'),
+    (['--align_sample'], f'{DEEP}-align1/lsq.pth'),
+    (['--fp32'], f'{DEEP}-align0/checkpoint.pth'),
     (['--supernet_choice', '000-111'], 'the data set has 10 classes'),
     (['--valid_size', '0'], '--valid_size 0: no held-out images'),
     (['--platform', 'nowhere.json'], 'nowhere.json'),
