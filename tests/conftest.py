@@ -1,5 +1,6 @@
 """Shared paths and fixtures. Figures under tests/golden are carried over from the published reference."""
 import os
+import runpy
 import sys
 
 import pytest
@@ -11,6 +12,17 @@ GOLDEN = os.path.join(ROOT, 'tests', 'golden')
 REFERENCE = os.path.join(os.path.dirname(ROOT), 'shared', 'reference')
 
 needs_reference = pytest.mark.skipif(not os.path.isdir(REFERENCE), reason='needs ../shared/reference')
+
+
+@pytest.fixture(scope='module')
+def deep_space():
+    """demo_deep of benchmarks/onnxw_small.py, a space with more blocks and subnets than demo has."""
+    from modules.search_space.superspace import SUPERSPACES
+    before = set(SUPERSPACES)
+    runpy.run_path(os.path.join(ROOT, 'benchmarks', 'onnxw_small.py'))
+    yield
+    for name in SUPERSPACES.keys() - before:
+        del SUPERSPACES[name]
 
 
 def _threads(count):

@@ -38,7 +38,7 @@ def test_a_scaled_model_is_that_many_times_slower():
 
 
 def test_few_chunks_give_a_platform_where_one_is_adapted(tmp_path):
-    profile = profiled(tmp_path / 'rows.jsonl', Synthetic(), 3)
+    profile = profiled(tmp_path / 'rows.jsonl', Synthetic(), 3, space='demo')
     with pytest.raises(UserError, match='too little was measured'):
         Platform('few', profile)
     platform = Platform('few', profile, base=ZEN3)
@@ -50,7 +50,7 @@ def test_few_chunks_give_a_platform_where_one_is_adapted(tmp_path):
 
 
 def test_a_platform_is_adapted_by_its_name(tmp_path):
-    args = arguments(tmp_path, minutes=0.1, from_platform='epyc_zen3_ort1.32_1t')
+    args = arguments(tmp_path, superspace=['demo'], minutes=0.1, from_platform='epyc_zen3_ort1.32_1t')
     folder = build(args, Synthetic, QUICK)
     with open(os.path.join(folder, 'report.md'), encoding='utf-8') as f:
         text = f.read()

@@ -33,8 +33,7 @@ from modules.search_space.block import Block
 from .checkpoints import call
 from .conftest import ROOT
 
-importlib.import_module('benchmarks.onnxw_small')
-DEEP = 'demo_deep'                      # has more blocks than demo
+pytestmark, DEEP = pytest.mark.usefixtures('deep_space'), 'demo_deep'
 
 # of the synthetic device: ms a call, ms per MB of weights fetched anew, ms a call of a block alone beyond that
 CALL, RATE, MORE = 0.008, 0.05, 0.001
@@ -80,15 +79,15 @@ class Counted(Profile):
         return len({row.chunk for row in self.rows})
 
 
-def profiled(path, device, chunks, resume=False, kind=Counted):
-    profile = kind(str(path), device, smallest_network(DEEP), {'device': str(device)}, resume, timing=QUICK)
-    measure(profile, [DEEP], builder.test_networks([DEEP], 6, 0), chunks / (1 - builder.RESERVE) / 60,
+def profiled(path, device, chunks, resume=False, kind=Counted, space=DEEP):
+    profile = kind(str(path), device, smallest_network(space), {'device': str(device)}, resume, timing=QUICK)
+    measure(profile, [space], builder.test_networks([space], 6, 0), chunks / (1 - builder.RESERVE) / 60,
             say=lambda line: None)
     return profile
 
 
 @pytest.fixture(scope='module')
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, deep_space):
     return profiled(tmp_path_factory.mktemp('measured') / 'rows.jsonl', Synthetic(), 32)
 
 

@@ -1,6 +1,5 @@
 """Subnet search: the evolution with a fake accuracy, and search_subnet.py as users run it, killed and resumed."""
 import csv
-import importlib
 import itertools
 import os
 import random
@@ -38,7 +37,7 @@ from .conftest import ROOT
 from .launching import run_script
 
 RECIPE = SearchRecipe(population_size=20, num_rounds=4, num_mutations=5, num_crossovers=5)
-importlib.import_module('benchmarks.onnxw_small')        # spaces with more subnets than demo has
+pytestmark = pytest.mark.usefixtures('deep_space')
 DEEP, PLUGIN = 'demo_deep-012-111', ('--plugin', os.path.join(ROOT, 'benchmarks', 'onnxw_small.py'))
 WINDOW = Window(0.9, 1.1)
 pytestmark = pytest.mark.usefixtures('one_thread')             # as the scripts below run
@@ -58,7 +57,7 @@ def test_the_held_out_images_are_the_supernets(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def space():
+def space(deep_space):
     return SubnetSpace(parse_supernet(DEEP), LatencyPredictor('onnx_lut'))
 
 
@@ -206,7 +205,7 @@ def test_pareto_front():
 
 
 @pytest.fixture(scope='module')
-def root(tmp_path_factory):
+def root(tmp_path_factory, deep_space):
     """Root of the checkpoints: LSQ+ supernets with random weights."""
     root, rng = tmp_path_factory.mktemp('supernet_training'), random.Random(0)
     for encoding, classes in ((DEEP, 10), ('demo_deep-000-111', 7), ('onnxw-121122-133333', 2)):
