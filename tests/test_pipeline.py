@@ -70,7 +70,8 @@ def _results(folder):
             path = os.path.join(root, name)
             if name.endswith(('.csv', '.yaml')) and name not in ('latency.csv', 'history.csv'):
                 with open(path, encoding='utf-8') as f:
-                    files[os.path.relpath(path, folder)] = f.read()
+                    files[os.path.relpath(path, folder)] = [line.rsplit(',', 2)[0] if name == 'result.csv' else line
+                                                            for line in f]       # which ends in two latencies
             elif name == 'history.csv':                  # in the order of evaluation, which a resume may change
                 with open(path, encoding='utf-8') as f:
                     files[os.path.relpath(path, folder)] = sorted(line for line in f if not line.startswith('# '))
@@ -89,7 +90,6 @@ def test_every_step_runs_and_is_summed_up(whole):
     folder, output = whole
     for number, step in enumerate(STEPS, 1):
         assert f'[{number}/{len(STEPS)}] {step.title}' in output
-    assert 'minutes, ' in output
     text = (folder / 'summary.md').read_text()
     rows = {line.split(' | ')[0].removeprefix('| '): line.split(' | ') for line in text.splitlines()
             if line.startswith('| ') and ' ± ' in line}
