@@ -261,6 +261,7 @@ def test_a_space_that_is_too_slow_for_the_window_is_not_taken(tmp_path):
     ('steps: {teacher: 3}', 'teacher: expected flags'),
     ('for_data: {elpv: 3}', 'mine.yaml: for_data: elpv: expected keys'),
     ('for_data: {elpv: {steps: {}}}', 'elpv: expected keys and values, without'),
+    ('for_data: {elpv: {valid_size: 9}}', 'elpv: expected keys and values, without .*valid_size'),
     ('for_data: {elpv: {speed: 9}}', 'for_data: elpv: unknown key')])
 def test_a_wrong_key_is_one_line(text, problem, tmp_path):
     (tmp_path / 'mine.yaml').write_text(text)

@@ -5,6 +5,7 @@ from ..errors import UserError
 from ..settings import checked_values, read_yaml, setting
 
 OWN_FLAGS = ('for_data', 'datasets', 'baselines', 'finds_nothing', 'steps')      # keys that are no flags
+CHOOSE_DATA = ('dataset_path', 'valid_size')    # read before it is known which data set there is
 SECTIONS = ('teacher', 'block_kd', 'block_kd_lsq', 'predictor', 'block_lut', 'space_search', 'supernets',
             'supernets_lsq', 'subnet_search', 'finish', 'accuracy', 'latency')
 STEP_KEYS = 'planned_minutes', 'train_steps'    # of a step, beside the flags of its script
@@ -70,7 +71,7 @@ def load_settings(path, overrides):
     overrides = {key: value for key, value in overrides.items() if value is not None}
     for name, own in values.get('for_data', {}).items():
         where = f'{path}: for_data: {name}'
-        if not isinstance(own, dict) or set(OWN_FLAGS).intersection(own):
-            raise UserError(f'{where}: expected keys and values, without {", ".join(OWN_FLAGS)}')
+        if not isinstance(own, dict) or {*OWN_FLAGS, *CHOOSE_DATA}.intersection(own):
+            raise UserError(f'{where}: expected keys and values, without {", ".join(OWN_FLAGS + CHOOSE_DATA)}')
         values['for_data'][name] = checked_values(where, own, Settings) | overrides
     return Settings(steps=steps, **values | overrides)
